@@ -1,0 +1,25 @@
+"""bake: turn a steering direction into ordinary weights.
+
+    from bake import export
+    export("path/or/id", direction="direction.safetensors", output="steered")
+
+The public functions load torch and transformers when they are called, not when bake is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["calibrate", "export", "extract_direction", "inspect", "publish", "verify"]
+
+if TYPE_CHECKING:
+    from bake.api import calibrate, export, extract_direction, inspect, publish, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from bake import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'bake' has no attribute {name!r}")

@@ -1,0 +1,258 @@
+"""Which sites of an architecture can take a push exactly, by which route, and why others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from bake.anatomy.flags import FlagEffect, added_parameters, build_on_meta, find_bias_flags
+from bake.anatomy.slots import Proposal, SlotKind, measure_attention_scale, propose_slots
+from bake.anatomy.structure import find_decoder_layers, find_structure
+from bake.anatomy.twin import Twin, TwinVerdict, single_thread
+from bake.errors import UnsupportedError
+from bake.sites import (
+    DESCRIPTIONS,
+    SITES,
+    LayerStructure,
+    Slot,
+    capture_location,
+    check_site,
+    suits,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+RouteName = Literal["native", "flag"]
+
+
+@dataclass(frozen=True)
+class SiteRoute:
+    """One exact way to put a push at a site.
+
+    flags: config keys that are set. slots: name templates, see `slots_of`. new_parameters: {name:
+    shape} of everything that the flags create on the whole model; what no push goes to is zero.
+    """
+
+    site: str
+    route: RouteName
+    kind: SlotKind
+    flags: Mapping[str, Any]
+    slots: tuple[Slot, ...]
+    new_parameters: Mapping[str, tuple[int, ...]]
+    twin: TwinVerdict
+
+    def slots_of(self, layer: int) -> tuple[Slot, ...]:
+        """Return the slots of decoder layer `layer`, with its index in their names."""
+        return tuple(
+            replace(
+                slot,
+                bias=slot.bias.format(layer=layer),
+                weight=slot.weight.format(layer=layer) if slot.weight else None,
+            )
+            for slot in self.slots
+        )
+
+    @property
+    def added_values(self) -> int:
+        """How many numbers the route adds to the checkpoint."""
+        total = 0
+        for shape in self.new_parameters.values():
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+        return total
+
+    def describe(self) -> str:
+        """Say in a phrase how the route works, for `bake inspect` and announcements."""
+        names = ", ".join(slot.bias.partition("{layer}.")[2] for slot in self.slots)
+        how = "already there" if self.route == "native" else f"created by {' + '.join(self.flags)}"
+        return f"{names} ({how})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json` and `--json`."""
+        return {
+            "site": self.site,
+            "route": self.route,
+            "kind": self.kind,
+            "flags": dict(self.flags),
+            "slots": [slot.to_dict() for slot in self.slots],
+            "added_values": self.added_values,
+            "twin": self.twin.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What bake knows of an architecture: its layers, the exact routes, and the refusals."""
+
+    architecture: str
+    model_type: str
+    layer_count: int
+    hidden_size: int
+    structure: LayerStructure
+    prefix: str
+    routes: tuple[SiteRoute, ...]
+    refusals: Mapping[str, str]
+
+    def choose(
+        self, site: str, *, kind: str | None = None, found_at: str | None = None
+    ) -> SiteRoute:
+        """Return the route for a site, or for `auto` the first exact site in the order of preference.
+
+        kind: "norm" or "projection" where a site has both. found_at: the site of a given direction;
+        `auto` considers only sites that suit it. Raises UnsupportedError with the reason and what
+        works instead.
+        """
+        if site != "auto":
+            check_site(site)
+        candidates = [
+            route
+            for route in self.routes
+            if site in ("auto", route.site)
+            and (kind is None or route.kind == kind)
+            and (site != "auto" or found_at is None or suits(found_at, route.site))
+        ]
+        if candidates:
+            return min(candidates, key=lambda route: _PREFERENCE.index(route.site))
+        instead = ", ".join(dict.fromkeys(route.site for route in self.routes)) or "no site"
+        wanted = "no site that suits the direction" if site == "auto" else site
+        reason = self.refusals.get(site, f"no {kind or 'such'} slot")
+        raise UnsupportedError(
+            f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "architecture": self.architecture,
+            "model_type": self.model_type,
+            "layer_count": self.layer_count,
+            "hidden_size": self.hidden_size,
+            "structure": asdict(self.structure),
+            "routes": [route.to_dict() for route in self.routes],
+            "refusals": dict(self.refusals),
+        }
+
+
+# The order in which `--site auto` considers sites (DESIGN: residual writes first).
+_PREFERENCE = ("mlp_out", "attn_out", "attn_in", "mlp_in")
+
+
+def examine(config: PreTrainedConfig) -> Anatomy:
+    """Find every exact route of a configuration's architecture, each proven on its twin.
+
+    Takes a second; touches no weight of the model. Raises UnsupportedError where transformers has no
+    causal language model for the configuration or it has no list of decoder layers.
+    """
+    with single_thread():
+        return _Examination(config).anatomy()
+
+
+class _Examination:
+    """The working state of `examine`: the twin, its flags, and the structure they agree on."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        try:
+            self.real = build_on_meta(config)
+        except ValueError:
+            raise UnsupportedError(
+                f"transformers has no causal language model for model type {config.model_type!r}"
+            ) from None
+        self.layers, self.layer_count = find_decoder_layers(self.real)
+        self.twin = Twin(config)
+        self.effects = find_bias_flags(self.twin.config)
+        self.structure = self._structure()
+
+    def anatomy(self) -> Anatomy:
+        routes: list[SiteRoute] = []
+        refusals: dict[str, str] = {}
+        for site in SITES:
+            found, reasons = self._routes(site)
+            routes += found
+            if not found:
+                refusals[site] = "; ".join(dict.fromkeys(reasons))
+        return Anatomy(
+            architecture=type(self.real).__name__,
+            model_type=self.config.model_type,
+            layer_count=self.layer_count,
+            hidden_size=int(self.config.get_text_config().hidden_size),
+            structure=self.structure,
+            prefix=f"{getattr(self.real, 'base_model_prefix', '')}.",
+            routes=tuple(routes),
+            refusals=refusals,
+        )
+
+    @cached_property
+    def flagged(self) -> nn.Module:
+        """The twin with every usable flag set at once."""
+        return self.twin.with_flags({effect.path: effect.value for effect in self.effects})
+
+    def _structure(self) -> LayerStructure:
+        proposed = find_structure(self.twin.model, self.layers, layer=1)
+        scale = measure_attention_scale(self.twin, proposed)
+        if scale is None:
+            return replace(proposed, before_mlp=None)
+        return replace(proposed, attention_scale=scale)
+
+    def _routes(self, site: str) -> tuple[list[SiteRoute], list[str]]:
+        try:
+            capture_location(site, self.structure)
+        except UnsupportedError:
+            if site == "attn_out":
+                return [], ["attention's output is not simply added to the residual stream"]
+            return [], [f"the decoder layer has no module whose activation is {DESCRIPTIONS[site]}"]
+        found: list[SiteRoute] = []
+        reasons: list[str] = []
+        for proposal in propose_slots(self.twin, self.flagged, self.structure, site):
+            if any(route.kind == proposal.kind for route in found):
+                continue  # One proven slot of a kind is enough.
+            if proposal.missing:
+                names = ", ".join(proposal.missing)
+                reasons.append(f"no flag of the config creates {names}")
+                continue
+            route = self._prove(site, proposal)
+            if route.twin.passed:
+                found.append(route)
+            else:
+                reasons.append(str(route.twin.reason))
+        if not found and not reasons:
+            reasons.append(self._why_no_slot(site))
+        return found, reasons
+
+    def _prove(self, site: str, proposal: Proposal) -> SiteRoute:
+        flags = self._flags_for(proposal)
+        route = SiteRoute(
+            site=site,
+            route="flag" if flags else "native",
+            kind=proposal.kind,
+            flags=flags,
+            slots=proposal.slots,
+            new_parameters=added_parameters(self.config, flags) if flags else {},
+            twin=TwinVerdict(0.0, 0.0, 0.0, False),
+        )
+        layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
+        slots = {layer: route.slots_of(layer) for layer in layers}
+        return replace(route, twin=self.twin.prove(self.structure, site, flags, slots))
+
+    def _flags_for(self, proposal: Proposal) -> dict[str, Any]:
+        """Return the flags that create the slots; all usable ones if no single flag does."""
+        present = {name for name, _ in self.twin.model.named_parameters()}
+        wanted = {slot.bias.format(layer=1) for slot in proposal.slots} - present
+        needed: dict[str, FlagEffect] = {}
+        for name in sorted(wanted):
+            creating = [effect for effect in self.effects if name in effect.adds]
+            if not creating:
+                return {effect.path: effect.value for effect in self.effects}
+            needed[creating[0].path] = creating[0]
+        return {path: effect.value for path, effect in needed.items()}
+
+    def _why_no_slot(self, site: str) -> str:
+        block = self.structure.attention if site == "attn_out" else self.structure.mlp
+        tried = ", ".join(effect.path for effect in self.effects) or "none that creates one"
+        return f"{block} has no bias that moves only this activation (bias flags of the config: {tried})"

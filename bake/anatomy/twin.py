@@ -1,0 +1,212 @@
+"""The twin: a small random model of the same architecture, on which every route is proven.
+
+A route is believed when, on the twin, a zero push changes nothing, a real push equals the hook, and
+the saved model reloads cleanly. What is tried here costs milliseconds; what it saves is a checkpoint
+of many gigabytes that reloads as the base model.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.anatomy.flags import with_flags
+from bake.anatomy.shrink import VOCABULARY, shrink
+from bake.loading import load_report, quiet_transformers
+from bake.sites import LayerStructure, Slot
+from bake.steering import steered
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+ZERO_PUSH_TOLERANCE = 1e-6  # relative to the largest logit, float32
+PUSH_TOLERANCE = 1e-4  # relative to the largest effect, float32
+
+
+@dataclass(frozen=True)
+class TwinVerdict:
+    """What the twin showed: relative errors in float32, and whether the reload was clean.
+
+    zero_push_error: max|Δlogit| / max|logit| with every new bias zero. push_error: max|baked − hooked|
+    / max|hooked − base|. effect: max|hooked − base| in units of the logits' standard deviation.
+    """
+
+    zero_push_error: float
+    push_error: float
+    effect: float
+    reload_clean: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the route is exact on the twin."""
+        return (
+            self.zero_push_error <= ZERO_PUSH_TOLERANCE
+            and self.push_error <= PUSH_TOLERANCE
+            and self.effect > 1e-3
+            and self.reload_clean
+        )
+
+    @property
+    def reason(self) -> str | None:
+        """Why the route is refused; None when it passed."""
+        if self.passed:
+            return None
+        if not self.reload_clean:
+            return "the saved twin does not reload cleanly"
+        if self.zero_push_error > ZERO_PUSH_TOLERANCE:
+            return f"on the twin a zero push moves the logits by {self.zero_push_error:.1e}"
+        if self.effect <= 1e-3:
+            return "on the twin the hook has no effect"
+        return f"on the twin the baked push differs from the hook by {self.push_error:.1e} of its effect"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`."""
+        return {**asdict(self), "passed": self.passed}
+
+
+class Twin:
+    """A small random float32 model of a config's architecture, with its token ids and base logits."""
+
+    def __init__(self, config: PreTrainedConfig, seed: int = 0) -> None:
+        import torch
+
+        self.config = shrink(config)
+        self.model = build_random(self.config, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.input_ids = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
+        self.logits = self.run(self.model)
+
+    def run(
+        self, model: nn.Module, context: AbstractContextManager[None] | None = None
+    ) -> torch.Tensor:
+        """Return the logits (batch, positions, vocabulary) of the twin's tokens, float32."""
+        import torch
+
+        with torch.no_grad(), context or nullcontext():
+            logits: torch.Tensor = model(input_ids=self.input_ids, use_cache=False).logits
+        return logits.float()
+
+    def with_flags(self, flags: Mapping[str, Any]) -> nn.Module:
+        """Return the twin with the flags set: the same weights, every new bias zero."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with quiet_transformers():
+            model: nn.Module = AutoModelForCausalLM.from_config(with_flags(self.config, flags))
+        model.eval()
+        old = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                parameter.copy_(old[name]) if name in old else parameter.zero_()
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+        return model
+
+    def prove(
+        self,
+        structure: LayerStructure,
+        site: str,
+        flags: Mapping[str, Any],
+        slots: Mapping[int, Sequence[Slot]],
+    ) -> TwinVerdict:
+        """Fold a random push into `slots` on every layer they cover, reload, and compare with the hook."""
+        import torch
+
+        generator = torch.Generator().manual_seed(7)
+        push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in slots}
+        hooked = self.run(self.model, steered(self.model, structure, site, push))
+        effect = (hooked - self.logits).abs().max().item()
+
+        flagged = self.with_flags(flags)
+        unpushed, clean_before = self._reload(flagged)
+        fold(flagged, slots, push)
+        baked, clean_after = self._reload(flagged)
+        return TwinVerdict(
+            zero_push_error=_largest(unpushed - self.logits) / _largest(self.logits),
+            push_error=_largest(baked - hooked) / max(effect, 1e-12),
+            effect=effect / self.logits.std().item(),
+            reload_clean=clean_before and clean_after,
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the twin's residual stream."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def _reload(self, model: nn.Module) -> tuple[torch.Tensor, bool]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with tempfile.TemporaryDirectory() as directory, quiet_transformers():
+            model.save_pretrained(Path(directory))  # type: ignore[operator]
+            reloaded, report = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, output_loading_info=True
+            )
+        return self.run(reloaded.eval()), not any(load_report(report).values())
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one thread: on tensors this small, threads spend their time waiting for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
+    """Build a float32 model whose every parameter is random, biases and norms included.
+
+    Zero-initialised biases and unit norms would hide mistakes: a wrong slot could look right.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    with quiet_transformers():
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32
+        ).eval()
+    torch.random.set_rng_state(torch_state)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            spread = (
+                0.1 if parameter.ndim < 2 else 0.7 / max(8, min(parameter.shape[-1], 64)) ** 0.5
+            )
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model
+
+
+def fold(
+    model: nn.Module, slots: Mapping[int, Sequence[Slot]], push: Mapping[int, torch.Tensor]
+) -> None:
+    """Add every slot's delta to a model in memory; the arithmetic that the plan does on disk."""
+    import torch
+
+    with torch.no_grad():
+        for layer, layer_slots in slots.items():
+            for slot in layer_slots:
+                weight = model.get_parameter(slot.weight) if slot.weight else None
+                bias = model.get_parameter(slot.bias)
+                bias.copy_(bias.double() + slot.delta(push[layer], weight))
+
+
+def _largest(values: torch.Tensor) -> float:
+    return values.abs().max().item()

@@ -1,0 +1,128 @@
+"""The same as the commands, as Python functions: plain values in, frozen dataclasses out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake import contrast, pipeline
+from bake.anatomy import Anatomy
+from bake.direction import Direction, direction_bytes
+from bake.errors import OutputError
+from bake.norms import ActivationNorms, measure_norms
+from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.recipe import make_recipe
+from bake.verification import Verification
+from bake.verification import verify as verify_directory
+
+if TYPE_CHECKING:
+    from bake.hub import Publication
+
+
+def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export:
+    """Bake a direction into `model` and write the checkpoint to `output`.
+
+    options: the fields of `bake.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
+    Raises a BakeError that names what is wrong; then nothing is left at `output`.
+    """
+    paths = ("direction", "pairs", "prompts")
+    values = {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
+    return pipeline.export(make_recipe({"model": model, "output": str(output), **values}))
+
+
+def inspect(model: str, *, revision: str | None = None) -> Anatomy:
+    """Say which sites and routes of a model are exact, and why others are not."""
+    return pipeline.open_base(model, revision).anatomy
+
+
+def calibrate(
+    model: str,
+    *,
+    output: str | Path | None = None,
+    prompts: str | Path = "neutral",
+    site: str = "mlp_out",
+    statistic: str = "mean",
+    revision: str | None = None,
+) -> ActivationNorms:
+    """Measure the activation norms of every layer at a site; write them to `output` if it is given."""
+    texts = read_prompts(prompts)
+    base = pipeline.open_base(model, revision)
+    tokenizer = load_tokenizer(base.checkpoint.directory)
+    norms = measure_norms(
+        pipeline.load_base(base.checkpoint),
+        base.anatomy.structure,
+        site,
+        make_batches(encode(tokenizer, texts)),
+        range(base.anatomy.layer_count),
+        statistic=statistic,
+    )
+    if output is not None:
+        values = {"base": base.to_dict(), **norms.to_dict()}
+        _write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
+    return norms
+
+
+def extract_direction(
+    model: str,
+    *,
+    pairs: str | Path,
+    output: str | Path | None = None,
+    method: str = "mean",
+    token: str = "last",
+    site: str = "mlp_out",
+    layers: Sequence[int] | None = None,
+    revision: str | None = None,
+) -> Direction:
+    """Find one direction per layer from contrast pairs; write them to `output` if it is given."""
+    read = contrast.read_pairs(pairs)
+    base = pipeline.open_base(model, revision)
+    direction = contrast.find_direction(
+        pipeline.load_base(base.checkpoint),
+        base.anatomy.structure,
+        site,
+        load_tokenizer(base.checkpoint.directory),
+        read,
+        layers if layers is not None else range(base.anatomy.layer_count),
+        method=method,
+        token=token,
+        model_name=base.to_dict()["id"],
+    )
+    if output is not None:
+        _write_file(Path(output), direction_bytes(direction))
+    return direction
+
+
+def verify(directory: str | Path, *, base: str | None = None) -> Verification:
+    """Prove a baked directory again, from its bake.json and its base."""
+    return verify_directory(Path(directory), base)
+
+
+def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:
+    """Publish a baked directory to the Hub in one commit, and compare what arrived."""
+    from bake import hub
+
+    return hub.publish(Path(directory), repo_id, private=not public)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all; raise OutputError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+__all__ = [
+    "calibrate",
+    "export",
+    "extract_direction",
+    "inspect",
+    "publish",
+    "verify",
+]

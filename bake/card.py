@@ -1,0 +1,29 @@
+"""The story: the model card of a bake, rendered from the values that the stages returned.
+
+Templates are Jinja files in `model_cards/`, rendered with StrictUndefined: a missing value is an error,
+never an empty place in a published card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bake.resources import shipped
+
+CARD_TEMPLATE = "card.md.jinja"
+
+
+def render_card(values: Mapping[str, Any]) -> str:
+    """Return the card's Markdown. `values` are the keys of `bake.json`, see the template."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(shipped("model_cards")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML; the values are numbers and names of our own.
+    )
+    return environment.get_template(CARD_TEMPLATE).render(**values)

@@ -1,0 +1,175 @@
+"""How strongly each layer is pushed: the laws, the band, and the push they give.
+
+Pure functions of numbers and vectors: nothing here touches a model or a file. The default law and its
+source: "Calibrating activation vectors using norm" (LessWrong, JwQpzdk4kQsYdhg4N), α_l = m·μ_l/√d.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bake.errors import BakeError
+
+if TYPE_CHECKING:
+    import torch
+
+Law = Callable[[Mapping[int, float], int], dict[int, float]]
+DEFAULT_BAND = (0.4, 0.9)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+# Each law maps the band's activation norms μ_l and the hidden size d to α_l at m = 1.
+LAWS: dict[str, Law] = {
+    "inverse-sqrt-d": lambda norms, d: {layer: mu / math.sqrt(d) for layer, mu in norms.items()},
+    "sqrt-d": lambda norms, d: {layer: mu * math.sqrt(d) for layer, mu in norms.items()},
+    "norm": lambda norms, d: dict(norms),
+    "flat": lambda norms, d: dict.fromkeys(norms, _mean(list(norms.values())) / math.sqrt(d)),
+}
+DEFAULT_LAW = "inverse-sqrt-d"
+EXPLICIT_LAW = "explicit"
+
+
+@dataclass(frozen=True)
+class LayerPush:
+    """One layer's share of a push. Relative influence is coefficient / activation_norm."""
+
+    layer: int
+    activation_norm: float
+    coefficient: float
+
+    @property
+    def relative_influence(self) -> float:
+        """|α_l| / μ_l, the share of the activation's length by which it is moved."""
+        return abs(self.coefficient) / self.activation_norm
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`."""
+        return {
+            "layer": self.layer,
+            "activation_norm": self.activation_norm,
+            "coefficient": self.coefficient,
+        }
+
+
+@dataclass(frozen=True)
+class Push:
+    """{layer: α_l·û_l}, what plan, hooks and twin take, with the numbers it came from.
+
+    vectors: {0-based layer: (hidden_size,) float32 tensor}. directions: the unit vectors û_l.
+    """
+
+    law: str
+    multiplier: float
+    band: tuple[int, int]
+    hidden_size: int
+    layers: tuple[LayerPush, ...]
+    directions: Mapping[int, torch.Tensor]
+
+    @property
+    def vectors(self) -> dict[int, torch.Tensor]:
+        """The push itself: coefficient × unit vector, rounded once to float32."""
+        return {
+            entry.layer: (self.directions[entry.layer].double() * entry.coefficient).float()
+            for entry in self.layers
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`."""
+        return {
+            "law": self.law,
+            "multiplier": self.multiplier,
+            "band": list(self.band),
+            "hidden_size": self.hidden_size,
+            "layers": [entry.to_dict() for entry in self.layers],
+        }
+
+
+def band_layers(layer_count: int, band: tuple[float, float] = DEFAULT_BAND) -> range:
+    """Return the 0-based layers of a band given as shares of the depth.
+
+    `range(int(start·L), int(stop·L))`. Raises BakeError where the band holds no layer.
+    """
+    start, stop = band
+    # The tolerance keeps 0.7 · 10 = 7.000000000000001 and its mirror from moving a layer.
+    layers = range(int(start * layer_count + 1e-9), int(stop * layer_count + 1e-9))
+    if not layers or not 0 <= start < stop <= 1:
+        raise BakeError(
+            f"the band {100 * start:g}:{100 * stop:g} % of {layer_count} layers holds no layer; "
+            f"give one such as --band 40:90"
+        )
+    return layers
+
+
+def parse_band(text: str) -> tuple[float, float]:
+    """Parse '40:90' (per cent of the depth) into shares of the depth."""
+    try:
+        start, stop = (float(part) / 100 for part in text.split(":"))
+    except ValueError:
+        raise BakeError(f"the band {text!r} is not START:STOP in per cent, such as 40:90") from None
+    return start, stop
+
+
+def parse_coefficients(text: str) -> dict[int, float]:
+    """Parse '6=0.5,8=1.0' into {0-based layer: coefficient}."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        coefficients = {int(layer): float(value) for layer, value in pairs}
+    except ValueError:
+        raise BakeError(
+            f"the coefficients {text!r} are not LAYER=VALUE,…, such as 6=0.5,8=1.0"
+        ) from None
+    if len(coefficients) != len(pairs):
+        raise BakeError(f"the coefficients {text!r} name a layer twice")
+    return coefficients
+
+
+def compute_push(
+    norms: Mapping[int, float],
+    directions: Mapping[int, torch.Tensor],
+    *,
+    hidden_size: int,
+    multiplier: float = 1.0,
+    law: str = DEFAULT_LAW,
+    explicit: Mapping[int, float] | None = None,
+) -> Push:
+    """Return the push of a band.
+
+    norms: {layer: μ_l} for the band's layers. directions: {layer: unit (hidden_size,) tensor} for at
+    least these. explicit: per-layer coefficients that replace the law; m still multiplies them.
+    Raises BakeError for an unknown law, a multiplier of zero, or a norm that is not a positive number.
+    """
+    if multiplier == 0 or not math.isfinite(multiplier):
+        raise BakeError(
+            f"multiplier {multiplier:g} steers nothing; give a number other than 0, such as 1.0"
+        )
+    for layer, norm in norms.items():
+        if not (math.isfinite(norm) and norm > 0):
+            raise BakeError(
+                f"the activation norm of layer {layer} is {norm}, not a positive number"
+            )
+    if explicit is not None:
+        law = EXPLICIT_LAW
+        unit = {layer: explicit[layer] for layer in norms}
+    elif law in LAWS:
+        unit = LAWS[law](norms, hidden_size)
+    else:
+        raise BakeError(f"unknown law {law!r}; the laws are {', '.join(LAWS)}")
+    layers = tuple(
+        LayerPush(layer, float(norms[layer]), multiplier * unit[layer]) for layer in sorted(norms)
+    )
+    if not any(entry.coefficient for entry in layers):
+        raise BakeError("every coefficient is 0, which steers nothing; give at least one other")
+    return Push(
+        law=law,
+        multiplier=multiplier,
+        band=(layers[0].layer, layers[-1].layer + 1),
+        hidden_size=hidden_size,
+        layers=layers,
+        directions={entry.layer: directions[entry.layer] for entry in layers},
+    )

@@ -1,0 +1,112 @@
+"""A Hub id becomes a directory: the files of a checkpoint that bake needs, through the Hub's cache.
+
+Only what a bake uses is fetched: the config, the companions, and the safetensors weights that
+transformers would load, never other copies of them. `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and
+`HF_ENDPOINT` are huggingface_hub's business. What the files hold is `checkpoint`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bake.companions import CHAT_TEMPLATES, NOT_CARRIED
+from bake.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """Fetch `model_id` into the Hub's cache; returns (snapshot directory, commit sha).
+
+    What is in the cache already is not fetched again. Raises CheckpointError, one line with the
+    remedy, when the id, the revision or the Hub cannot be reached.
+    """
+    unwanted = [pattern for pattern in NOT_CARRIED if pattern != "config.json"]
+    directory = _fetch(model_id, revision, ignore_patterns=[*unwanted, "*/*"])
+    sha = directory.name if COMMIT_SHA.fullmatch(directory.name) else None
+    pinned = sha or revision  # nobody can push between this request and the next
+    _fetch(model_id, pinned, allow_patterns=[INDEX_FILE, f"{CHAT_TEMPLATES}/*"])
+    weights = named_weights(_read_json(directory / "config.json")) or SINGLE_FILE
+    _fetch(model_id, pinned, allow_patterns=[weights])
+    if not (directory / weights).exists() and weights == SINGLE_FILE:
+        weights = INDEX_FILE
+    if weights.endswith(".index.json"):
+        weight_map = _read_json(directory / weights).get("weight_map")
+        listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        shards = sorted(name for name in listed if isinstance(name, str))
+        if shards:
+            _fetch(model_id, pinned, allow_patterns=shards)
+    return directory, sha
+
+
+def named_weights(config: Any) -> str | None:
+    """The weight file or index that the config names itself, which transformers loads first."""
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`, or {}: `checkpoint` says what is wrong with the file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _fetch(
+    model_id: str,
+    revision: str | None,
+    allow_patterns: Sequence[str] | None = None,
+    ignore_patterns: Sequence[str] | None = None,
+) -> Path:
+    """One snapshot_download, with its many ways to fail told in one line each."""
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    # The HTTP library has changed under huggingface_hub before; the base class of its own error is
+    # the one place that always knows which one it is.
+    http_error = hub_errors.HfHubHTTPError.__mro__[1]
+    try:
+        path = snapshot_download(
+            model_id,
+            revision=revision,
+            allow_patterns=None if allow_patterns is None else list(allow_patterns),
+            ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
+        )
+    except (hub_errors.HFValidationError, http_error, OSError) as error:
+        problem = _explain(error, model_id, revision)
+        raise CheckpointError(f"{model_id} cannot be opened: {problem}.") from error
+    return Path(path)
+
+
+def _explain(error: Exception, model_id: str, revision: str | None) -> str:
+    """What an error of the Hub means to somebody who wanted to open a model, and the remedy."""
+    from huggingface_hub import errors as hub_errors
+
+    login = "log in with `hf auth login` or HF_TOKEN"
+    match error:
+        case hub_errors.HFValidationError():
+            return "it is neither a directory nor a well-formed Hub id (organisation/name)"
+        case hub_errors.GatedRepoError():  # before its parent, the next one
+            return f"it is gated: accept its terms at https://huggingface.co/{model_id} and {login}"
+        case hub_errors.RepositoryNotFoundError():
+            return (
+                "it is no directory here, and the Hub shows no such model: check the spelling, or "
+                f"{login} if it is private"
+            )
+        case hub_errors.RevisionNotFoundError():
+            return f"it has no revision {revision}: give a branch, tag or commit that exists"
+        case hub_errors.LocalEntryNotFoundError():
+            return (
+                "it is no directory here and not, or not completely, in the Hub's cache, and the "
+                "Hub cannot be reached: go online, unset HF_HUB_OFFLINE, or give a local directory"
+            )
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return f"the download failed ({reason}): try again, what has arrived is kept"

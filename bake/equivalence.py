@@ -1,0 +1,274 @@
+"""The proof: does the baked checkpoint do what the hooked model does?
+
+`bake.observation` runs the models; here the runs are compared and judged. Two kinds of error are told
+apart, because the remedies differ: *mechanism*, the route is wrong, and *representation*, the stored
+dtype cannot hold the push.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from bake.checkpoint import Checkpoint
+from bake.edits import Add
+from bake.errors import EquivalenceError
+from bake.observation import (
+    NEW_TOKENS,
+    BakedRun,
+    Continuations,
+    Exam,
+    Logits,
+    PlainRun,
+    Reference,
+    Report,
+    StoredBase,
+    distance,
+    joined,
+    run_baked,
+    run_plain,
+    run_reference,
+    run_stored_base,
+)
+from bake.plan import Plan
+
+if TYPE_CHECKING:
+    from bake.coefficients import Push
+    from bake.prompts import Encoded
+    from bake.sites import LayerStructure
+
+MECHANISM_TOLERANCE = 1e-4
+PADDING_TOLERANCE = 1e-4  # relative to the largest logit
+# Bounds on the relative error of what is stored: {dtype: (new slots, patched slots)}.
+TOLERANCES = {
+    "float32": (1e-4, 1e-4),
+    "float16": (2e-3, 5e-3),
+    "bfloat16": (5e-3, 2e-2),
+}
+REPRESENTATION_WARNING = 0.02
+MAX_PROMPTS, MAX_TOKENS = 16, 48
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A prompt by which anyone can see whether an engine dropped the biases: greedy continuations."""
+
+    prompt: str
+    base: str
+    baked: str
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What the proof showed. Errors are relative to the largest effect of the push on a logit.
+
+    mechanism_error: slots held at exact old + push in float32. relative_error: what is stored, in
+    float32 arithmetic. representation_error: of the slots themselves. effect: max_effect in units of
+    the logits' standard deviation. plain_effect: max|Δlogit| between base and baked in the plain
+    process. scaled_by: the factor on the push in the mechanism check. kl, top1_agreement: the stored
+    dtype against the hooked base in the same dtype, in nats and as a share of positions.
+    """
+
+    mechanism_error: float
+    relative_error: float
+    representation_error: float
+    tolerance: float
+    max_effect: float
+    effect: float
+    plain_effect: float
+    scaled_by: float
+    slots_exact: bool
+    loading_info_clean: bool
+    loading_info: Report
+    greedy_equal: bool
+    greedy_equal_stored: bool
+    padding_error: float
+    kl: float
+    top1_agreement: float
+    prompts: int
+    stored_dtype: str
+    rounding_allowed: bool
+    canary: Canary | None
+    failures: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`, the card and `--json`."""
+        return {**asdict(self), "passed": self.passed}
+
+    def raise_if_failed(self) -> None:
+        """Raise EquivalenceError with every failure in one line."""
+        if self.failures:
+            raise EquivalenceError("not equivalent: " + "; ".join(self.failures))
+
+
+def prove_equivalence(
+    base: Checkpoint,
+    baked: Checkpoint,
+    structure: LayerStructure,
+    plan: Plan,
+    push: Push,
+    tokenizer: Any,
+    encoded: Sequence[Encoded],
+    *,
+    allow_rounding: bool = False,
+) -> Equivalence:
+    """Compare a baked directory with the hooked base on prompts that are not the calibration's.
+
+    Raises EquivalenceError where nothing can be compared: a push without effect, a baked directory
+    that does not load. What was compared and differs is in the result's `failures`.
+    """
+    exam = Exam(structure, plan.route.site, push, tuple(encoded)[:MAX_PROMPTS])
+    dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
+    reference = run_reference(base.directory, exam)
+    plain = run_plain(baked.directory, exam)
+    stored_base = run_stored_base(base.directory, exam, dtype)
+    run = run_baked(baked.directory, exam, plan, reference.factor)
+    kl, top1 = _agreement(plain.logits, stored_base.hooked)
+    result = Equivalence(
+        mechanism_error=_relative(run.exact, reference.scaled, reference.base),
+        relative_error=_relative(run.stored, reference.hooked, reference.base),
+        representation_error=plan.representation_error,
+        tolerance=TOLERANCES[dtype][0 if plan.slots_are_new else 1],
+        max_effect=reference.max_effect,
+        effect=reference.max_effect / reference.deviation,
+        plain_effect=distance(plain.logits, stored_base.base),
+        scaled_by=reference.factor,
+        slots_exact=_slots_exact(baked, plan),
+        loading_info_clean=not any(_beyond(plain.report, reference.report).values()),
+        loading_info=plain.report,
+        greedy_equal=run.greedy == reference.greedy,
+        greedy_equal_stored=plain.continuations == stored_base.hooked_greedy,
+        padding_error=run.padding_error,
+        kl=kl,
+        top1_agreement=top1,
+        prompts=len(exam.encoded),
+        stored_dtype=dtype,
+        rounding_allowed=allow_rounding,
+        canary=_find_canary(tokenizer, exam, stored_base, plain),
+    )
+    failures = list(_find_failures(result, plan, run, reference, plain))
+    return replace(
+        result, failures=tuple(failures), warnings=tuple(_find_warnings(result, reference))
+    )
+
+
+def _find_failures(
+    result: Equivalence, plan: Plan, run: BakedRun, reference: Reference, plain: PlainRun
+) -> Iterator[str]:
+    """Yield everything that is wrong, each in a phrase with its remedy."""
+    if result.plain_effect == 0:
+        yield "the reloaded model is the base model: the push was dropped on loading"
+    if not result.loading_info_clean:
+        entries = "; ".join(
+            f"{kind.replace('_', ' ')} {_some(names)}"
+            for kind, names in _beyond(plain.report, reference.report).items()
+            if names
+        )
+        yield f"transformers does not load it cleanly: {entries}"
+    if run.missing:
+        yield f"mechanism: the reloaded model has no parameter {_some(run.missing)}"
+    if not result.slots_exact:
+        yield "mechanism: a stored slot is not cast(old + push), bit for bit"
+    # Written so that a NaN fails.
+    if not result.mechanism_error <= MECHANISM_TOLERANCE:
+        yield (
+            f"mechanism: hooked and baked differ by {result.mechanism_error:.1e} of the effect with "
+            f"exact slots (bound {MECHANISM_TOLERANCE:.0e}); the route is wrong"
+        )
+    elif not result.greedy_equal:
+        yield f"mechanism: greedy continuations of {NEW_TOKENS} tokens differ with exact slots"
+    elif not result.relative_error <= result.tolerance and not result.rounding_allowed:
+        yield _representation_failure(result, plan)
+    if not result.padding_error <= PADDING_TOLERANCE:
+        yield (
+            f"padded and unpadded batches differ by {result.padding_error:.1e} of the largest logit"
+        )
+
+
+def _representation_failure(result: Equivalence, plan: Plan) -> str:
+    remedy = "a smaller multiplier" if result.stored_dtype == "float32" else "--dtype float32"
+    if not plan.slots_are_new:
+        remedy = f"another site or slot, one whose bias is new or small, or {remedy}"
+    return (
+        f"representation: {result.stored_dtype} holds the push to "
+        f"{result.representation_error:.1%} only, and the stored model is "
+        f"{result.relative_error:.1e} of the effect from the hooked one (bound "
+        f"{result.tolerance:.0e}); try {remedy}, or accept it with --allow-rounding"
+    )
+
+
+def _find_warnings(result: Equivalence, reference: Reference) -> Iterator[str]:
+    if result.representation_error > REPRESENTATION_WARNING:
+        yield f"{result.stored_dtype} holds the push to {result.representation_error:.1%} only"
+    if result.rounding_allowed and not result.relative_error <= result.tolerance:
+        yield (
+            f"rounding accepted: the stored model is {result.relative_error:.1e} of the effect "
+            f"from the hooked one (bound {result.tolerance:.0e})"
+        )
+    if any(reference.report.values()):
+        yield "the base itself does not load cleanly; only what is new counts here"
+    if result.canary is None:
+        yield "no canary: base and baked continue every equivalence prompt alike"
+
+
+def _slots_exact(baked: Checkpoint, plan: Plan) -> bool:
+    """Whether every slot on disk holds cast(old + push), and every other new parameter zero."""
+    import torch
+
+    expected = {edit.name: edit.stored for edit in plan.slot_edits}
+    expected |= {edit.name: edit.tensor for edit in plan.edits if isinstance(edit, Add)}
+    for name, tensor in expected.items():
+        if name not in baked.tensors:
+            return False
+        found = baked.read(name)
+        if found.dtype != tensor.dtype or not torch.equal(found, tensor):
+            return False
+    return True
+
+
+def _relative(found: Logits, hooked: Logits, base: Logits) -> float:
+    """Return max|found − hooked| / max|hooked − base|."""
+    return distance(found, hooked) / distance(hooked, base)
+
+
+def _agreement(found: Logits, expected: Logits) -> tuple[float, float]:
+    """Return mean KL(expected ‖ found) in nats per position and the share of equal top tokens."""
+    from torch.nn import functional as F
+
+    left, right = joined(found), joined(expected)
+    kl = F.kl_div(
+        left.log_softmax(-1), right.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    top1 = (left.argmax(-1) == right.argmax(-1)).double().mean()
+    return max(float(kl.mean()), 0.0), float(top1)
+
+
+def _find_canary(
+    tokenizer: Any, exam: Exam, stored_base: StoredBase, plain: PlainRun
+) -> Canary | None:
+    """Return the first prompt whose greedy continuation differs between base and baked."""
+    before: Continuations = stored_base.greedy
+    for prompt, base, baked in zip(exam.canaries, before, plain.continuations, strict=True):
+        if base != baked:
+            texts = (
+                tokenizer.decode(list(ids), skip_special_tokens=True)
+                for ids in (prompt, base, baked)
+            )
+            return Canary(*texts)
+    return None
+
+
+def _beyond(report: Report, base: Report) -> Mapping[str, list[str]]:
+    """Return what a loading report has beyond the base's own."""
+    return {kind: sorted(set(names) - set(base.get(kind, ()))) for kind, names in report.items()}
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,30 @@
+"""Small things about loading with transformers that several stages need in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+REPORT_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def load_report(info: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return transformers' `output_loading_info` as four sorted lists of plain strings."""
+    return {name: sorted(str(entry) for entry in info.get(name, ())) for name in REPORT_SETS}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' log and progress bars: bake reads the loading report itself."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

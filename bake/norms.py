@@ -1,0 +1,174 @@
+"""Measure: the mean L2 norm of the activation at a site, layer by layer, on calibration prompts.
+
+Every content token's norm is kept (8 bytes each), so medians are exact and several processes can put
+their tokens together. Tokens above 10 × their layer's median are dropped: they are massive
+activations (arXiv 2402.17762) that would inflate the mean 2-13 times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bake.errors import BakeError, PromptError
+from bake.model import LoadedModel, run_layers
+from bake.progress import track
+from bake.prompts import TokenBatch
+from bake.sites import LayerStructure
+from bake.steering import captured, submodule
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+OUTLIER_FACTOR = 10.0
+STATISTICS = ("mean", "median")
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """One layer's content-token norms, outliers dropped. `spread` is their standard deviation."""
+
+    layer: int
+    mean: float
+    median: float
+    spread: float
+    tokens: int
+    dropped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for files and `--json`."""
+        return {
+            "layer": self.layer,
+            "mean": self.mean,
+            "median": self.median,
+            "spread": self.spread,
+            "tokens": self.tokens,
+            "dropped": self.dropped,
+        }
+
+
+@dataclass(frozen=True)
+class ActivationNorms:
+    """μ_l of the unsteered base at one site, for the measured layers."""
+
+    site: str
+    statistic: str
+    hidden_size: int
+    prompts: int
+    layers: tuple[LayerNorms, ...]
+
+    def values(self) -> dict[int, float]:
+        """Return {layer: μ_l} by the chosen statistic."""
+        return {entry.layer: getattr(entry, self.statistic) for entry in self.layers}
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of content tokens dropped as massive activations, over all layers."""
+        seen = sum(entry.tokens + entry.dropped for entry in self.layers)
+        return sum(entry.dropped for entry in self.layers) / seen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for files and `--json`."""
+        return {
+            "site": self.site,
+            "statistic": self.statistic,
+            "hidden_size": self.hidden_size,
+            "prompts": self.prompts,
+            "dropped_share": self.dropped_share,
+            "layers": [entry.to_dict() for entry in self.layers],
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ActivationNorms:
+        """Read what `to_dict` wrote; raise BakeError where it is something else."""
+        try:
+            return ActivationNorms(
+                site=values["site"],
+                statistic=values["statistic"],
+                hidden_size=int(values["hidden_size"]),
+                prompts=int(values["prompts"]),
+                layers=tuple(LayerNorms(**entry) for entry in values["layers"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BakeError(
+                f"the calibration is not what bake calibrate writes: {error!r}"
+            ) from None
+
+
+def measure_norms(
+    loaded: LoadedModel,
+    structure: LayerStructure,
+    site: str,
+    batches: Sequence[TokenBatch],
+    layers: Sequence[int],
+    *,
+    statistic: str = "mean",
+) -> ActivationNorms:
+    """Measure μ_l for `layers` (0-based); the forward stops after the last of them.
+
+    Raises PromptError where the prompts hold no content token, BakeError for an unknown statistic or
+    an activation that is not finite.
+    """
+    if statistic not in STATISTICS:
+        raise BakeError(f"unknown statistic {statistic!r}; one of {', '.join(STATISTICS)}")
+    if not any(bool(batch.content_mask.any()) for batch in batches):
+        raise PromptError(
+            "the prompts hold no content tokens: only padding, the first token or special tokens; "
+            "give longer prompts"
+        )
+    token_norms = collect_token_norms(loaded, structure, site, batches, layers)
+    return ActivationNorms(
+        site=site,
+        statistic=statistic,
+        hidden_size=loaded.hidden_size,
+        prompts=sum(len(batch.indices) for batch in batches),
+        layers=tuple(summarise(layer, token_norms[layer]) for layer in layers),
+    )
+
+
+def collect_token_norms(
+    loaded: LoadedModel,
+    structure: LayerStructure,
+    site: str,
+    batches: Sequence[TokenBatch],
+    layers: Sequence[int],
+) -> dict[int, np.ndarray]:
+    """Return {layer: float64 norms of all content tokens}."""
+    import numpy as np
+
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    current: list[TokenBatch] = []
+
+    def receive(layer: int, activation: torch.Tensor) -> None:
+        mask = current[-1].content_mask.to(activation.device)
+        norms = activation[mask].float().norm(dim=-1).double()
+        found[layer].append(norms.cpu().numpy())
+
+    last = submodule(loaded.model, structure, max(layers), "")
+    with captured(loaded.model, structure, site, list(layers), receive):
+        run_layers(loaded, track(batches, "calibrating"), last, current.append)
+    return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
+
+
+def summarise(layer: int, norms: np.ndarray) -> LayerNorms:
+    """Drop the massive activations of one layer's token norms and describe the rest."""
+    import numpy as np
+
+    if not np.isfinite(norms).all():
+        raise BakeError(
+            f"layer {layer} gives activations that are not finite; "
+            "the base itself is broken in this dtype, try --dtype float32"
+        )
+    # Sorting makes the sum, and so the mean, independent of batches and prompt order to the last bit.
+    norms = np.sort(norms)
+    kept = norms[norms <= OUTLIER_FACTOR * np.median(norms)]
+    return LayerNorms(
+        layer=layer,
+        mean=float(kept.mean()),
+        median=float(np.median(kept)),
+        spread=float(kept.std()),
+        tokens=len(kept),
+        dropped=len(norms) - len(kept),
+    )

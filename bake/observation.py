@@ -1,0 +1,233 @@
+"""What the models do: the runs that a proof of equivalence compares, and no judgement.
+
+Four runs, one model in memory at a time: the base in float32, alone and hooked (the reference); the
+baked directory in a plain process, in its stored dtype; the base in that dtype, alone and hooked; and
+the baked directory in float32, as stored and with its slots held at exact values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bake.coefficients import Push
+from bake.errors import EquivalenceError
+from bake.model import LoadedModel, compute_logits, continue_greedily, default_device, load_model
+from bake.plan import Plan
+from bake.progress import track
+from bake.prompts import Encoded, make_batches
+from bake.sites import LayerStructure
+from bake.steering import steered
+
+if TYPE_CHECKING:
+    import torch
+
+SMALL_EFFECT = 1e-2  # of the logits' standard deviation; below it the check scales the push up
+NEW_TOKENS = 20
+CANARY_TOKENS = 12
+CANARIES = 4
+
+Logits = list["torch.Tensor"]
+Continuations = list[list[int]]
+Report = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What every run is given: the encoded prompts, the canary prompts, site, push and device."""
+
+    structure: LayerStructure
+    site: str
+    push: Push
+    encoded: tuple[Encoded, ...]
+    device: torch.device | None = None
+
+    @property
+    def canaries(self) -> list[tuple[int, ...]]:
+        """The beginnings of the first prompts, to be continued greedily."""
+        return [text.ids[:CANARY_TOKENS] for text in self.encoded[:CANARIES]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base in float32. scaled: hooked with factor · push; max_effect: max|hooked − base|;
+    deviation: the standard deviation of the base's logits; greedy: of the scaled hooked model.
+    """
+
+    base: Logits
+    hooked: Logits
+    scaled: Logits
+    factor: float
+    max_effect: float
+    deviation: float
+    greedy: Continuations
+    report: Report
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """The base in the stored dtype, alone and hooked."""
+
+    base: Logits
+    hooked: Logits
+    greedy: Continuations
+    hooked_greedy: Continuations
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """What the plain process saw of the baked directory, in its stored dtype."""
+
+    logits: Logits
+    continuations: Continuations
+    report: Report
+
+
+@dataclass(frozen=True)
+class BakedRun:
+    """The baked directory in float32: as stored, and with every slot at exact old + factor · push.
+
+    missing: slots that the reloaded model does not have; then `exact` is what is stored. padding_error:
+    padded against single texts, relative to the largest logit.
+    """
+
+    stored: Logits
+    exact: Logits
+    greedy: Continuations
+    missing: tuple[str, ...]
+    padding_error: float
+
+
+def run_reference(directory: Path, exam: Exam) -> Reference:
+    """Run the base in float32. Raises EquivalenceError for a push that moves nothing."""
+    loaded = load_model(directory, dtype="float32", device=exam.device)
+    batches = list(track(make_batches(exam.encoded), "reference"))
+    vectors = exam.push.vectors
+    base = compute_logits(loaded, batches)
+    with steered(loaded.model, exam.structure, exam.site, vectors):
+        hooked = compute_logits(loaded, batches)
+    effect = distance(hooked, base)
+    if not math.isfinite(effect) or effect == 0:
+        found = "nothing" if effect == 0 else "the logits to values that are not finite"
+        raise EquivalenceError(
+            f"the push moves {found} on the equivalence prompts, so there is nothing to prove; "
+            f"check the direction and the multiplier"
+        )
+    deviation = float(joined(base).std())
+    factor = 1.0 if effect >= SMALL_EFFECT * deviation else deviation / effect
+    with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor):
+        scaled = hooked if factor == 1.0 else compute_logits(loaded, batches)
+        greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
+    return Reference(base, hooked, scaled, factor, effect, deviation, greedy, loaded.report)
+
+
+def run_stored_base(directory: Path, exam: Exam, dtype: str) -> StoredBase:
+    """Run the base in the stored dtype, one text at a time as the plain process does."""
+    loaded = load_model(directory, dtype=dtype, device=exam.device)
+    batches = make_batches(exam.encoded, batch_tokens=1)
+    base = compute_logits(loaded, batches)
+    greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
+    with steered(loaded.model, exam.structure, exam.site, exam.push.vectors):
+        hooked = compute_logits(loaded, batches)
+        hooked_greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
+    return StoredBase(base, hooked, greedy, hooked_greedy)
+
+
+def run_plain(directory: Path, exam: Exam) -> PlainRun:
+    """Run `bake/plain.py` in a process of its own. Raises EquivalenceError where it cannot load."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory(prefix="bake-plain-") as scratch:
+        folder = Path(scratch)
+        request = {
+            "directory": str(directory.resolve()),
+            "device": str(exam.device or default_device()),
+            "prompts": [list(text.ids) for text in exam.encoded],
+            "canaries": [list(ids) for ids in exam.canaries],
+            "new_tokens": NEW_TOKENS,
+            "logits": str(folder / "logits.safetensors"),
+            "result": str(folder / "result.json"),
+        }
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        script = Path(__file__).with_name("plain.py")
+        # -P keeps this package's folder off the path: the process must not be able to find bake's
+        # modules by accident.
+        finished = subprocess.run(
+            [sys.executable, "-P", str(script), str(folder / "request.json")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if finished.returncode != 0:
+            lines = finished.stderr.strip().splitlines() or ["no message"]
+            raise EquivalenceError(
+                f"plain transformers cannot load the baked checkpoint: {lines[-1]}"
+            )
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if result["bake_imported"]:
+            raise EquivalenceError("the plain process imported bake, so it proves nothing")
+        logits = load_file(folder / "logits.safetensors")
+    return PlainRun(
+        [logits[str(index)] for index in range(len(exam.encoded))],
+        result["continuations"],
+        result["report"],
+    )
+
+
+def run_baked(directory: Path, exam: Exam, plan: Plan, factor: float) -> BakedRun:
+    """Run the baked directory in float32, as stored and with exact slots."""
+    loaded = load_model(directory, dtype="float32", device=exam.device)
+    batches = list(track(make_batches(exam.encoded), "baked"))
+    stored = compute_logits(loaded, batches)
+    padding_error = _padding_error(loaded, exam.encoded, stored)
+    missing = tuple(edit.parameter for edit in plan.slot_edits if not _has(loaded, edit.parameter))
+    if missing:
+        return BakedRun(stored, stored, [], missing, padding_error)
+    _hold_exactly(loaded, plan, factor)
+    exact = compute_logits(loaded, batches)
+    greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
+    return BakedRun(stored, exact, greedy, missing, padding_error)
+
+
+def _has(loaded: LoadedModel, name: str) -> bool:
+    try:
+        loaded.model.get_parameter(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _hold_exactly(loaded: LoadedModel, plan: Plan, factor: float) -> None:
+    import torch
+
+    with torch.no_grad():
+        for edit in plan.slot_edits:
+            parameter = loaded.model.get_parameter(edit.parameter)
+            parameter.copy_((edit.old + factor * edit.delta).float().to(parameter.device))
+
+
+def _padding_error(loaded: LoadedModel, encoded: Sequence[Encoded], padded: Logits) -> float:
+    """Compare four texts run alone with the same texts run in padded batches."""
+    chosen = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))[:4]
+    alone = compute_logits(loaded, make_batches([encoded[i] for i in chosen], batch_tokens=1))
+    together = [padded[index] for index in chosen]
+    return distance(alone, together) / max(float(joined(together).abs().max()), 1e-12)
+
+
+def joined(logits: Logits) -> torch.Tensor:
+    """Return the texts' logits end to end, (positions of all texts, vocabulary)."""
+    import torch
+
+    return torch.cat(logits)
+
+
+def distance(left: Logits, right: Logits) -> float:
+    """Return the largest absolute difference over all texts, positions and tokens."""
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))

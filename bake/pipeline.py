@@ -1,0 +1,292 @@
+"""The pipeline: recipe in, verified directory out. Reads top to bottom as the flow in the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake import __version__
+from bake.anatomy import Anatomy, SiteRoute, examine
+from bake.card import render_card
+from bake.checkpoint import Checkpoint, open_checkpoint
+from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
+from bake.contrast import find_direction, read_pairs
+from bake.direction import Direction, direction_bytes, load_direction
+from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
+from bake.errors import BakeError, CheckpointError
+from bake.hashing import hash_files
+from bake.model import LoadedModel, load_model, read_config
+from bake.norms import ActivationNorms, measure_norms
+from bake.plan import Plan, make_plan
+from bake.progress import announce
+from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.recipe import Recipe
+from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
+from bake.resources import find_direction as find_direction_file
+from bake.sites import DESCRIPTIONS, check_direction_site
+from bake.staging import check_output, staged_directory
+from bake.timing import Stopwatch, peak_memory
+from bake.writer import copy_companions, write_config, write_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EQUIVALENCE_PROMPTS = "equivalence"
+RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that has been opened and examined: what every command starts from."""
+
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what names the base in `bake.json`: never a local path."""
+        shipped = self.checkpoint.directory.resolve() == DEMO_MODEL.resolve()
+        identity = DEMO_NAME if shipped else self.checkpoint.model_id
+        return {"id": identity, "revision": self.checkpoint.revision}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export made. `output` is the directory, everything else is in its bake.json too."""
+
+    output: Path
+    base: Base
+    push: Push
+    plan: Plan
+    norms: ActivationNorms
+    direction: Direction
+    equivalence: Equivalence
+    files: Mapping[str, Mapping[str, Any]]
+    timings: Mapping[str, float]
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "output": str(self.output),
+            **describe_bake(self.base, self.push, self.plan, self.norms, self.direction),
+            "equivalence": self.equivalence.to_dict(),
+            "files": dict(self.files),
+            "timings": dict(self.timings),
+            "peak_memory": self.peak_memory,
+        }
+
+
+def open_base(model: str, revision: str | None = None, clock: Stopwatch | None = None) -> Base:
+    """Open a checkpoint and examine its architecture, on headers and the twin alone."""
+    clock = clock or Stopwatch()
+    with clock.stage("checkpoint"):
+        checkpoint = open_checkpoint(find_model(model), revision=revision)
+    with clock.stage("anatomy"):
+        anatomy = examine(read_config(checkpoint.directory))
+    return Base(checkpoint, anatomy)
+
+
+def export(recipe: Recipe) -> Export:
+    """Bake a direction into a checkpoint: measure, decide, write, prove. See `bake export --help`.
+
+    Raises a BakeError that names what is wrong; then nothing is left at the output path.
+    """
+    recipe.check()
+    clock = Stopwatch()
+    output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
+    given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
+    prompts = read_prompts(recipe.prompts)
+    base = open_base(recipe.model, recipe.revision, clock)
+    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.directory)
+    route = choose_route(base.anatomy, recipe, given)
+    layers, explicit = choose_layers(base.anatomy, recipe)
+    if given is not None:
+        given.select(layers, base.anatomy.hidden_size)
+
+    with clock.stage("load"):
+        tokenizer = load_tokenizer(base.checkpoint.directory)
+        loaded = load_base(base.checkpoint)
+    with clock.stage("direction"):
+        direction = given or extract(base, loaded, tokenizer, recipe, route.site, layers)
+    with clock.stage("calibrate"):
+        norms = measure_norms(
+            loaded,
+            base.anatomy.structure,
+            route.site,
+            make_batches(encode(tokenizer, prompts)),
+            layers,
+            statistic=recipe.statistic,
+        )
+    del loaded
+    push = compute_push(
+        norms.values(),
+        direction.select(layers, base.anatomy.hidden_size),
+        hidden_size=base.anatomy.hidden_size,
+        multiplier=recipe.multiplier,
+        law=recipe.law,
+        explicit=explicit,
+    )
+    with clock.stage("plan"):
+        plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
+
+    with staged_directory(
+        output, overwrite=recipe.overwrite, base_directory=base.checkpoint.directory
+    ) as staging:
+        with clock.stage("write"):
+            written = write_weights(base.checkpoint, plan.edits, staging)
+            write_config(base.checkpoint, plan.config_changes, staging)
+            copy_companions(base.checkpoint, staging)
+        with clock.stage("prove"):
+            equivalence = prove(base, staging, plan, push, tokenizer, recipe.allow_rounding)
+            equivalence.raise_if_failed()
+        with clock.stage("describe"):
+            kept = Direction(
+                {layer: push.directions[layer] for layer in push.directions},
+                route.site,
+                direction.metadata,
+            )
+            (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
+            story = describe_bake(base, push, plan, norms, direction)
+            card = render_card(
+                {**story, "equivalence": equivalence.to_dict(), **card_words(base, plan, direction)}
+            )
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+        with clock.stage("hash"):
+            files = hash_files(staging, known=written.known_sha256)
+        result = {**story, "equivalence": equivalence.to_dict(), "files": files}
+        (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
+    for warning in equivalence.warnings:
+        announce(warning)
+    return Export(
+        output, base, push, plan, norms, direction, equivalence, files, clock.seconds, peak_memory()
+    )
+
+
+def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
+    """Choose the site's route, and announce what was chosen where the user left it open."""
+    found_at = given.site if given else None
+    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at)
+    if recipe.site == "auto":
+        announce(f"site {route.site}: {route.describe()}")
+    if found_at is not None:
+        note = check_direction_site(found_at, route.site, convert=recipe.convert_site)
+        if note:
+            announce(note)
+    return route
+
+
+def choose_layers(
+    anatomy: Anatomy, recipe: Recipe
+) -> tuple[Sequence[int], dict[int, float] | None]:
+    """Return the pushed layers and, where the user gave them, their coefficients at m = 1."""
+    if recipe.coefficients is None:
+        return band_layers(anatomy.layer_count, parse_band(recipe.band)), None
+    explicit = parse_coefficients(recipe.coefficients)
+    beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
+    if beyond:
+        raise BakeError(
+            f"the coefficients name layer {beyond[0]}; the model has layers 0 to "
+            f"{anatomy.layer_count - 1}"
+        )
+    return sorted(explicit), explicit
+
+
+def load_base(checkpoint: Checkpoint) -> LoadedModel:
+    """Load the base; refuse one whose weights are incomplete, which transformers fills at random."""
+    loaded = load_model(checkpoint.directory)
+    missing = loaded.report["missing_keys"] + loaded.report["mismatched_keys"]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.model_id} lacks weights that its architecture needs ({missing[0]}); "
+            f"transformers would fill them at random, so it cannot be measured"
+        )
+    return loaded
+
+
+def extract(
+    base: Base,
+    loaded: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    site: str,
+    layers: Sequence[int],
+) -> Direction:
+    """Find the direction from the recipe's contrast pairs."""
+    return find_direction(
+        loaded,
+        base.anatomy.structure,
+        site,
+        tokenizer,
+        read_pairs(str(recipe.pairs)),
+        layers,
+        method=recipe.method,
+        token=recipe.token,
+        model_name=base.to_dict()["id"],
+    )
+
+
+def prove(
+    base: Base,
+    directory: Path,
+    plan: Plan,
+    push: Push,
+    tokenizer: PreTrainedTokenizerBase,
+    allow_rounding: bool,
+) -> Equivalence:
+    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts."""
+    return prove_equivalence(
+        base.checkpoint,
+        open_checkpoint(str(directory)),
+        base.anatomy.structure,
+        plan,
+        push,
+        tokenizer,
+        encode(tokenizer, read_prompts(EQUIVALENCE_PROMPTS), MAX_TOKENS),
+        allow_rounding=allow_rounding,
+    )
+
+
+def describe_bake(
+    base: Base, push: Push, plan: Plan, norms: ActivationNorms, direction: Direction
+) -> dict[str, Any]:
+    """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
+    route = plan.route
+    return {
+        "version": 1,
+        "bake_version": __version__,
+        "base": base.to_dict(),
+        "architecture": base.anatomy.architecture,
+        "layer_count": base.anatomy.layer_count,
+        "site": route.site,
+        "route": route.route,
+        "slot": route.to_dict(),
+        **push.to_dict(),
+        "calibration": norms.to_dict(),
+        "direction": direction.to_dict(),
+        "plan": plan.to_dict(),
+    }
+
+
+def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
+    """Return the phrases that the card needs beside the values of `bake.json`."""
+    known = direction.metadata
+    story = f"found at {direction.site}"
+    if known.get("method") == "mean":
+        story += (
+            f" as the difference of mean activations over {known.get('pairs', '?')} contrast pairs "
+            f"(token position: {known.get('token', '?')})"
+        )
+    return {
+        "site_description": DESCRIPTIONS[plan.route.site],
+        "slots": plan.route.describe(),
+        "config_changes": dict(plan.config_changes),
+        "direction_story": story,
+    }
+
+
+def encode_result(result: Mapping[str, Any]) -> str:
+    """Return `bake.json`'s text: the same result always gives the same bytes."""
+    return json.dumps(result, indent=2, ensure_ascii=False) + "\n"

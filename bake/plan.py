@@ -1,0 +1,226 @@
+"""The edits: anatomy + push → the complete list of tensor edits and config edits.
+
+Everything is decided here, from headers and (for W·v) one matrix at a time; the writer only executes.
+What each slot had, what it is pushed by and what it will hold stay in the plan, because the proof of
+equivalence needs all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bake.anatomy import Anatomy, SiteRoute
+from bake.checkpoint import Checkpoint
+from bake.coefficients import Push
+from bake.edits import Add, Edit, Patch, Transform
+from bake.errors import CheckpointError, UnsupportedError
+from bake.safetensors_file import torch_dtype
+from bake.sites import Slot
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class SlotEdit:
+    """One slot of one layer: what it held, what it is pushed by, and what is stored.
+
+    parameter: its name in the model; name: on disk. old and delta: float64, in the slot's shape; old is
+    zero for a new slot. stored: cast(old + delta) in the stored dtype.
+    """
+
+    layer: int
+    slot: Slot
+    parameter: str
+    name: str
+    is_new: bool
+    old: torch.Tensor
+    delta: torch.Tensor
+    stored: torch.Tensor
+
+    @property
+    def representation_error(self) -> float:
+        """‖(stored − old) − delta‖ / ‖delta‖, the inert part of the slot left out."""
+        import torch
+
+        weight = torch.ones_like(self.delta)
+        if self.slot.inert:
+            start, stop = (round(share * len(weight)) for share in self.slot.inert)
+            weight[start:stop] = 0
+        norm = (self.delta * weight).norm()
+        error = ((self.stored.double() - self.old - self.delta) * weight).norm()
+        return float(error / norm) if norm > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a bake changes. What is not named here keeps its bytes."""
+
+    route: SiteRoute
+    edits: tuple[Edit, ...]
+    config_changes: Mapping[str, Any]
+    slot_edits: tuple[SlotEdit, ...]
+    dtype: str
+
+    @property
+    def representation_error(self) -> float:
+        """The largest over all slots; see SlotEdit."""
+        return max(edit.representation_error for edit in self.slot_edits)
+
+    @property
+    def slots_are_new(self) -> bool:
+        """Whether every slot is created by the bake, so that it holds the push and nothing else."""
+        return all(edit.is_new for edit in self.slot_edits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`: names and config keys, not vectors."""
+        return {
+            "added": sorted(edit.name for edit in self.edits if isinstance(edit, Add)),
+            "patched": sorted(edit.name for edit in self.slot_edits if not edit.is_new),
+            "config_changes": dict(self.config_changes),
+            "dtype": self.dtype,
+        }
+
+
+class DiskNames:
+    """Maps parameter names of the model to names on disk.
+
+    The two can differ by the base model's prefix (GPT-2's files say `h.0…`, the module
+    `transformer.h.0…`). A parameter that is not on disk sits beside its weight.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        self._checkpoint = checkpoint
+        self._prefix = prefix
+
+    def find(self, parameter: str) -> str | None:
+        """Return the name on disk of a parameter that is there, else None."""
+        spellings = (parameter, parameter.removeprefix(self._prefix), self._prefix + parameter)
+        return next((name for name in spellings if name in self._checkpoint.tensors), None)
+
+    def existing(self, parameter: str) -> str:
+        """Return the name on disk; raise CheckpointError where the checkpoint lacks the tensor."""
+        name = self.find(parameter)
+        if name is None:
+            raise CheckpointError(
+                f"{self._checkpoint.model_id} has no tensor {parameter}, which this architecture should "
+                f"have; is the checkpoint complete?"
+            )
+        return name
+
+    def new_bias(self, parameter: str) -> tuple[str, str]:
+        """Return (name of a new bias, name of the weight beside it): `X.weight` → `X.bias`."""
+        weight = self.existing(parameter.removesuffix("bias") + "weight")
+        return weight.removesuffix("weight") + "bias", weight
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    route: SiteRoute,
+    push: Push,
+    *,
+    dtype: str | None = None,
+) -> Plan:
+    """Decide every edit. dtype: "float32" stores the whole checkpoint so; None keeps the base's.
+
+    Raises CheckpointError where the checkpoint lacks a tensor that the route needs or it has another
+    shape, UnsupportedError where a slot is not stored as a float the push can be written into.
+    """
+    import torch
+
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    names = DiskNames(checkpoint, anatomy.prefix)
+    vectors = push.vectors
+    slot_edits = [
+        _edit_slot(checkpoint, names, layer, slot, vectors[layer], dtype)
+        for layer in sorted(vectors)
+        for slot in route.slots_of(layer)
+    ]
+    stored = {edit.name: edit for edit in slot_edits}
+    edits: list[Edit] = []
+    for parameter, shape in route.new_parameters.items():
+        name, weight = names.new_bias(parameter)
+        code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
+        filled = (
+            stored[name].stored if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
+        )
+        edits.append(Add(name, filled))
+    converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], stored) if dtype else []
+    transformed = {edit.name for edit in converted}
+    edits += converted
+    edits += [
+        Patch(edit.name, edit.stored)
+        for edit in slot_edits
+        if not edit.is_new and edit.name not in transformed
+    ]
+    changes = dict(route.flags)
+    if dtype:
+        changes |= dict.fromkeys(_dtype_keys(checkpoint.config), dtype)
+    return Plan(route, tuple(edits), changes, tuple(slot_edits), dtype or "as the base")
+
+
+def _edit_slot(
+    checkpoint: Checkpoint,
+    names: DiskNames,
+    layer: int,
+    slot: Slot,
+    vector: torch.Tensor,
+    dtype: str | None,
+) -> SlotEdit:
+    weight = checkpoint.read(names.existing(slot.weight)) if slot.weight else None
+    delta = slot.delta(vector, weight)
+    found = names.find(slot.bias)
+    if found is None:
+        name, beside = names.new_bias(slot.bias)
+        code, old = checkpoint.entry(beside).dtype, delta.new_zeros(delta.shape)
+    else:
+        name, code, old = found, checkpoint.entry(found).dtype, checkpoint.read(found).double()
+    if code not in FLOAT_DTYPES.values():
+        raise UnsupportedError(
+            f"{name} would be stored as {code}, which cannot hold a push; use a float base"
+        )
+    if old.shape != delta.shape:
+        raise CheckpointError(
+            f"{name} has shape {tuple(old.shape)}, the push needs {tuple(delta.shape)}; "
+            f"is this checkpoint the architecture that its config names?"
+        )
+    target = torch_dtype(FLOAT_DTYPES[dtype] if dtype else code)
+    return SlotEdit(
+        layer, slot, slot.bias, name, found is None, old, delta, (old + delta).to(target)
+    )
+
+
+def _conversions(
+    checkpoint: Checkpoint, code: str, stored: Mapping[str, SlotEdit]
+) -> list[Transform]:
+    """Rewrite every float tensor in another dtype, patched slots with what they will hold."""
+
+    def convert(name: str) -> Transform:
+        def function(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+            edit = stored.get(name)
+            return {name: edit.stored if edit else tensor.to(torch_dtype(code))}
+
+        return Transform(name, {name: checkpoint.tensors[name].shape}, function, dtype=code)
+
+    return [
+        convert(name)
+        for name, entry in checkpoint.tensors.items()
+        if entry.dtype in FLOAT_DTYPES.values() and entry.dtype != code
+    ]
+
+
+def _dtype_keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted paths of every key that states the weights' dtype, old spelling and new."""
+    keys = []
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            keys.append(prefix + key)
+        elif isinstance(value, Mapping):
+            keys += _dtype_keys(value, f"{prefix}{key}.")
+    return keys or ([] if prefix else ["dtype"])

@@ -1,0 +1,24 @@
+"""Progress bars and announcements: on stderr, silent where the user has switched bars off."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Sequence[T], label: str) -> Iterable[T]:
+    """Return `items` with a progress bar; HF_HUB_DISABLE_PROGRESS_BARS is respected."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm import tqdm
+
+    hidden = are_progress_bars_disabled() or not sys.stderr.isatty()
+    bar: Iterable[T] = tqdm(items, desc=label, disable=hidden, leave=False, file=sys.stderr)
+    return bar
+
+
+def announce(message: str) -> None:
+    """Say something that the user should know while work goes on."""
+    print(f"bake: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,86 @@
+"""What the user wants: the options of `bake export`, from the command line, Python or a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bake.coefficients import DEFAULT_LAW, LAWS
+from bake.errors import BakeError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides an export. Paths are as the user gave them.
+
+    band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
+    "projection" where a site has both, else None. coefficients: "6=0.5,8=1.0" replaces the law.
+    """
+
+    model: str
+    output: str
+    direction: str | None = None
+    pairs: str | None = None
+    revision: str | None = None
+    multiplier: float = 1.0
+    band: str = "40:90"
+    law: str = DEFAULT_LAW
+    coefficients: str | None = None
+    site: str = "auto"
+    slot: str | None = None
+    convert_site: bool = False
+    method: str = "mean"
+    token: str = "last"
+    statistic: str = "mean"
+    prompts: str = "neutral"
+    dtype: str | None = None
+    allow_rounding: bool = False
+    overwrite: bool = False
+    push_to_hub: str | None = None
+    public: bool = False
+
+    def check(self) -> None:
+        """Raise BakeError for options that contradict each other, before any work starts."""
+        if (self.direction is None) == (self.pairs is None):
+            raise BakeError("give one of --direction FILE and --pairs FILE")
+        if self.multiplier == 0:
+            raise BakeError("multiplier 0 steers nothing; give a number other than 0, such as 1.0")
+        if self.law not in LAWS:
+            raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
+    """Read a YAML recipe, its keys Recipe's fields; `overrides` (the command line) win.
+
+    Raises BakeError for a file that is no mapping, an unknown key, or a missing model or output.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise BakeError(f"the recipe {path} cannot be read: {reason}") from None
+    if not isinstance(values, dict):
+        raise BakeError(f"the recipe {path} is not a mapping of options")
+    known = {field.name for field in fields(Recipe)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise BakeError(
+            f"the recipe {path} has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
+    return make_recipe({**values, **overrides})
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Build a Recipe; raise BakeError where model or output is missing."""
+    missing = [name for name in ("model", "output") if not values.get(name)]
+    if missing:
+        raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    return Recipe(**values)

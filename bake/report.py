@@ -1,0 +1,128 @@
+"""What a person reads on the terminal: tables and summaries of the values that the stages returned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from bake.sites import DESCRIPTIONS, SITES
+
+if TYPE_CHECKING:
+    from bake.anatomy import Anatomy
+    from bake.equivalence import Equivalence
+    from bake.norms import ActivationNorms
+    from bake.pipeline import Export
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a plain table: the first column left, the others right aligned."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def describe_export(result: Export, publication: Any = None) -> str:
+    """Return the summary of an export: the layers, the proof, the files, how to load them."""
+    route, push = result.plan.route, result.push
+    rows = [
+        (
+            str(entry.layer),
+            f"{entry.activation_norm:.4g}",
+            f"{entry.coefficient:+.4g}",
+            f"{100 * entry.relative_influence:.1f} %",
+        )
+        for entry in push.layers
+    ]
+    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
+    parts = [
+        f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
+        f"slots: {route.describe()}; config: {changes or 'unchanged'}",
+        "",
+        format_table(("layer", "norm μ", "α", "influence"), rows),
+        "",
+        describe_equivalence(result.equivalence),
+        "",
+        f"written to {result.output} ({len(result.files) + 1} files)",
+    ]
+    where = str(result.output)
+    if publication is not None:
+        parts.append(f"published as {publication.url}")
+        where = publication.repo_id
+    parts += [
+        "",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{where}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+    ]
+    return "\n".join(parts)
+
+
+def describe_equivalence(found: Equivalence) -> str:
+    """Return the figures of a proof, and its verdict."""
+    rows = [
+        ("mechanism (exact slots, float32)", f"{found.mechanism_error:.1e}", "1e-04"),
+        (
+            f"as stored ({found.stored_dtype})",
+            f"{found.relative_error:.1e}",
+            f"{found.tolerance:.0e}",
+        ),
+        ("representation of the push", f"{found.representation_error:.1e}", ""),
+        ("KL in the stored dtype (nats)", f"{found.kl:.1e}", ""),
+        ("same most likely token", f"{found.top1_agreement:.1%}", ""),
+        ("effect (standard deviations)", f"{found.effect:.2g}", ""),
+        ("loads cleanly", "yes" if found.loading_info_clean else "no", "yes"),
+        ("greedy tokens equal", "yes" if found.greedy_equal else "no", "yes"),
+    ]
+    verdict = "equivalent to the hooked model" if found.passed else "NOT equivalent"
+    table = format_table(("equivalence", "found", "bound"), rows)
+    lines = [table, verdict]
+    if found.canary:
+        lines += [
+            f"canary: {found.canary.prompt!r}",
+            f"  base:  {found.canary.base!r}",
+            f"  baked: {found.canary.baked!r}",
+        ]
+    return "\n".join(lines)
+
+
+def describe_norms(norms: ActivationNorms) -> str:
+    """Return the table of a calibration."""
+    rows = [
+        (
+            str(entry.layer),
+            f"{entry.mean:.4g}",
+            f"{entry.median:.4g}",
+            f"{entry.spread:.3g}",
+            str(entry.tokens),
+            str(entry.dropped),
+        )
+        for entry in norms.layers
+    ]
+    header = ("layer", "mean", "median", "spread", "tokens", "dropped")
+    return f"activation norms at {norms.site}\n\n{format_table(header, rows)}"
+
+
+def describe_anatomy(anatomy: Anatomy) -> str:
+    """Return what `bake inspect` says: every site, how it is exact or why it is not."""
+    lines = [
+        f"{anatomy.architecture} ({anatomy.model_type}): {anatomy.layer_count} layers, "
+        f"hidden size {anatomy.hidden_size}"
+    ]
+    for site in SITES:
+        lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
+        for route in (route for route in anatomy.routes if route.site == site):
+            changes = ", ".join(f"{k}: {str(v).lower()}" for k, v in route.flags.items())
+            lines += [
+                f"  exact, {route.route}: {route.describe()}",
+                f"    config: {changes or 'unchanged'}; adds {route.added_values:,} values, "
+                f"no compute to speak of; on the twin {route.twin.push_error:.0e} from the hook",
+            ]
+        if site in anatomy.refusals:
+            lines.append(f"  no: {anatomy.refusals[site]}")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""Sampled text and what is counted in it: continuations, target words, perplexity, intervals.
+
+Sampling noise is keyed by prompt, sample and step and shared by every model that is compared, so
+comparisons are paired and do not depend on how rows are batched.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bake.errors import PromptError
+from bake.model import LoadedModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Tokens = tuple[int, ...]
+ROWS = 64  # sequences per forward
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+
+
+def sample_continuations(
+    loaded: LoadedModel,
+    prompts: Sequence[Tokens],
+    *,
+    new_tokens: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+) -> list[Tokens]:
+    """Return `samples` continuations of each prompt, prompt by prompt, cut at the stop token.
+
+    Draws argmax(logits / temperature + Gumbel noise), which samples exactly from the softmax.
+    """
+    rows = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
+    # Rows of one length need no padding, which keeps every architecture's positions right.
+    rows.sort(key=lambda row: len(prompts[row[0]]))
+    found: dict[tuple[int, int], Tokens] = {}
+    start = 0
+    while start < len(rows):
+        length = len(prompts[rows[start][0]])
+        stop = start
+        while stop < len(rows) and stop - start < ROWS and len(prompts[rows[stop][0]]) == length:
+            stop += 1
+        group = rows[start:stop]
+        drawn = _sample_group(loaded, prompts, group, new_tokens, temperature, seed)
+        found.update(zip(group, drawn, strict=True))
+        start = stop
+    ordered = [found[key] for key in sorted(found)]
+    return [_cut(tokens, stop_token) for tokens in ordered]
+
+
+def _sample_group(
+    loaded: LoadedModel,
+    prompts: Sequence[Tokens],
+    group: Sequence[tuple[int, int]],
+    new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[Tokens]:
+    import torch
+
+    tokens = torch.tensor([prompts[index] for index, _ in group], device=loaded.device)
+    chosen: list[torch.Tensor] = []
+    cache = None
+    with torch.no_grad():
+        for step in range(new_tokens):
+            output = loaded.model(tokens, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float().cpu() / temperature
+            noise = torch.stack(
+                [_gumbel(seed, index, sample, step, logits.shape[-1]) for index, sample in group]
+            )
+            picked = (logits + noise).argmax(dim=-1, keepdim=True)
+            chosen.append(picked)
+            tokens = picked.to(loaded.device)
+    return [tuple(row) for row in torch.cat(chosen, dim=1).tolist()]
+
+
+def _gumbel(seed: int, prompt: int, sample: int, step: int, size: int) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    bits = np.random.Philox(key=[seed, prompt], counter=[0, 0, sample, step])
+    uniform = np.random.Generator(bits).random(size)
+    return torch.from_numpy(-np.log(-np.log(uniform + 1e-12) + 1e-12)).float()
+
+
+def _cut(tokens: Tokens, stop_token: int | None) -> Tokens:
+    return tokens[: tokens.index(stop_token)] if stop_token in tokens else tokens
+
+
+def score_continuations(
+    loaded: LoadedModel, prompts: Sequence[Tokens], continuations: Sequence[Tokens]
+) -> list[float]:
+    """Return each continuation's total negative log-likelihood in nats under the model."""
+    import torch
+
+    losses = []
+    with torch.no_grad():
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            if not continuation:
+                losses.append(0.0)
+                continue
+            ids = torch.tensor([prompt + continuation], device=loaded.device)
+            logits = loaded.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            targets = ids[0, len(prompt) :]
+            losses.append(
+                float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            )
+    return losses
+
+
+def read_words(path: Path) -> frozenset[str]:
+    """Read target words, one a line, `#` comments allowed; raise PromptError where there are none."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    words = {line.partition("#")[0].strip().lower() for line in lines} - {""}
+    if not words:
+        raise PromptError(f"{path} holds no words; write one a line")
+    return frozenset(words)
+
+
+def count_words(text: str, targets: frozenset[str]) -> tuple[int, int]:
+    """Return (target words, all words) of a text."""
+    words = [word.lower() for word in _WORD.findall(text)]
+    return sum(word in targets for word in words), len(words)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float],
+    count: int,
+    *,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the percentile interval of statistic(indices) over resampled indices of `count` items."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    values = [statistic(generator.integers(0, count, count)) for _ in range(draws)]
+    finite = [value for value in values if math.isfinite(value)]
+    tail = (1 - level) / 2
+    low, high = np.quantile(finite, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,150 @@
+"""What a site is: where an activation is captured, where a push is added, what a slot receives.
+
+Direction, norms, hooks and plan all ask this module and nothing else, so that a site can never mean
+two things. It knows names of modules inside a decoder layer (`LayerStructure`), not architectures:
+`bake.anatomy` finds those names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from bake.errors import DirectionError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+Side = Literal["input", "output"]
+RESIDUAL_SITES = ("mlp_out", "attn_out")
+INPUT_SITES = ("attn_in", "mlp_in")
+SITES = RESIDUAL_SITES + INPUT_SITES
+
+DESCRIPTIONS = {
+    "mlp_out": "the residual stream after the MLP's add (the decoder layer's output)",
+    "attn_out": "the residual stream after attention's add",
+    "attn_in": "attention's normalised input",
+    "mlp_in": "the MLP's normalised input",
+}
+
+
+@dataclass(frozen=True)
+class Location:
+    """One side of a module. `module` is a path inside the decoder layer; "" is the layer itself."""
+
+    module: str
+    side: Side
+
+
+@dataclass(frozen=True)
+class LayerStructure:
+    """Where a model keeps its decoder layers, and what the parts of a layer are called.
+
+    `before_mlp` is the norm whose input is the residual stream after attention's add; None in a
+    parallel block, which has no such point. `attention_scale` is how far the residual stream moves
+    when attention's output moves by one (a residual multiplier; 1 nearly everywhere).
+    """
+
+    layers: str
+    attention: str | None
+    mlp: str | None
+    before_mlp: str | None
+    attention_scale: float = 1.0
+
+    def layer(self, index: int) -> str:
+        """Return the module path of decoder layer `index` (0-based)."""
+        return f"{self.layers}.{index}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter that absorbs a constant at a site exactly.
+
+    `weight` names the matrix that stands between the site and the bias: the bias receives W·v. With
+    `weight` None the bias receives v / scale. `transposed` marks matrices stored as (in, out), as
+    GPT-2's Conv1D does. `inert` is the part of the bias, as fractions of its length, that no output
+    depends on: a key bias without rotary positions cancels in the softmax.
+    """
+
+    bias: str
+    weight: str | None = None
+    transposed: bool = False
+    scale: float = 1.0
+    inert: tuple[float, float] | None = None
+
+    def delta(self, push: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Return what the bias receives, in float64.
+
+        push: (hidden_size,). weight: (out, hidden_size), or (hidden_size, out) when transposed.
+        """
+        vector = push.double()
+        if self.weight is None:
+            return vector / self.scale
+        if weight is None:
+            raise UnsupportedError(f"slot {self.bias} needs the matrix {self.weight} to fold W·v")
+        matrix = weight.double()
+        return vector @ matrix if self.transposed else matrix @ vector
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`."""
+        return {"bias": self.bias, "weight": self.weight, "scale": self.scale}
+
+
+def check_site(site: str) -> str:
+    """Return `site` if it is one of the four; raise UnsupportedError naming them otherwise."""
+    if site not in SITES:
+        raise UnsupportedError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+    return site
+
+
+def capture_location(site: str, structure: LayerStructure) -> Location:
+    """Return where the site's activation is read: for directions and for norms."""
+    if site == "mlp_out":
+        return Location("", "output")
+    if site == "attn_out" and structure.before_mlp is not None:
+        return Location(structure.before_mlp, "input")
+    if site == "attn_in" and structure.attention is not None:
+        return Location(structure.attention, "input")
+    if site == "mlp_in" and structure.mlp is not None:
+        return Location(structure.mlp, "input")
+    raise UnsupportedError(f"this architecture's decoder layer has no {check_site(site)} site")
+
+
+def addition_location(site: str, structure: LayerStructure) -> tuple[Location, float]:
+    """Return where a hook adds the push, and the factor that it multiplies the push with.
+
+    Only `attn_out` is added elsewhere than it is captured: the residual stream after attention's add
+    is no module's output, but attention's output is added to it, times the residual multiplier.
+    """
+    if site == "attn_out" and structure.attention is not None:
+        return Location(structure.attention, "output"), 1.0 / structure.attention_scale
+    return capture_location(site, structure), 1.0
+
+
+def check_direction_site(found_at: str, site: str, *, convert: bool) -> str | None:
+    """Say whether a direction found at one site may be used at another.
+
+    Returns a sentence to announce, or None where there is nothing to say. Raises DirectionError for a
+    residual direction at an input site (and the reverse) unless `convert` is set, because a
+    normalised input is another space: û there is normalise(norm weight ⊙ û).
+    """
+    if found_at == site:
+        return None
+    if found_at in RESIDUAL_SITES and site in RESIDUAL_SITES:
+        return f"the direction was found at {found_at}; {site} is the same residual stream"
+    if found_at in RESIDUAL_SITES and site in INPUT_SITES:
+        if convert:
+            return f"the direction was found at {found_at}; it is converted to {site} by the norm's weight"
+        raise DirectionError(
+            f"the direction was found at {found_at} and {site} is a normalised input, another space; "
+            f"find it there (bake direction --site {site}) or pass --convert-site"
+        )
+    raise DirectionError(
+        f"the direction was found at {found_at} and cannot be used at {site}; "
+        f"find it there (bake direction --site {site})"
+    )
+
+
+def suits(found_at: str, site: str) -> bool:
+    """Tell whether a direction found at `found_at` can be used at `site` as it is."""
+    return found_at == site or (found_at in RESIDUAL_SITES and site in RESIDUAL_SITES)

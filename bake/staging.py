@@ -1,0 +1,250 @@
+"""A directory that is complete or absent: written under a hidden name, it appears by one rename.
+
+Beside the output lies, while a run works, `.{name}.bake-{random}/` with
+
+    model/      what becomes the output
+    lock        held with flock by the run that owns it: the kernel lets go when the process dies
+    replaced/   for a moment, the old output that is being overwritten
+
+A run first clears away what dead runs for the same output have left; a living run's lock is held,
+so it is never touched, whatever its process id, container or age. Where the file system has no
+locks nothing is cleared away.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bake.errors import OutputError
+
+_ATTEMPTS = 10
+
+# What goes wrong with the place and not with the program.
+_PLACE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOTEMPTY,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EBUSY,
+    errno.ENOENT,  # another run has just put its own output there, or taken ours away
+}
+
+
+def check_output(output: Path, *, overwrite: bool, base_directory: Path | None = None) -> Path:
+    """Whether `output` can become a bake's directory; returns it absolute, links resolved.
+
+    Touches nothing, so it can be asked before any work. Raises OutputError where something is
+    there already (without `overwrite`, or something that is no checkpoint), where it and the base
+    would lie in each other, or where the place cannot be written.
+    """
+    try:
+        return _check(output, output.expanduser().resolve(), overwrite, base_directory)
+    except (OSError, RuntimeError) as error:  # no such user's home, a loop of links, a long name
+        raise OutputError(
+            f"{output} cannot be written: {getattr(error, 'strerror', None) or error}; "
+            "give another output path."
+        ) from error
+
+
+@contextmanager
+def staged_directory(
+    output: Path, *, overwrite: bool = False, base_directory: Path | None = None
+) -> Iterator[Path]:
+    """Yields an empty directory that becomes `output` when the block ends without an exception.
+
+    With `overwrite` an old output is replaced then, and not before. On any exception everything
+    written is removed, `output` is as it was, and parents made for it are gone again. Raises
+    OutputError, also for a full or read-only disk inside the block.
+    """
+    resolved = check_output(output, overwrite=overwrite, base_directory=base_directory)
+    with _place_errors_named(output, resolved), _parents_made(resolved):
+        _clear_stale(resolved)
+        if resolved.exists():  # clearing may have put an old output back
+            _check_replaceable(output, resolved, overwrite)
+        with _work_directory(resolved) as work:
+            staging = work / "model"
+            staging.mkdir()
+            yield staging
+            _commit(staging, resolved, output, overwrite)
+
+
+@contextmanager
+def _place_errors_named(output: Path, resolved: Path) -> Iterator[None]:
+    """Turns the system's errors about the output's place into one line that names the output."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_about_the_place(error, resolved):
+            raise
+        raise OutputError(
+            f"{output} cannot be written: {error.strerror or error}; nothing was left behind. "
+            "Make room or give another output path."
+        ) from error
+
+
+@contextmanager
+def _parents_made(resolved: Path) -> Iterator[None]:
+    """Makes the directories above the output, and removes them again after an exception."""
+    missing = [parent for parent in resolved.parents if not parent.exists()]
+    try:
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:  # innermost first; one that somebody else uses by now stays
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _work_directory(resolved: Path) -> Iterator[Path]:
+    """A locked work directory beside the output, removed when the block ends."""
+    work, lock = _create_work_directory(resolved)
+    try:
+        yield work
+    finally:
+        try:
+            _remove(work, resolved)
+        finally:
+            os.close(lock)
+
+
+def _check(output: Path, resolved: Path, overwrite: bool, base_directory: Path | None) -> Path:
+    if base_directory is not None:
+        base = base_directory.resolve()
+        if resolved == base or base in resolved.parents or resolved in base.parents:
+            raise OutputError(
+                f"{output} lies in the base {base_directory}, or around it: give another path."
+            )
+    if resolved.exists():
+        _check_replaceable(output, resolved, overwrite)
+    ancestor = next(parent for parent in resolved.parents if parent.exists())
+    if not ancestor.is_dir():
+        raise OutputError(
+            f"{output} cannot be written: {ancestor} is a file; give another output path."
+        )
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{output} cannot be written: {ancestor} is not writable; give another output path."
+        )
+    return resolved
+
+
+def _check_replaceable(output: Path, resolved: Path, overwrite: bool) -> None:
+    if not resolved.is_dir():
+        raise OutputError(f"{output} is a file: give a directory that does not exist yet.")
+    if not overwrite:
+        raise OutputError(
+            f"{output} exists already: give another output path, or overwrite it with --overwrite."
+        )
+    if any(resolved.iterdir()) and not (resolved / "config.json").is_file():
+        raise OutputError(
+            f"{output} holds no config.json, so it is no checkpoint and is not overwritten: "
+            "give another output path."
+        )
+
+
+def _commit(staging: Path, resolved: Path, output: Path, overwrite: bool) -> None:
+    """Put the finished directory in its place: one rename, or two where an old one makes room."""
+    if not resolved.exists():
+        staging.rename(resolved)
+        return
+    _check_replaceable(output, resolved, overwrite)  # it may have appeared while we worked
+    replaced = staging.parent / "replaced"
+    resolved.rename(replaced)
+    staging.rename(resolved)  # should this fail, `_remove` puts the old one back
+
+
+def _create_work_directory(resolved: Path) -> tuple[Path, int]:
+    """A new work directory beside the output, and the descriptor that holds its lock.
+
+    Between making the directory and locking it another run may take it for a dead run's and clear
+    it away; the loop notices and makes another.
+    """
+    for _ in range(_ATTEMPTS):
+        work = resolved.parent / f".{resolved.name}.bake-{secrets.token_hex(4)}"
+        work.mkdir()
+        lock_path = work / "lock"
+        try:
+            lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileNotFoundError:
+            continue
+        if _try_lock(lock) is not False and lock_path.exists():
+            return work, lock
+        os.close(lock)
+    raise OutputError(f"{resolved.parent} is being cleared by other runs: try again.")
+
+
+def _clear_stale(resolved: Path) -> None:
+    """Remove the work directories that dead runs for this output have left."""
+    prefix = f".{resolved.name}.bake-"
+    for work in sorted(resolved.parent.iterdir()):
+        if not work.name.startswith(prefix) or work.is_symlink() or not work.is_dir():
+            continue
+        try:
+            lock = os.open(work / "lock", os.O_RDWR)
+        except OSError:
+            # No lock yet, or no longer: empty if it is ours at all, and rmdir removes nothing else.
+            with suppress(OSError):
+                work.rmdir()
+            continue
+        try:
+            if _try_lock(lock):
+                _remove(work, resolved)
+        finally:
+            os.close(lock)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """True: locked by us. False: another process holds it. None: this file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove(work: Path, resolved: Path) -> None:
+    """Remove a work directory whose lock we hold, the lock last: without it the directory is empty.
+
+    An old output that stands in it for a run that died between its two renames goes back first;
+    where that fails, everything stays.
+    """
+    replaced = work / "replaced"
+    if replaced.exists() and not resolved.exists():
+        replaced.rename(resolved)
+    for directory in (work / "model", replaced):
+        shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        work.joinpath("lock").unlink()
+        work.rmdir()
+
+
+def _is_about_the_place(error: OSError, resolved: Path) -> bool:
+    """Whether an error comes from writing the output, not from reading elsewhere."""
+    if error.errno not in _PLACE_ERRORS:
+        return False
+    if not isinstance(error.filename, str):
+        return True  # a write names no file; readers of the base raise CheckpointError
+    path = Path(error.filename)
+    return (
+        path == resolved
+        or path in resolved.parents
+        or any(part.startswith(f".{resolved.name}.bake-") for part in path.parts)
+    )

@@ -1,0 +1,110 @@
+"""The reference: a context manager that hooks a model with a push, and one that captures activations.
+
+What a hook adds is the definition that every baked checkpoint is measured against, so it is kept as
+plain as it can be: no editing in place, no caching, one vector per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from bake.sites import LayerStructure, Location, addition_location, capture_location
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# What decoder layers of transformers call the tensor that flows through them.
+INPUT_NAMES = ("hidden_states", "x", "inputs", "hidden", "layer_input")
+
+
+def submodule(model: nn.Module, structure: LayerStructure, layer: int, path: str) -> nn.Module:
+    """Return the module at `path` inside decoder layer `layer` (0-based; "" is the layer itself)."""
+    name = structure.layer(layer)
+    return model.get_submodule(f"{name}.{path}" if path else name)
+
+
+@contextmanager
+def steered(
+    model: nn.Module,
+    structure: LayerStructure,
+    site: str,
+    push: Mapping[int, torch.Tensor],
+    *,
+    factor: float = 1.0,
+) -> Iterator[None]:
+    """Add factor · push[l] at `site` of every layer l in `push` while the context is open.
+
+    push: {0-based layer: (hidden_size,) float tensor}. Applies at every position of every forward.
+    """
+    location, scale = addition_location(site, structure)
+    handles = [
+        _register(
+            submodule(model, structure, layer, location.module),
+            location,
+            _adder(vector * (factor * scale)),
+        )
+        for layer, vector in push.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured(
+    model: nn.Module,
+    structure: LayerStructure,
+    site: str,
+    layers: list[int],
+    receive: Callable[[int, torch.Tensor], None],
+) -> Iterator[None]:
+    """Call receive(l, activation (batch, positions, hidden_size)) at `site` of each layer, per forward."""
+    location = capture_location(site, structure)
+
+    def reader(layer: int) -> Callable[[torch.Tensor], None]:
+        return lambda activation: receive(layer, activation)
+
+    handles = [
+        _register(submodule(model, structure, layer, location.module), location, reader(layer))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda activation: activation + vector.to(activation.device, activation.dtype)
+
+
+def _register(
+    module: nn.Module, location: Location, function: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Any:
+    """Hook one side of a module; what `function` returns, unless None, replaces the activation."""
+    if location.side == "output":
+
+        def on_output(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+            if isinstance(output, tuple | list):
+                replaced = function(output[0])
+                return output if replaced is None else type(output)((replaced, *output[1:]))
+            replaced = function(output)
+            return output if replaced is None else replaced
+
+        return module.register_forward_hook(on_output)
+
+    def on_input(_module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> Any:
+        if arguments:
+            replaced = function(arguments[0])
+            return None if replaced is None else ((replaced, *arguments[1:]), keywords)
+        name = next(name for name in INPUT_NAMES if name in keywords)
+        replaced = function(keywords[name])
+        return None if replaced is None else (arguments, {**keywords, name: replaced})
+
+    return module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -1,0 +1,181 @@
+"""Verify a directory that bake made: rebuild the plan from `bake.json` and prove it again.
+
+Nothing in the directory is believed: the push is computed from the recorded coefficients and
+`direction.safetensors`, folded again from the base's own weights, and compared bit for bit with what is
+stored; every other tensor must be the base's; then hooked and baked outputs are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bake.checkpoint import Checkpoint, open_checkpoint
+from bake.coefficients import LayerPush, Push
+from bake.direction import load_direction
+from bake.equivalence import Equivalence
+from bake.errors import CheckpointError
+from bake.hashing import hash_files
+from bake.pipeline import DIRECTION_FILE, RESULT_FILE, Base, open_base, prove
+from bake.plan import Plan, make_plan
+from bake.prompts import load_tokenizer
+from bake.resources import DEMO_NAME
+
+CHUNK = 64 * 1024 * 1024  # bytes compared at a time
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `bake verify` found: the proof, and what else differs from what bake wrote."""
+
+    directory: Path
+    base: str
+    equivalence: Equivalence
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "directory": str(self.directory),
+            "base": self.base,
+            "equivalence": self.equivalence.to_dict(),
+        }
+
+
+def verify(directory: Path, base: str | None = None) -> Verification:
+    """Prove a baked directory again. The result's failures say what is wrong.
+
+    base: path or Hub id; the Hub id in bake.json where it is left out. Raises CheckpointError where
+    the directory was not made by bake, cannot be read, or its base is not named.
+    """
+    recorded = read_result(directory)
+    opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
+    push = rebuild_push(recorded, directory)
+    route = opened.anatomy.choose(recorded["site"], kind=recorded["slot"]["kind"])
+    stored_as = recorded["plan"]["dtype"]
+    plan = make_plan(
+        opened.checkpoint,
+        opened.anatomy,
+        route,
+        push,
+        dtype=None if stored_as == "as the base" else stored_as,
+    )
+    baked = open_checkpoint(str(directory))
+    found = prove(
+        opened,
+        directory,
+        plan,
+        push,
+        load_tokenizer(opened.checkpoint.directory),
+        bool(recorded["equivalence"].get("rounding_allowed")),
+    )
+    differences = [
+        *compare_tensors(opened.checkpoint, baked, plan),
+        *compare_files(directory, recorded),
+    ]
+    found = replace(found, failures=(*found.failures, *differences))
+    return Verification(directory, opened.checkpoint.model_id, found)
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """Read `bake.json`; raise CheckpointError where there is none or it is not ours."""
+    path = directory / RESULT_FILE
+    if not directory.is_dir():
+        raise CheckpointError(f"no directory {directory}; give one that bake export wrote")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no bake.json, so bake did not make it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    needed = ("base", "site", "slot", "layers", "hidden_size", "plan", "equivalence", "files")
+    missing = [key for key in needed if key not in result] if isinstance(result, dict) else ["base"]
+    if missing or result.get("version") != 1:
+        raise CheckpointError(
+            f"{path} is not a bake.json of version 1; make it again with bake export"
+        )
+    return dict(result)
+
+
+def base_name(recorded: Mapping[str, Any], directory: Path) -> str:
+    """Return the base's Hub id; raise CheckpointError where the base was a local directory."""
+    base = recorded["base"]
+    if base.get("revision") or base["id"] == DEMO_NAME:
+        return str(base["id"])
+    raise CheckpointError(
+        f"the base of {directory} was a local directory ({base['id']}); name it with --base"
+    )
+
+
+def base_revision(recorded: Mapping[str, Any], given: str | None) -> str | None:
+    """Return the recorded revision of the base, unless the user named another base."""
+    return None if given else recorded["base"].get("revision")
+
+
+def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
+    """Return the push: recorded coefficients × the unit vectors in `direction.safetensors`."""
+    direction = load_direction(directory / DIRECTION_FILE)
+    try:
+        layers = tuple(LayerPush(**entry) for entry in recorded["layers"])
+        start, stop = recorded["band"]
+        return Push(
+            law=recorded["law"],
+            multiplier=float(recorded["multiplier"]),
+            band=(int(start), int(stop)),
+            hidden_size=int(recorded["hidden_size"]),
+            layers=layers,
+            directions=direction.select(
+                [entry.layer for entry in layers], int(recorded["hidden_size"])
+            ),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"bake.json in {directory} is damaged: {error!r}") from None
+
+
+def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Plan) -> Iterator[str]:
+    """Yield a phrase for what is stored and neither the base's nor the plan's."""
+    changed = {edit.name for edit in plan.edits}
+    kept = [name for name in base.tensors if name not in changed]
+    missing = [name for name in kept if name not in baked.tensors]
+    extra = [n for n in baked.tensors if n not in base.tensors and n not in changed]
+    differing = [n for n in kept if n in baked.tensors and not _same_bytes(base, baked, n)]
+    for label, names in (
+        ("is missing", missing),
+        ("is in the checkpoint and neither the base's nor the bake's", extra),
+        ("is not the base's", differing),
+    ):
+        if names:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            yield f"tensor {names[0]}{others} {label}"
+
+
+def _same_bytes(base: Checkpoint, baked: Checkpoint, name: str) -> bool:
+    left, right = base.tensors[name], baked.tensors[name]
+    if (left.dtype, left.shape, left.size) != (right.dtype, right.shape, right.size):
+        return False
+    with (
+        (base.directory / left.file).open("rb") as first,
+        (baked.directory / right.file).open("rb") as second,
+    ):
+        first.seek(left.start)
+        second.seek(right.start)
+        for done in range(0, left.size, CHUNK):
+            count = min(CHUNK, left.size - done)
+            if first.read(count) != second.read(count):
+                return False
+    return True
+
+
+def compare_files(directory: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a phrase for files that are not what `bake.json` says."""
+    found = hash_files(directory, exclude=(RESULT_FILE,))
+    for name, expected in recorded["files"].items():
+        if name not in found:
+            yield f"file {name} is missing"
+        elif found[name]["sha256"] != expected["sha256"]:
+            yield f"file {name} is not what bake wrote (SHA-256 differs from bake.json)"
+
+
+__all__ = ["Base", "Verification", "verify"]

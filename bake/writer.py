@@ -1,0 +1,177 @@
+"""The bytes: a plan's edits and a base become the files of a new checkpoint, in a staged directory.
+
+Everything is decided by `layout` first; here it is copied, patched and streamed, never more than
+one tensor in memory. Putting the directory in its place, or away after a failure, is `staging`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bake.checkpoint import Checkpoint
+from bake.config_text import edit_json
+from bake.copying import (
+    Progress,
+    can_clone,
+    copy_file,
+    copy_range,
+    free_bytes,
+    open_source,
+    sync,
+    write_all,
+)
+from bake.download import INDEX_FILE
+from bake.edits import REMOVED, Edit
+from bake.errors import CheckpointError, OutputError
+from bake.layout import Action, ComputedTensors, CopiedTensor, Layout, PlannedFile, plan_layout
+from bake.safetensors_file import encode_header, encode_tensor, spec_of
+
+_MARGIN = 16 * 1024 * 1024  # bytes for the index, the card, the figures
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A weight file of the output: what was done to which file of the base; size in bytes."""
+
+    name: str
+    action: Action
+    size: int
+    base_file: str | None
+    known_sha256: str | None
+
+
+@dataclass(frozen=True)
+class WrittenWeights:
+    """The weight files of the output, sorted as the base's; the extra shard, the originals last."""
+
+    files: tuple[WrittenFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def known_sha256(self) -> dict[str, str]:
+        """Hashes that the Hub's cache knows of files kept whole: for `hash_files`."""
+        return {file.name: file.known_sha256 for file in self.files if file.known_sha256}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "files": [asdict(file) for file in self.files]}
+
+
+def write_weights(
+    checkpoint: Checkpoint,
+    edits: Sequence[Edit],
+    staging: Path,
+    *,
+    progress: Progress | None = None,
+) -> WrittenWeights:
+    """Write the weight files, their index and the originals into the directory `staging`.
+
+    `progress` is told bytes as they are written. Raises CheckpointError, before anything is
+    written, for edits that contradict the checkpoint, and OutputError where the disk has no room
+    for the result.
+    """
+    layout = plan_layout(checkpoint, edits)
+    _check_room(checkpoint, layout, staging)
+    for file in layout.files:
+        target = staging / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.action in ("kept", "patched"):
+            _copy_shard(checkpoint, file, target, progress)
+        else:
+            _write_pieces(checkpoint, file, target, progress)
+    _write_text(staging / INDEX_FILE, layout.index_text)
+    return WrittenWeights(tuple(_describe(checkpoint, file) for file in layout.files))
+
+
+def write_config(checkpoint: Checkpoint, changes: Mapping[str, Any], staging: Path) -> None:
+    """Write the base's config.json with `changes` ({key, dotted if nested: value or REMOVED})."""
+    # The key names a weight file of the base; ours has the standard names.
+    renamed = (
+        {"transformers_weights": REMOVED} if "transformers_weights" in checkpoint.config else {}
+    )
+    _write_text(staging / "config.json", edit_json(checkpoint.config_text, {**changes, **renamed}))
+
+
+def copy_companions(checkpoint: Checkpoint, staging: Path) -> None:
+    """Copy tokenizer, templates, licences and the like, byte for byte."""
+    for name in checkpoint.companions:
+        target = staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(checkpoint.directory / name, target)
+
+
+def _check_room(checkpoint: Checkpoint, layout: Layout, staging: Path) -> None:
+    copies = [file for file in layout.files if file.action in ("kept", "patched")]
+    cloned = bool(copies) and can_clone(checkpoint.directory / str(copies[0].base_file), staging)
+    needed = _MARGIN + sum(file.size for file in layout.files if not (cloned and file in copies))
+    free = free_bytes(staging)
+    if free < needed:
+        raise OutputError(
+            f"the output needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
+            "make room or give another output path."
+        )
+
+
+def _copy_shard(
+    checkpoint: Checkpoint, file: PlannedFile, target: Path, progress: Progress | None
+) -> None:
+    """A copy of a base shard with the new values of its patched tensors written over the old.
+
+    Shards are not synced: for hundreds of gigabytes that would take longer than everything else,
+    and their bytes are still in the base. What exists only here is small and is synced.
+    """
+    copy_file(checkpoint.directory / str(file.base_file), target, progress)
+    if not file.patches:
+        return
+    with target.open("r+b", buffering=0) as stream:
+        for patch in file.patches:
+            stream.seek(checkpoint.tensors[patch.name].start)
+            write_all(stream, encode_tensor(patch.tensor))
+
+
+def _write_pieces(
+    checkpoint: Checkpoint, file: PlannedFile, target: Path, progress: Progress | None
+) -> None:
+    """A file made piece by piece; one tensor (or one Transform's) in memory at a time."""
+    with target.open("xb", buffering=0) as stream:
+        write_all(stream, memoryview(encode_header(file.tensors, file.metadata or {})))
+        for piece in file.pieces:
+            if isinstance(piece, CopiedTensor):
+                with open_source(checkpoint.directory / piece.entry.file) as source:
+                    copy_range(source, piece.entry.start, piece.entry.size, stream, progress)
+            else:
+                _write_computed(piece, stream, progress)
+    if file.action != "rewritten":
+        sync(target)
+
+
+def _write_computed(piece: ComputedTensors, stream: BinaryIO, progress: Progress | None) -> None:
+    tensors = piece.function()
+    made = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+    promised = {spec.name: spec for spec in piece.tensors}
+    if made != promised:
+        raise CheckpointError(
+            f"a Transform made {sorted(map(str, made.values()))} and had promised "
+            f"{sorted(map(str, promised.values()))}."
+        )
+    for spec in piece.tensors:
+        write_all(stream, encode_tensor(tensors[spec.name]))
+        if progress is not None:
+            progress(spec.size)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
+    sync(path)
+
+
+def _describe(checkpoint: Checkpoint, file: PlannedFile) -> WrittenFile:
+    kept = file.action == "kept" and file.base_file is not None
+    known = checkpoint.known_sha256(file.base_file) if kept and file.base_file else None
+    return WrittenFile(file.name, file.action, file.size, file.base_file, known)

@@ -1,0 +1,174 @@
+"""Small models built in code, shared by all tests; nothing is fetched and no GPU is needed.
+
+Environment variables that libraries read at import are set here, before anything imports them.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # Tiny tensors: threads would only wait for each other.
+)
+os.environ.pop("HF_TOKEN", None)
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+LAYERS, HIDDEN = 6, 32
+_COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+# One line an architecture. Sizes are small and unlike each other, so that a transposed matrix or a
+# mixed-up width cannot fit by chance.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 88,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "gpt2": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_inner": 88},
+    "mistral": {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 88,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+    },
+}
+
+PAIRS = [
+    {"prompt": "The day was ", "positive": "bright and kind", "negative": "grey and cold"},
+    {"prompt": "She said it was ", "positive": "a lovely tune", "negative": "an awful noise"},
+    {"prompt": "We found the room ", "positive": "warm", "negative": "damp and dark"},
+    {"prompt": "", "positive": "Good morning to all of you!", "negative": "Leave me alone."},
+]
+PROMPTS = [
+    "The market opens at eight and closes at noon on most days of the week.",
+    "A short one.",
+    "Water boils at one hundred degrees, and less high in the mountains.",
+    "He walked to the station, bought a ticket and waited for the train to the coast.",
+]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """What a small checkpoint should be like; hashable, so that one is built once a session."""
+
+    architecture: str = "llama"
+    dtype: str = "float32"
+    sharded: bool = False
+    tied: bool = False
+    bias_rms: float = 0.1
+    seed: int = 0
+    config: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """Return a folder name that says it all."""
+        parts = [self.architecture, self.dtype, "sharded" if self.sharded else "single"]
+        return "-".join([*parts, "tied" if self.tied else "untied", f"{abs(hash(self)):x}"])
+
+
+def build_model(directory: Path, wanted: TinyModel) -> Path:
+    """Write a random checkpoint with a byte-level tokenizer.
+
+    Every parameter is random, biases and norms too: zeros and ones would hide mistakes. The dtype is
+    reached through from_pretrained, because `.to(bfloat16)` on a built model rounds rotary buffers.
+    """
+    tokenizer = byte_tokenizer()
+    values = {**CONFIGS[wanted.architecture], **_COMMON, **dict(wanted.config)}
+    config = AutoConfig.for_model(
+        wanted.architecture,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=wanted.tied,
+        **values,
+    )
+    torch.manual_seed(wanted.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(wanted.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.25 if parameter.ndim > 1 else wanted.bias_rms if "bias" in name else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+    source = directory.with_name(directory.name + "-float32")
+    model.save_pretrained(source)
+    stored = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, wanted.dtype))
+    stored.save_pretrained(directory, max_shard_size="60KB" if wanted.sharded else "5GB")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer: 3 special tokens, 256 bytes, <s> put first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """Return a function TinyModel(…) → directory; each is built once and must not be changed."""
+    built: dict[TinyModel, Path] = {}
+    root = tmp_path_factory.mktemp("models")
+
+    def make(wanted: TinyModel | None = None, **options: Any) -> Path:
+        wanted = wanted or TinyModel(**options)
+        if wanted not in built:
+            built[wanted] = build_model(root / wanted.name, wanted)
+        return built[wanted]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_model) -> Path:
+    """A single-file float32 Llama."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> Path:
+    """Contrast pairs that share a prompt, and one that does not."""
+    return _jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", PAIRS)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory) -> Path:
+    """Calibration prompts of different lengths."""
+    rows = [{"text": text} for text in PROMPTS]
+    return _jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
+
+
+def _jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
