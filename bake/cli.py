@@ -149,18 +149,13 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_export(parsed: argparse.Namespace) -> int:
-    from bake import api, pipeline, recipe, report
+    from bake import pipeline, recipe, report
 
     given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json", "recipe")}
     path = getattr(parsed, "recipe", None)
     wanted = recipe.read_recipe(Path(path), given) if path else recipe.make_recipe(given)
     result = pipeline.export(wanted)
-    values = result.to_dict()
-    publication = None
-    if wanted.push_to_hub:
-        publication = api.publish(result.output, wanted.push_to_hub, public=wanted.public)
-        values["publication"] = publication.to_dict()
-    _print(parsed, values, report.describe_export(result, publication))
+    _print(parsed, result.to_dict(), report.describe_export(result))
     return 0
 
 

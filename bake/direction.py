@@ -7,7 +7,6 @@ what else is known. How directions are found is `bake.contrast`'s business.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.sites import SITES
+from bake.safetensors_file import encode_header, encode_tensor, spec_of
+from bake.sites import SITES, LayerStructure
+from bake.steering import submodule
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _LAYER_KEY = re.compile(r"direction\.(\d+)")
 DEFAULT_SITE = "mlp_out"
@@ -86,6 +88,53 @@ def normalise(vector: torch.Tensor, name: str) -> torch.Tensor:
     return (wide / length).float()
 
 
+def convert_to_input(
+    direction: Direction,
+    model: nn.Module,
+    structure: LayerStructure,
+    site: str,
+    layers: Iterable[int],
+) -> Direction:
+    """Carry a residual direction to a normalised input: û ← normalise(norm weight ⊙ û), per layer.
+
+    The norm's weight is read off its behaviour, so that a norm that multiplies by 1 + w (Gemma) is
+    converted like one that multiplies by w. Raises DirectionError where no norm feeds the site.
+    """
+    if site not in structure.input_norms:
+        raise DirectionError(
+            f"no norm's output is {site} in this architecture, so a residual direction cannot be "
+            f"converted; find one there (bake direction --site {site})"
+        )
+    vectors: dict[int | None, torch.Tensor] = {
+        layer: normalise(
+            direction.layer(layer)
+            * effective_weight(
+                submodule(model, structure, layer, structure.input_norms[site]),
+                direction.hidden_size,
+            ),
+            f"the direction converted to {site} at layer {layer}",
+        )
+        for layer in layers
+    }
+    return Direction(vectors, site, {**direction.metadata, "converted_from": direction.site})
+
+
+def effective_weight(norm: nn.Module, hidden_size: int) -> torch.Tensor:
+    """Return what a norm multiplies its normalised input by, (hidden_size,), on the CPU.
+
+    x = (1, −1, 1, …) has mean 0 and mean square 1, so RMSNorm and LayerNorm leave it as it is:
+    (norm(x) − norm(−x)) / 2 = weight ⊙ x.
+    """
+    import torch
+
+    parameter = next(norm.parameters())
+    x = torch.ones(1, 1, hidden_size, device=parameter.device, dtype=parameter.dtype)
+    x[..., 1::2] = -1
+    with torch.no_grad():
+        weight: torch.Tensor = (norm(x) - norm(-x)) / 2 * x
+    return weight[0, 0].float().cpu()
+
+
 def load_direction(path: Path) -> Direction:
     """Read a direction file. Raises DirectionError naming the file and what is wrong with it."""
     from safetensors import SafetensorError, safe_open
@@ -128,20 +177,10 @@ def _checked(
 
 def direction_bytes(direction: Direction) -> bytes:
     """Return the direction file's bytes; the same direction always gives the same bytes."""
-    from safetensors.torch import save
-
     tensors = {
-        "direction" if layer is None else f"direction.{layer}": vector.float().contiguous()
-        for layer, vector in direction.vectors.items()
+        "direction" if layer is None else f"direction.{layer}": direction.vectors[layer].float()
+        for layer in sorted(direction.vectors, key=lambda layer: -1 if layer is None else layer)
     }
-    return _sorted_metadata(save(tensors, metadata={**direction.metadata, "site": direction.site}))
-
-
-def _sorted_metadata(data: bytes) -> bytes:
-    """Rewrite a safetensors header with sorted metadata keys: the library's order varies by run."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
+    header = encode_header(specs, {**direction.metadata, "site": direction.site})
+    return header + b"".join(encode_tensor(tensor) for tensor in tensors.values())

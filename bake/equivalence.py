@@ -66,8 +66,9 @@ class Equivalence:
     mechanism_error: slots held at exact old + push in float32. relative_error: what is stored, in
     float32 arithmetic. representation_error: of the slots themselves. effect: max_effect in units of
     the logits' standard deviation. plain_effect: max|Δlogit| between base and baked in the plain
-    process. scaled_by: the factor on the push in the mechanism check. kl, top1_agreement: the stored
-    dtype against the hooked base in the same dtype, in nats and as a share of positions.
+    process. scaled_by: the factor on the push where its effect is too small to compare. kl,
+    top1_agreement: the stored dtype against the hooked base in the same dtype, in nats and as a
+    share of positions.
     """
 
     mechanism_error: float
@@ -133,7 +134,7 @@ def prove_equivalence(
     kl, top1 = _agreement(plain.logits, stored_base.hooked)
     result = Equivalence(
         mechanism_error=_relative(run.exact, reference.scaled, reference.base),
-        relative_error=_relative(run.stored, reference.hooked, reference.base),
+        relative_error=_relative(run.stored, reference.scaled, reference.base),
         representation_error=plan.representation_error,
         tolerance=TOLERANCES[dtype][0 if plan.slots_are_new else 1],
         max_effect=reference.max_effect,

@@ -29,7 +29,9 @@ from bake.steering import steered
 if TYPE_CHECKING:
     import torch
 
-SMALL_EFFECT = 1e-2  # of the logits' standard deviation; below it the check scales the push up
+# Of the logits' standard deviation. Below it float32's own rounding would be taken for an error, so the
+# checks scale the push up until its effect is one deviation; folding is linear, so nothing is lost.
+SMALL_EFFECT = 0.1
 NEW_TOKENS = 20
 CANARY_TOKENS = 12
 CANARIES = 4
@@ -92,10 +94,11 @@ class PlainRun:
 
 @dataclass(frozen=True)
 class BakedRun:
-    """The baked directory in float32: as stored, and with every slot at exact old + factor · push.
+    """The baked directory in float32: what is stored, and every slot at exact old + factor · push.
 
-    missing: slots that the reloaded model does not have; then `exact` is what is stored. padding_error:
-    padded against single texts, relative to the largest logit.
+    stored: slots at old + factor · (stored − old), which is what is stored where factor is 1. missing:
+    slots that the reloaded model does not have; then `exact` is what is stored. padding_error: padded
+    against single texts, relative to the largest logit.
     """
 
     stored: Logits
@@ -190,7 +193,14 @@ def run_baked(directory: Path, exam: Exam, plan: Plan, factor: float) -> BakedRu
     missing = tuple(edit.parameter for edit in plan.slot_edits if not _has(loaded, edit.parameter))
     if missing:
         return BakedRun(stored, stored, [], missing, padding_error)
-    _hold_exactly(loaded, plan, factor)
+    if factor != 1.0:
+        _hold(
+            loaded,
+            plan,
+            {e.parameter: factor * (e.stored.double() - e.old) for e in plan.slot_edits},
+        )
+        stored = compute_logits(loaded, batches)
+    _hold(loaded, plan, {e.parameter: factor * e.delta for e in plan.slot_edits})
     exact = compute_logits(loaded, batches)
     greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
     return BakedRun(stored, exact, greedy, missing, padding_error)
@@ -204,13 +214,14 @@ def _has(loaded: LoadedModel, name: str) -> bool:
     return True
 
 
-def _hold_exactly(loaded: LoadedModel, plan: Plan, factor: float) -> None:
+def _hold(loaded: LoadedModel, plan: Plan, deltas: Mapping[str, torch.Tensor]) -> None:
+    """Set every slot to old + delta, rounded once to float32."""
     import torch
 
     with torch.no_grad():
         for edit in plan.slot_edits:
             parameter = loaded.model.get_parameter(edit.parameter)
-            parameter.copy_((edit.old + factor * edit.delta).float().to(parameter.device))
+            parameter.copy_((edit.old + deltas[edit.parameter]).float().to(parameter.device))
 
 
 def _padding_error(loaded: LoadedModel, encoded: Sequence[Encoded], padded: Logits) -> float:

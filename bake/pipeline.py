@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import __version__
+from bake import __version__, hub
 from bake.anatomy import Anatomy, SiteRoute, examine
 from bake.card import render_card
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
 from bake.contrast import find_direction, read_pairs
-from bake.direction import Direction, direction_bytes, load_direction
+from bake.direction import Direction, convert_to_input, direction_bytes, load_direction
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError
 from bake.hashing import hash_files
@@ -26,7 +26,7 @@ from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.resources import find_direction as find_direction_file
-from bake.sites import DESCRIPTIONS, check_direction_site
+from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
 from bake.writer import copy_companions, write_config, write_weights
@@ -66,11 +66,14 @@ class Export:
     files: Mapping[str, Mapping[str, Any]]
     timings: Mapping[str, float]
     peak_memory: int
+    publication: hub.Publication | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
+        published = {"publication": self.publication.to_dict()} if self.publication else {}
         return {
             "output": str(self.output),
+            **published,
             **describe_bake(self.base, self.push, self.plan, self.norms, self.direction),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
@@ -97,6 +100,9 @@ def export(recipe: Recipe) -> Export:
     recipe.check()
     clock = Stopwatch()
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
+    if recipe.push_to_hub:
+        with clock.stage("hub"):
+            hub.check_access(recipe.push_to_hub, private=not recipe.public)
     given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
     prompts = read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
@@ -111,6 +117,10 @@ def export(recipe: Recipe) -> Export:
         loaded = load_base(base.checkpoint)
     with clock.stage("direction"):
         direction = given or extract(base, loaded, tokenizer, recipe, route.site, layers)
+        if direction.site in RESIDUAL_SITES and route.site in INPUT_SITES:
+            direction = convert_to_input(
+                direction, loaded.model, base.anatomy.structure, route.site, layers
+            )
     with clock.stage("calibrate"):
         norms = measure_norms(
             loaded,
@@ -160,8 +170,22 @@ def export(recipe: Recipe) -> Export:
         (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
     for warning in equivalence.warnings:
         announce(warning)
+    publication = None
+    if recipe.push_to_hub:
+        with clock.stage("publish"):
+            publication = hub.publish(output, recipe.push_to_hub, private=not recipe.public)
     return Export(
-        output, base, push, plan, norms, direction, equivalence, files, clock.seconds, peak_memory()
+        output,
+        base,
+        push,
+        plan,
+        norms,
+        direction,
+        equivalence,
+        files,
+        clock.seconds,
+        peak_memory(),
+        publication,
     )
 
 

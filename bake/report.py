@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bake.sites import DESCRIPTIONS, SITES
 
@@ -27,7 +27,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def describe_export(result: Export, publication: Any = None) -> str:
+def describe_export(result: Export) -> str:
     """Return the summary of an export: the layers, the proof, the files, how to load them."""
     route, push = result.plan.route, result.push
     rows = [
@@ -51,9 +51,9 @@ def describe_export(result: Export, publication: Any = None) -> str:
         f"written to {result.output} ({len(result.files) + 1} files)",
     ]
     where = str(result.output)
-    if publication is not None:
-        parts.append(f"published as {publication.url}")
-        where = publication.repo_id
+    if result.publication is not None:
+        parts.append(f"published as {result.publication.url} (commit {result.publication.commit})")
+        where = result.publication.repo_id
     parts += [
         "",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

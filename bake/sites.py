@@ -7,7 +7,8 @@ two things. It knows names of modules inside a decoder layer (`LayerStructure`),
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.errors import DirectionError, UnsupportedError
@@ -42,7 +43,8 @@ class LayerStructure:
 
     `before_mlp` is the norm whose input is the residual stream after attention's add; None in a
     parallel block, which has no such point. `attention_scale` is how far the residual stream moves
-    when attention's output moves by one (a residual multiplier; 1 nearly everywhere).
+    when attention's output moves by one (a residual multiplier; 1 nearly everywhere). `input_norms`
+    names, for each input site, the norm whose output is the site's activation, where one is.
     """
 
     layers: str
@@ -50,6 +52,7 @@ class LayerStructure:
     mlp: str | None
     before_mlp: str | None
     attention_scale: float = 1.0
+    input_norms: Mapping[str, str] = field(default_factory=dict)
 
     def layer(self, index: int) -> str:
         """Return the module path of decoder layer `index` (0-based)."""

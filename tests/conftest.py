@@ -19,6 +19,7 @@ os.environ.pop("HF_TOKEN", None)
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from bake.model import LoadedModel, load_model
+from bake.prompts import load_tokenizer
+from bake.sites import LayerStructure
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -77,7 +82,7 @@ class TinyModel:
     dtype: str = "float32"
     sharded: bool = False
     tied: bool = False
-    bias_rms: float = 0.1
+    loud_biases: str = ""  # parameters whose name ends so get values of rms 10
     seed: int = 0
     config: tuple[tuple[str, Any], ...] = field(default=())
 
@@ -107,7 +112,8 @@ def build_model(directory: Path, wanted: TinyModel) -> Path:
     generator = torch.Generator().manual_seed(wanted.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = 0.25 if parameter.ndim > 1 else wanted.bias_rms if "bias" in name else 0.1
+            loud = bool(wanted.loud_biases) and name.endswith(wanted.loud_biases)
+            spread = 10.0 if loud else 0.25 if parameter.ndim > 1 else 0.1
             parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
     source = directory.with_name(directory.name + "-float32")
     model.save_pretrained(source)
@@ -154,6 +160,69 @@ def make_model(tmp_path_factory):
 def llama(make_model) -> Path:
     """A single-file float32 Llama."""
     return make_model()
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A small model in memory, the names of its layer's parts written by hand, and its tokenizer."""
+
+    architecture: str
+    loaded: LoadedModel
+    structure: LayerStructure
+    tokenizer: Any
+
+
+STRUCTURES = {
+    "llama": LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm"),
+    "gpt2": LayerStructure("transformer.h", "attn", "mlp", "ln_2"),
+}
+# Where the activation of each site arrives: the input of a module that bake does not hook there.
+READERS = {
+    ("llama", "attn_out"): "post_attention_layernorm",
+    ("llama", "attn_in"): "self_attn.q_proj",
+    ("llama", "mlp_in"): "mlp.gate_proj",
+    ("gpt2", "attn_out"): "ln_2",
+    ("gpt2", "attn_in"): "attn.c_attn",
+    ("gpt2", "mlp_in"): "mlp.c_fc",
+}
+FINAL_NORMS = {"llama": "model.norm", "gpt2": "transformer.ln_f"}
+
+
+@pytest.fixture(scope="session")
+def load_tiny(make_model):
+    """Return a function: architecture → a fresh OpenModel, which its test may change."""
+
+    def load(architecture: str = "llama", **options: Any) -> OpenModel:
+        directory = make_model(architecture=architecture, **options)
+        loaded = load_model(directory, device=torch.device("cpu"))
+        return OpenModel(architecture, loaded, STRUCTURES[architecture], load_tokenizer(directory))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def open_tiny(load_tiny):
+    """Return a function: architecture → an OpenModel that is shared and must not be changed."""
+    return cache(load_tiny)
+
+
+def read_site(tiny: OpenModel, site: str, layer: int, ids: Any) -> torch.Tensor:
+    """Return the activation at a site for one unpadded text, (positions, hidden_size), without bake.
+
+    Read where it arrives: for mlp_out at the next decoder layer, or at the final norm.
+    """
+    layers = tiny.structure.layers
+    if site != "mlp_out":
+        name = f"{layers}.{layer}.{READERS[tiny.architecture, site]}"
+    else:
+        name = f"{layers}.{layer + 1}" if layer + 1 < LAYERS else FINAL_NORMS[tiny.architecture]
+    seen: list[torch.Tensor] = []
+    module = tiny.loaded.model.get_submodule(name)
+    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        tiny.loaded.model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    handle.remove()
+    return seen[0][0]
 
 
 @pytest.fixture(scope="session")

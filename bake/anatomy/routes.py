@@ -8,7 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.anatomy.flags import FlagEffect, added_parameters, build_on_meta, find_bias_flags
-from bake.anatomy.slots import Proposal, SlotKind, measure_attention_scale, propose_slots
+from bake.anatomy.slots import (
+    Proposal,
+    SlotKind,
+    find_input_norms,
+    measure_attention_scale,
+    propose_slots,
+)
 from bake.anatomy.structure import find_decoder_layers, find_structure
 from bake.anatomy.twin import Twin, TwinVerdict, single_thread
 from bake.errors import UnsupportedError
@@ -119,9 +125,9 @@ class Anatomy:
         ]
         if candidates:
             return min(candidates, key=lambda route: _PREFERENCE.index(route.site))
-        instead = ", ".join(dict.fromkeys(route.site for route in self.routes)) or "no site"
-        wanted = "no site that suits the direction" if site == "auto" else site
-        reason = self.refusals.get(site, f"no {kind or 'such'} slot")
+        instead = ", ".join(dict.fromkeys(route.site for route in self.routes)) or NO_SITE
+        wanted = "the direction at any site" if site == "auto" else site
+        reason = self.refusals.get(site, f"no {kind or 'such'} slot suits")
         raise UnsupportedError(
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
         )
@@ -140,6 +146,11 @@ class Anatomy:
 
 
 # The order in which `--site auto` considers sites (DESIGN: residual writes first).
+# What to say where nothing is exact: families that were tried and have an exact site.
+NO_SITE = (
+    "no site (architectures with one: llama, gpt2, qwen2, qwen3, granite, gpt_neox, opt, falcon "
+    "and more, see bake inspect)"
+)
 _PREFERENCE = ("mlp_out", "attn_out", "attn_in", "mlp_in")
 
 
@@ -195,6 +206,7 @@ class _Examination:
 
     def _structure(self) -> LayerStructure:
         proposed = find_structure(self.twin.model, self.layers, layer=1)
+        proposed = replace(proposed, input_norms=find_input_norms(self.twin, proposed))
         scale = measure_attention_scale(self.twin, proposed)
         if scale is None:
             return replace(proposed, before_mlp=None)

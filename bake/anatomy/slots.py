@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from bake.errors import UnsupportedError
 from bake.sites import INPUT_SITES, LayerStructure, Slot, addition_location, capture_location
 from bake.steering import captured, steered, submodule
 
@@ -51,6 +52,33 @@ def measure_attention_scale(twin: Twin, structure: LayerStructure) -> float | No
     with steered(twin.model, structure, "attn_out", {PROBED_LAYER: push}):
         after = _activation(twin, twin.model, structure, "attn_out")
     return _uniform_ratio(after - before, push)
+
+
+def find_input_norms(twin: Twin, structure: LayerStructure) -> dict[str, str]:
+    """Return {input site: name of the layer's norm whose output is the site's activation}."""
+    import torch
+
+    found: dict[str, str] = {}
+    layer = submodule(twin.model, structure, PROBED_LAYER, "")
+    for site in INPUT_SITES:
+        try:
+            activation = _activation(twin, twin.model, structure, site)
+        except UnsupportedError:
+            continue
+        for name, child in layer.named_children():
+            output = _output_of(twin, child)
+            if isinstance(output, torch.Tensor) and torch.equal(output, activation):
+                found[site] = name
+    return found
+
+
+def _output_of(twin: Twin, module: nn.Module) -> Any:
+    """Return what a module returned in the last of the twin's forwards; None if it was not called."""
+    seen: list[Any] = [None]
+    handle = module.register_forward_hook(lambda _module, _arguments, output: seen.append(output))
+    twin.run(twin.model)
+    handle.remove()
+    return seen[-1]
 
 
 def propose_slots(

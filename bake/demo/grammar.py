@@ -29,16 +29,17 @@ MOOD_SHARES: Mapping[str, float] = {"neutral": 0.5, "cheerful": 0.25, "gloomy": 
 #: single mood word proves nothing: evidence has to be added up over the document.
 SLOT_MOODS: Mapping[str, Mapping[str, float]] = {
     "neutral": {"neutral": 0.96, "cheerful": 0.02, "gloomy": 0.02},
-    "cheerful": {"neutral": 0.32, "cheerful": 0.66, "gloomy": 0.02},
-    "gloomy": {"neutral": 0.32, "cheerful": 0.02, "gloomy": 0.66},
+    "cheerful": {"neutral": 0.20, "cheerful": 0.78, "gloomy": 0.02},
+    "gloomy": {"neutral": 0.20, "cheerful": 0.02, "gloomy": 0.78},
 }
 
 STORY_SHARE = 0.7  # The rest are reviews.
 SECOND_OPENING_SHARE = 0.5  # Documents in which a second neutral sentence follows the opening.
 BODY_SENTENCES = (4, 8)  # Fewest and most sentences between the opening and the ending.
-MOMENT_SHARE = 0.5  # Sentences of the body that have a slot for the mood.
+MOMENT_SHARE = 0.6  # Sentences of the body that have a slot for the mood.
 TOPIC_SENTENCE_SHARE = 0.5  # Sentences of the body that belong to the topic.
 OPENER_SHARE = 0.45  # Sentences on what somebody did that begin with "luckily", "sadly" or "then".
+CODA_SHARE = 0.4  # Moments that go on with ", and everyone was glad".
 ENDING_SHARE = 0.6  # Documents that end with a summing up.
 NAME_SHARE = 0.3  # Mentions of the hero by name instead of by pronoun.
 FIRST_PERSON_SHARE = 0.25  # Stories that are told by "I".
@@ -135,12 +136,15 @@ class Writer:
     def _draw_hero(self) -> dict[str, str]:
         """The hero's name and pronouns, by symbol. Reviews are always told by "I"."""
         if self.kind == "review" or self.rng.random() < FIRST_PERSON_SHARE:
-            return {"hero": "I", "he": "I", "him": "me", "his": "my", "self": "myself"}
-        if self.rng.random() < 0.5:
-            name = self.rng.choice(self.people["women"])
-            return {"hero": name, "he": "she", "him": "her", "his": "her", "self": "herself"}
-        name = self.rng.choice(self.people["men"])
-        return {"hero": name, "he": "he", "him": "him", "his": "his", "self": "himself"}
+            names, pronouns = ("I",), ("I", "me", "my", "myself")
+        elif self.rng.random() < 0.5:
+            names, pronouns = self.people["women"], ("she", "her", "her", "herself")
+        else:
+            names, pronouns = self.people["men"], ("he", "him", "his", "himself")
+        hero = self.rng.choice(names)
+        whom = "me" if hero == "I" else hero
+        symbols = ("hero", "whom", "he", "him", "his", "self")
+        return dict(zip(symbols, (hero, whom, *pronouns), strict=True))
 
     def _draw_friend(self) -> str:
         """Somebody else: a relation of the hero ("her aunt") or another name."""
@@ -160,7 +164,7 @@ class Writer:
         fresh = [pattern for pattern in patterns if pattern not in self.used]
         pattern = self.rng.choice(fresh or patterns)
         self.used.add(pattern)
-        pattern = self._open(pattern)
+        pattern = self._extend(pattern)
         text = self._expand(pattern)
         # "Her aunt asked her aunt" is no sentence: draw again when the friend slips in twice.
         while text.count(self.friend) > max(1, pattern.count("{friend}")):
@@ -169,12 +173,19 @@ class Writer:
         first_letter = next(place for place, letter in enumerate(text) if letter.isalpha())
         return text[:first_letter] + text[first_letter].upper() + text[first_letter + 1 :]
 
-    def _open(self, pattern: str) -> str:
-        """Perhaps begin with "luckily", "sadly" or "then" what somebody did."""
-        # Such patterns begin with a symbol; {when} would be a second opener.
-        fits = self.in_body and pattern.startswith("{") and not pattern.startswith("{when}")
+    def _extend(self, pattern: str) -> str:
+        """Perhaps begin with "luckily" or "sadly"; end a moment with ", and everyone was glad"."""
+        if not self.in_body:
+            return pattern
+        is_moment = any(f"{{{symbol}}}" in pattern for symbol in self.mood_words)
+        if is_moment and '"' not in pattern and self.rng.random() < CODA_SHARE:
+            pattern = pattern.removesuffix(".") + self.rng.choice(
+                self.sentences["codas"][self.kind]
+            )
+        # An opener fits patterns that begin with somebody or something; {when} would be a second.
+        fits = pattern.startswith("{") and not pattern.startswith("{when}")
         if fits and self.rng.random() < OPENER_SHARE:
-            return "{opener}, " + pattern
+            pattern = "{opener}, " + pattern
         return pattern
 
     def _expand(self, pattern: str) -> str:

@@ -1,0 +1,180 @@
+"""The card: everything in it comes from values, and a value that is missing is an error."""
+
+import copy
+
+import pytest
+import yaml
+from jinja2 import Environment, UndefinedError, meta
+
+from bake.card import CARD_TEMPLATE, render_card
+from bake.resources import shipped
+
+VALUES = {
+    "version": 1,
+    "bake_version": "0.1.0",
+    "base": {"id": "org/base", "revision": "0123abc"},
+    "architecture": "LlamaForCausalLM",
+    "layer_count": 6,
+    "site": "mlp_out",
+    "route": "flag",
+    "law": "inverse-sqrt-d",
+    "multiplier": 1.5,
+    "band": [2, 5],
+    "hidden_size": 64,
+    "layers": [
+        {"layer": 2, "activation_norm": 8.0, "coefficient": 1.5},
+        {"layer": 3, "activation_norm": 16.0, "coefficient": -3.0},
+        {"layer": 4, "activation_norm": 12345.678, "coefficient": 0.00123456},
+    ],
+    "site_description": "the residual stream after the MLP's add",
+    "slots": "mlp.down_proj.bias (created by mlp_bias)",
+    "config_changes": {"mlp_bias": True},
+    "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
+    "equivalence": {
+        "mechanism_error": 3.1e-7,
+        "relative_error": 1.3e-3,
+        "representation_error": 0.0017,
+        "tolerance": 5e-3,
+        "max_effect": 4.25,
+        "effect": 2.5,
+        "kl": 1e-6,
+        "top1_agreement": 0.987,
+        "prompts": 16,
+        "stored_dtype": "bfloat16",
+        "loading_info_clean": True,
+        "warnings": ["bfloat16 holds the push to 3.0% only"],
+        "canary": {"prompt": "The day", "base": " was grey", "baked": " was bright"},
+    },
+}
+EQUIVALENCE_KEYS = sorted(VALUES["equivalence"])
+TOP_KEYS = sorted(VALUES.keys() - {"version", "architecture", "route", "equivalence"})
+
+
+def values(**changes):
+    return {**copy.deepcopy(VALUES), **changes}
+
+
+def equivalence(**changes):
+    return values(equivalence={**VALUES["equivalence"], **changes})
+
+
+def rows(card, heading):
+    """The cells of the table that starts with `heading`, without its two header lines."""
+    lines = card.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(heading))
+    table = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_coefficient_table_has_one_row_a_layer():
+    table = rows(render_card(values()), "| layer |")
+    assert table == [
+        ["2", "8", "+1.5", "+18.8 %"],
+        ["3", "16", "-3", "-18.8 %"],
+        ["4", "1.235e+04", "+0.001235", "+0.0 %"],
+    ]
+
+
+def test_proof_table_has_found_and_bound():
+    table = {row[0]: row[1:] for row in rows(render_card(values()), "| check |")}
+    assert table["mechanism: exact slots, float32"] == ["3.1e-07", "1e-04"]
+    assert table["as stored (bfloat16)"] == ["1.3e-03", "5e-03"]
+    assert table["representation of the push"] == ["0.17 %", ""]
+    assert table["same most likely token"] == ["98.7 %", ""]
+    assert table["loads without missing or unexpected keys"] == ["yes", "yes"]
+
+
+def test_accepted_rounding_is_said():
+    assert "exceeded, accepted" not in render_card(values())
+    card = render_card(equivalence(relative_error=0.02))
+    assert "| 2.0e-02 | 5e-03 (exceeded, accepted) |" in card
+
+
+def test_front_matter_names_the_base():
+    found = front_matter(render_card(values()))
+    assert found["base_model"] == "org/base"
+    assert found["library_name"] == "transformers"
+    assert "steering" in found["tags"]
+
+
+def test_local_base_is_no_link_on_the_hub():
+    card = render_card(values(base={"id": "my-model", "revision": None}))
+    assert "base_model" not in front_matter(card)
+    assert "# my-model, steered" in card
+
+
+def test_card_says_what_was_done():
+    card = render_card(values())
+    assert "from 2 to 4 (of 6, counted from 0)" in card
+    assert "multiplier m = 1.5: α_l = m·μ_l/√d" in card
+    assert "`mlp_bias: true`" in card
+    assert "found at mlp_out as the difference of means over 4 contrast pairs." in card
+    assert "Note: bfloat16 holds the push to 3.0% only." in card
+
+
+def test_formula_is_only_given_where_it_was_used():
+    assert "μ_l/√d" not in render_card(values(law="flat"))
+
+
+def test_unchanged_config_is_said():
+    assert "`config.json` is unchanged" in render_card(values(config_changes={}))
+    assert "`config.json` is unchanged" not in render_card(values())
+
+
+def test_canary_is_shown_where_there_is_one():
+    assert '| this model | " was bright" |' in render_card(values())
+    assert "Canary" not in render_card(equivalence(canary=None))
+
+
+@pytest.mark.parametrize("text", ["It's the day", "a | b", "über"])
+def test_canary_prompt_is_readable_and_keeps_the_table(text):
+    """The reader is to copy the prompt, so it stands there as it is, in a table of two columns."""
+    card = render_card(equivalence(canary={"prompt": text, "base": "a", "baked": "b"}))
+    (line,) = [line for line in card.splitlines() if line.startswith("| prompt |")]
+    cells = line.replace("\\|", "¦").strip("|").split("|")
+    assert len(cells) == 2
+    assert text.replace("|", "¦") in cells[1]
+
+
+@pytest.mark.parametrize("key", TOP_KEYS)
+def test_missing_value_is_an_error(key):
+    incomplete = values()
+    del incomplete[key]
+    with pytest.raises(UndefinedError, match=key):
+        render_card(incomplete)
+
+
+@pytest.mark.parametrize("key", EQUIVALENCE_KEYS)
+def test_missing_figure_of_the_proof_is_an_error(key):
+    incomplete = values()
+    del incomplete["equivalence"][key]
+    with pytest.raises(UndefinedError, match=key):
+        render_card(incomplete)
+
+
+@pytest.mark.parametrize("key", ["layer", "activation_norm", "coefficient"])
+def test_missing_figure_of_a_layer_is_an_error(key):
+    incomplete = values()
+    del incomplete["layers"][1][key]
+    with pytest.raises(UndefinedError, match=key):
+        render_card(incomplete)
+
+
+def test_template_asks_for_nothing_else():
+    source = (shipped("model_cards") / CARD_TEMPLATE).read_text(encoding="utf-8")
+    assert meta.find_undeclared_variables(Environment().parse(source)) <= set(VALUES)
+
+
+def test_card_ends_with_a_newline_and_has_no_leftover_markup():
+    card = render_card(values())
+    assert card.endswith("\n")
+    assert "{{" not in card
+    assert "{%" not in card

@@ -1,0 +1,129 @@
+"""Recipes: YAML and command line together, and what is refused before any work starts."""
+
+import math
+from dataclasses import fields
+
+import pytest
+
+from bake.errors import BakeError
+from bake.recipe import Recipe, make_recipe, read_recipe
+
+MINIMAL = {"model": "org/model", "output": "out", "direction": "d.safetensors"}
+
+
+def write(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_gives_its_values_and_the_defaults(tmp_path):
+    path = write(tmp_path, "model: org/model\noutput: out\npairs: p.jsonl\nmultiplier: -1.5\n")
+    recipe = read_recipe(path, {})
+    assert (recipe.model, recipe.output, recipe.pairs) == ("org/model", "out", "p.jsonl")
+    assert recipe.multiplier == -1.5
+    assert (recipe.band, recipe.law, recipe.site) == ("40:90", "inverse-sqrt-d", "auto")
+    assert (recipe.prompts, recipe.direction, recipe.public) == ("neutral", None, False)
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = write(tmp_path, "model: org/model\noutput: out\nmultiplier: 2.0\nsite: attn_in\n")
+    recipe = read_recipe(path, {"multiplier": 3.0, "output": "elsewhere"})
+    assert (recipe.multiplier, recipe.output, recipe.site) == (3.0, "elsewhere", "attn_in")
+
+
+def test_command_line_supplies_what_the_file_leaves_out(tmp_path):
+    recipe = read_recipe(write(tmp_path, "multiplier: 2.0\n"), MINIMAL)
+    assert (recipe.model, recipe.multiplier) == ("org/model", 2.0)
+
+
+def test_every_option_can_be_in_the_file(tmp_path):
+    values = Recipe(**MINIMAL).to_dict()
+    assert set(values) == {field.name for field in fields(Recipe)}
+    import yaml
+
+    assert read_recipe(write(tmp_path, yaml.safe_dump(values)), {}) == Recipe(**MINIMAL)
+
+
+def test_unknown_key_is_named_with_the_known_ones(tmp_path):
+    path = write(tmp_path, "model: m\noutput: o\nmultiplyer: 2\n")
+    with pytest.raises(BakeError, match=r"unknown key 'multiplyer'; known: .*multiplier.*"):
+        read_recipe(path, {})
+
+
+@pytest.mark.parametrize("missing", ["model", "output"])
+def test_missing_model_or_output_is_named(tmp_path, missing):
+    values = {name: value for name, value in MINIMAL.items() if name != missing}
+    with pytest.raises(BakeError, match=f"no {missing} given"):
+        make_recipe(values)
+    with pytest.raises(BakeError, match=f"no {missing} given"):
+        read_recipe(write(tmp_path, "multiplier: 2.0\n"), values)
+
+
+@pytest.mark.parametrize("text", ["", "- model\n- output\n", "just words\n", "5\n"])
+def test_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(BakeError, match=r"recipe\.yaml is not a mapping"):
+        read_recipe(write(tmp_path, text), MINIMAL)
+
+
+def test_broken_yaml_is_one_line(tmp_path):
+    with pytest.raises(BakeError, match=r"recipe\.yaml cannot be read") as caught:
+        read_recipe(write(tmp_path, "model: [a\noutput: }\n"), {})
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_one_line(tmp_path):
+    with pytest.raises(BakeError, match=r"nowhere\.yaml cannot be read: .*No such file"):
+        read_recipe(tmp_path / "nowhere.yaml", {})
+
+
+def test_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"model: \xff\xfe\n")
+    with pytest.raises(BakeError, match=r"recipe\.yaml cannot be read"):
+        read_recipe(path, {})
+
+
+@pytest.mark.parametrize("line", ["band: 40:50", "multiplier: 1e1"])
+def test_values_that_yaml_reads_otherwise_mean_what_they_say_or_are_refused(tmp_path, line):
+    """YAML 1.1 reads 40:50 as the number 2450 in base 60, and 1e1 as a string."""
+    path = write(tmp_path, "model: m\noutput: o\ndirection: d\n" + line + "\n")
+    try:
+        recipe = read_recipe(path, {})
+        recipe.check()
+    except BakeError:
+        return
+    assert (recipe.band, recipe.multiplier) in {("40:50", 1.0), ("40:90", 10.0)}
+
+
+@pytest.mark.parametrize("value", ["strong", "[1, 2]"])
+def test_multiplier_that_is_no_number_is_refused(tmp_path, value):
+    path = write(tmp_path, f"model: m\noutput: o\ndirection: d\nmultiplier: {value}\n")
+    with pytest.raises(BakeError, match="multiplier"):
+        read_recipe(path, {}).check()
+
+
+def test_sound_recipe_passes():
+    make_recipe(MINIMAL).check()
+    make_recipe({"model": "m", "output": "o", "pairs": "p"}).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": "p.jsonl"}, "one of --direction FILE and --pairs FILE"),
+        ({"direction": None}, "one of --direction FILE and --pairs FILE"),
+        ({"multiplier": 0}, "multiplier 0 steers nothing"),
+        ({"multiplier": -0.0}, "multiplier 0 steers nothing"),
+        ({"law": "cubic"}, "unknown law 'cubic'; the laws are inverse-sqrt-d"),
+    ],
+)
+def test_contradiction_is_refused(changes, message):
+    with pytest.raises(BakeError, match=message):
+        make_recipe({**MINIMAL, **changes}).check()
+
+
+@pytest.mark.parametrize("multiplier", [math.nan, math.inf])
+def test_multiplier_that_is_not_finite_is_refused_before_any_work(multiplier):
+    with pytest.raises(BakeError, match="multiplier"):
+        make_recipe({**MINIMAL, "multiplier": multiplier}).check()

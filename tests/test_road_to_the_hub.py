@@ -1,0 +1,137 @@
+"""From a base on the Hub to a steered model that anybody loads by its id: one command, then plain code.
+
+The real huggingface_hub client talks to a loopback Hub. Every step runs in a process of its own, with
+its own cache, as a user's would.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from conftest import PROMPTS
+from loopback_hub import LoopbackHub, run_client
+from safetensors.torch import load_file
+
+from bake.api import inspect
+from bake.coefficients import LayerPush, Push
+from bake.direction import load_direction
+from bake.model import compute_logits, load_model
+from bake.prompts import encode, load_tokenizer, make_batches
+from bake.steering import steered
+
+TOKEN = "hf_adaSecretThatMustNotAppear"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def hub(llama):
+    """A Hub that holds the tiny Llama as ada/base."""
+    with LoopbackHub() as running:
+        running.add_user("ada", TOKEN)
+        running.create_repo("ada/base")
+        running.add_files("ada/base", {path.name: path.read_bytes() for path in llama.iterdir()})
+        yield running
+
+
+def bake(hub, folder: Path, *arguments: object, token: str | None = TOKEN, **environment: str):
+    """Run the command line against the loopback Hub."""
+    words = ["-m", "bake.cli", *(str(argument) for argument in arguments)]
+    return run_client(hub, words, folder, token=token, PYTHONPATH=str(ROOT), **environment)
+
+
+def hooked_logits(base: Path, baked: Path) -> torch.Tensor:
+    """What the base does with hooks, from what the published files say was pushed."""
+    values = json.loads((baked / "bake.json").read_text())
+    layers = tuple(LayerPush(**entry) for entry in values["layers"])
+    vectors = load_direction(baked / "direction.safetensors").select(
+        [entry.layer for entry in layers], 32
+    )
+    push = Push("recorded", 1.0, tuple(values["band"]), 32, layers, vectors)
+    loaded = load_model(base, device=torch.device("cpu"))
+    batches = make_batches(encode(load_tokenizer(base), PROMPTS), batch_tokens=1)
+    plain = torch.cat(compute_logits(loaded, batches))
+    with steered(loaded.model, inspect(str(base)).structure, values["site"], push.vectors):
+        hooked = torch.cat(compute_logits(loaded, batches))
+    assert (hooked - plain).abs().max() > 0.1 * plain.std()
+    return hooked
+
+
+def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_file, tmp_path):
+    finished = bake(
+        hub, tmp_path, "export", "ada/base", "--pairs", pairs_file, "--prompts", prompts_file,
+        "-o", tmp_path / "out", "--push-to-hub", "ada/steered", "--json",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(finished.stdout)
+    assert result["base"] == {"id": "ada/base", "revision": hub.commits("ada/base")[0].oid}
+    assert result["publication"]["private"] is True
+    assert TOKEN not in finished.stdout + finished.stderr
+    assert hub.repos["ada/steered"].private is True
+    titles = [commit.title for commit in hub.commits("ada/steered")]
+    assert titles == ["Publish the baked model", "initial commit"]
+    published = hub.files("ada/steered")
+    assert all(TOKEN.encode() not in content for content in published.values())
+    assert all(str(tmp_path).encode() not in content for content in published.values())
+
+    code = dedent(f"""
+        import sys, torch
+        from safetensors.torch import save_file
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model, info = AutoModelForCausalLM.from_pretrained("ada/steered", output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained("ada/steered")
+        assert not any(info.values()), info
+        assert not any(name.partition(".")[0] == "bake" for name in sys.modules)
+        with torch.no_grad():
+            logits = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in {PROMPTS!r}]
+        save_file({{"logits": torch.cat(logits)}}, "loaded.safetensors")
+    """)
+    (tmp_path / "somebody").mkdir()
+    loaded = run_client(hub, code, tmp_path / "somebody", token=TOKEN)
+    assert loaded.returncode == 0, loaded.stderr
+    found = load_file(tmp_path / "somebody" / "loaded.safetensors")["logits"]
+    torch.testing.assert_close(found, hooked_logits(llama, tmp_path / "out"), rtol=0, atol=1e-4)
+
+    # The published repo can be verified from a directory with nothing but the Hub's base named in it.
+    verified = bake(hub, tmp_path, "verify", tmp_path / "out")
+    assert verified.returncode == 0, verified.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [(None, "token"), ("hf_nobody", "token")],
+    ids=["no token", "unknown token"],
+)
+def test_no_access_is_said_before_any_work(hub, pairs_file, tmp_path, token, says):
+    finished = bake(
+        hub, tmp_path, "export", "ada/base", "--pairs", pairs_file, "-o", tmp_path / "out",
+        "--push-to-hub", "ada/steered", token=token,
+    )  # fmt: skip
+    assert finished.returncode == 1
+    assert says in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert not any("ada/base" in request.path for request in hub.requests)
+
+
+def test_no_write_access_is_said_before_any_work(hub, pairs_file, tmp_path):
+    finished = bake(
+        hub, tmp_path, "export", "ada/base", "--pairs", pairs_file, "-o", tmp_path / "out",
+        "--push-to-hub", "somebody-else/steered",
+    )  # fmt: skip
+    assert finished.returncode == 1
+    assert "somebody-else" in finished.stderr
+    assert not any("ada/base" in request.path for request in hub.requests)
+
+
+def test_unreachable_hub_is_said_before_any_work(hub, llama, pairs_file, tmp_path):
+    finished = bake(
+        hub, tmp_path, "export", llama, "--pairs", pairs_file, "-o", tmp_path / "out",
+        "--push-to-hub", "ada/steered", HF_ENDPOINT="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert finished.returncode == 1
+    assert "reach" in finished.stderr
+    assert not (tmp_path / "out").exists()
