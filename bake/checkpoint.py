@@ -1,22 +1,22 @@
 """What is on disk: a checkpoint's config, tensor names, shapes and files; its bytes only on demand.
 
-`open_checkpoint` reads headers and no weights. It follows transformers: the config may name the
-weights, `model.safetensors` beats an index, and of every listed shard *every* key counts, whether
-the index mentions it or not. How a file is laid out is `safetensors_file`'s, fetching is
-`download`'s.
+`open_checkpoint` reads headers and no weights. It follows transformers: of every listed shard *every*
+key counts, whether the index mentions it or not. Which files hold the weights is `weight_files`'
+business, how a file is laid out `safetensors_file`'s, fetching `download`'s; older pickled weights are
+converted first, by `conversion`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.companions import find_companions
-from bake.download import COMMIT_SHA, INDEX_FILE, SINGLE_FILE, download_checkpoint, named_weights
+from bake.conversion import ConvertedDirectory, convert_weights
+from bake.download import COMMIT_SHA, download_checkpoint
 from bake.errors import CheckpointError
 from bake.safetensors_file import (
     DTYPES,
@@ -26,6 +26,7 @@ from bake.safetensors_file import (
     read_header,
     read_range,
 )
+from bake.weight_files import find_weight_files, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,12 @@ class Checkpoint:
     `model_id` is the Hub id, or a local directory's name; `revision` the commit sha, where there
     is one. `shards` are the weight files, in the order in which transformers reads them;
     `companions` the files that a bake carries over byte for byte. `index_metadata` is the
-    index's, None for a single file.
+    index's, None for a single file. `directory` is what to read; it is `source`, the user's or the
+    Hub's, but for pickled weights: these are `converted` into one that goes with this object.
     """
 
     directory: Path
+    source: Path
     model_id: str
     revision: str | None
     config: Mapping[str, Any]
@@ -53,6 +56,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     index_metadata: Mapping[str, Any] | None
     companions: tuple[str, ...]
+    converted: ConvertedDirectory | None = field(default=None, compare=False, repr=False)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -160,87 +164,30 @@ def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Ch
         raise CheckpointError(
             f"{directory} has no config.json: give the directory of a transformers checkpoint."
         )
-    config, config_text = _read_json(config_path)
-    weights = _find_weights(directory, config)
-    if weights.endswith(".index.json"):
-        headers, metadata = _read_shards(directory, weights)
-    else:
-        headers, metadata = {weights: read_header(directory / weights, weights)}, None
+    config, config_text = read_json(config_path)
+    files = find_weight_files(directory, config)
+    source, converted = directory, None
+    if files.pickled:
+        converted = convert_weights(directory, files)
+        directory = converted.path
+        files = find_weight_files(directory, config)
+    headers = {file: read_header(directory / file, file) for file in files.names}
+    files.check_complete(
+        directory, {f: frozenset(e.name for e in h.tensors) for f, h in headers.items()}
+    )
     return Checkpoint(
         directory=directory,
+        source=source,
         model_id=model_id,
         revision=revision,
         config=config,
         config_text=config_text,
         headers=headers,
         tensors=_merge(directory, headers),
-        index_metadata=metadata,
+        index_metadata=files.metadata,
         companions=find_companions(directory),
+        converted=converted,
     )
-
-
-def _find_weights(directory: Path, config: Mapping[str, Any]) -> str:
-    """The weight file or index that transformers would load from `directory`."""
-    named = named_weights(config)
-    if named is not None:
-        _check_inside(directory / "config.json", named)
-        if not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(
-                f"{directory / 'config.json'} names the weights {named}, which is no safetensors "
-                "file or index: correct transformers_weights."
-            )
-        if not (directory / named).is_file():
-            raise CheckpointError(
-                f"{directory / 'config.json'} names the weights {named}, which are not there: "
-                "download or save the checkpoint again."
-            )
-        return named
-    for name in (SINGLE_FILE, INDEX_FILE):
-        if (directory / name).is_file():
-            return name
-    other = sorted(
-        path.name
-        for pattern in ("*.bin", "*.bin.index.json", "*.safetensors", "*.gguf", "*.pth")
-        for path in directory.glob(pattern)
-    )
-    found = f" (found {', '.join(other[:3])})" if other else ""
-    raise CheckpointError(
-        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}: bake reads safetensors "
-        "only; load the model with transformers, save_pretrained it elsewhere, and give that."
-    )
-
-
-def _read_shards(directory: Path, index: str) -> tuple[dict[str, Header], dict[str, Any]]:
-    """The listed shards' headers, sorted by name as in transformers; the index's metadata."""
-    path = directory / index
-    fields, _ = _read_json(path)
-    weight_map, metadata = fields.get("weight_map"), fields.get("metadata")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
-        raise CheckpointError(
-            f"{path} has no weight_map of tensor names to files: download or save it again."
-        )
-    headers = {}
-    folder = PurePosixPath(index).parent  # an index in a folder lists its shards relative to it
-    for file in sorted(set(weight_map.values())):
-        _check_inside(path, file)
-        shard = str(folder / file)
-        if not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{path} lists {file}, which is not there: download the checkpoint again."
-            )
-        headers[shard] = read_header(directory / shard, shard)
-    present = {file: {entry.name for entry in header.tensors} for file, header in headers.items()}
-    for name, file in weight_map.items():
-        if name not in present[str(folder / file)]:
-            raise CheckpointError(
-                f"{path} says that tensor {name} is in {file}, which does not hold it: "
-                "download or save the checkpoint again."
-            )
-    return headers, metadata if isinstance(metadata, dict) else {}
 
 
 def _merge(directory: Path, headers: Mapping[str, Header]) -> dict[str, TensorEntry]:
@@ -256,30 +203,3 @@ def _merge(directory: Path, headers: Mapping[str, Header]) -> dict[str, TensorEn
     if not tensors:
         raise CheckpointError(f"{directory} has weight files without tensors: save it again.")
     return tensors
-
-
-def _check_inside(path: Path, file: str) -> None:
-    """Refuse a file name, found in `path`, that leads out of the checkpoint."""
-    parts = PurePosixPath(file)
-    if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
-        raise CheckpointError(
-            f"{path} names the weight file {file!r}, outside the checkpoint: do not trust it."
-        )
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object at `path`, and its text."""
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:  # newlines stay as they are
-            text = stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not JSON ({error}): download or save the checkpoint again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object: download or save it again.")
-    return value, text

@@ -1,8 +1,9 @@
 """A Hub id becomes a directory: the files of a checkpoint that bake needs, through the Hub's cache.
 
-Only what a bake uses is fetched: the config, the companions, and the safetensors weights that
-transformers would load, never other copies of them. `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and
-`HF_ENDPOINT` are huggingface_hub's business. What the files hold is `checkpoint`'s.
+Only what a bake uses is fetched: the config, the companions, and the weights that transformers would
+load, never other copies of them; pickled weights only where there are no safetensors. `HF_TOKEN`,
+`HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are huggingface_hub's business. What the files hold is
+`checkpoint`'s.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from typing import Any
 
 from bake.companions import CHAT_TEMPLATES, NOT_CARRIED
 from bake.errors import CheckpointError
+from bake.weight_files import (
+    INDEX_FILE,
+    PICKLED_FILE,
+    PICKLED_INDEX,
+    SINGLE_FILE,
+    named_weights,
+)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -32,23 +38,25 @@ def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Pat
     sha = directory.name if COMMIT_SHA.fullmatch(directory.name) else None
     pinned = sha or revision  # nobody can push between this request and the next
     _fetch(model_id, pinned, allow_patterns=[INDEX_FILE, f"{CHAT_TEMPLATES}/*"])
-    weights = named_weights(_read_json(directory / "config.json")) or SINGLE_FILE
-    _fetch(model_id, pinned, allow_patterns=[weights])
-    if not (directory / weights).exists() and weights == SINGLE_FILE:
-        weights = INDEX_FILE
-    if weights.endswith(".index.json"):
-        weight_map = _read_json(directory / weights).get("weight_map")
-        listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        shards = sorted(name for name in listed if isinstance(name, str))
-        if shards:
-            _fetch(model_id, pinned, allow_patterns=shards)
+    named = named_weights(_read_json(directory / "config.json"))
+    for weights in (named,) if named else (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX):
+        if not (directory / weights).exists():
+            _fetch(model_id, pinned, allow_patterns=[weights])
+        if (directory / weights).exists():
+            _fetch_listed(model_id, pinned, directory, weights)
+            break
     return directory, sha
 
 
-def named_weights(config: Any) -> str | None:
-    """The weight file or index that the config names itself, which transformers loads first."""
-    named = config.get("transformers_weights") if isinstance(config, dict) else None
-    return named if isinstance(named, str) else None
+def _fetch_listed(model_id: str, revision: str | None, directory: Path, weights: str) -> None:
+    """Fetch the shards that an index lists; nothing for a file that is no index."""
+    if not weights.endswith(".index.json"):
+        return
+    weight_map = _read_json(directory / weights).get("weight_map")
+    listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    shards = sorted(name for name in listed if isinstance(name, str))
+    if shards:
+        _fetch(model_id, revision, allow_patterns=shards)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

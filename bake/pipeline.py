@@ -47,7 +47,7 @@ class Base:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what names the base in `bake.json`: never a local path."""
-        shipped = self.checkpoint.directory.resolve() == DEMO_MODEL.resolve()
+        shipped = self.checkpoint.source.resolve() == DEMO_MODEL.resolve()
         identity = DEMO_NAME if shipped else self.checkpoint.model_id
         return {"id": identity, "revision": self.checkpoint.revision}
 
@@ -106,7 +106,7 @@ def export(recipe: Recipe) -> Export:
     given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
     prompts = read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
-    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.directory)
+    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
     route = choose_route(base.anatomy, recipe, given)
     layers, explicit = choose_layers(base.anatomy, recipe)
     if given is not None:
@@ -143,7 +143,7 @@ def export(recipe: Recipe) -> Export:
         plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
 
     with staged_directory(
-        output, overwrite=recipe.overwrite, base_directory=base.checkpoint.directory
+        output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
     ) as staging:
         with clock.stage("write"):
             written = write_weights(base.checkpoint, plan.edits, staging)

@@ -23,11 +23,11 @@ from bake.copying import (
     sync,
     write_all,
 )
-from bake.download import INDEX_FILE
 from bake.edits import REMOVED, Edit
 from bake.errors import CheckpointError, OutputError
 from bake.layout import Action, ComputedTensors, CopiedTensor, Layout, PlannedFile, plan_layout
 from bake.safetensors_file import encode_header, encode_tensor, spec_of
+from bake.weight_files import INDEX_FILE
 
 _MARGIN = 16 * 1024 * 1024  # bytes for the index, the card, the figures
 

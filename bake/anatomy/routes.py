@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from bake.anatomy.flags import FlagEffect, added_parameters, build_on_meta, find_bias_flags
+from bake.anatomy.flags import FlagEffect, added_parameters, find_bias_flags
 from bake.anatomy.slots import (
     Proposal,
     SlotKind,
@@ -18,6 +18,7 @@ from bake.anatomy.slots import (
 from bake.anatomy.structure import find_decoder_layers, find_structure
 from bake.anatomy.twin import Twin, TwinVerdict, single_thread
 from bake.errors import UnsupportedError
+from bake.loading import build_on_meta
 from bake.sites import (
     DESCRIPTIONS,
     SITES,
