@@ -18,6 +18,7 @@ from bake.errors import BakeError
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
+SHARDS = ("copy", "hardlink", "symlink")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -71,6 +72,14 @@ def _add_export(commands: Any) -> None:
     option("--output", "-o", metavar="DIR", help="directory to write; must not exist")
     option("--overwrite", action="store_true", help="replace the output directory when done")
     option("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+    option(
+        "--shards",
+        choices=SHARDS,
+        help="base shards without a change: copy (cloned where the file system can; the default), or "
+        "link to the base's files, also in the Hub's cache. A hard link is the same file twice: "
+        "writing into one changes both. A symbolic link breaks when the base is moved or deleted. "
+        "Patched shards are always copies",
+    )
     option(
         "--multiplier", "-m", type=float, metavar="M", help="strength m; negative reverses (1.0)"
     )

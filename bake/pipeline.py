@@ -29,7 +29,13 @@ from bake.resources import find_direction as find_direction_file
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
-from bake.writer import copy_companions, write_config, write_weights
+from bake.writer import (
+    check_links,
+    copy_companions,
+    explain_links,
+    write_config,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,6 +113,7 @@ def export(recipe: Recipe) -> Export:
     prompts = read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
+    check_links(base.checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
     layers, explicit = choose_layers(base.anatomy, recipe)
     if given is not None:
@@ -146,7 +153,7 @@ def export(recipe: Recipe) -> Export:
         output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
     ) as staging:
         with clock.stage("write"):
-            written = write_weights(base.checkpoint, plan.edits, staging)
+            written = write_weights(base.checkpoint, plan.edits, staging, shards=recipe.shards)
             write_config(base.checkpoint, plan.config_changes, staging)
             copy_companions(base.checkpoint, staging)
         with clock.stage("prove"):
@@ -168,8 +175,9 @@ def export(recipe: Recipe) -> Export:
             files = hash_files(staging, known=written.known_sha256)
         result = {**story, "equivalence": equivalence.to_dict(), "files": files}
         (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
-    for warning in equivalence.warnings:
-        announce(warning)
+    for warning in (*equivalence.warnings, explain_links(base.checkpoint, written, recipe.shards)):
+        if warning:
+            announce(warning)
     publication = None
     if recipe.push_to_hub:
         with clock.stage("publish"):

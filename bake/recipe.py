@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.coefficients import DEFAULT_LAW, LAWS
+from bake.copying import SHARDS
 from bake.errors import BakeError
 
 
@@ -17,6 +18,7 @@ class Recipe:
 
     band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
     "projection" where a site has both, else None. coefficients: "6=0.5,8=1.0" replaces the law.
+    shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
     """
 
     model: str
@@ -37,6 +39,7 @@ class Recipe:
     prompts: str = "neutral"
     dtype: str | None = None
     allow_rounding: bool = False
+    shards: str = "copy"
     overwrite: bool = False
     push_to_hub: str | None = None
     public: bool = False
@@ -49,6 +52,8 @@ class Recipe:
             raise BakeError("multiplier 0 steers nothing; give a number other than 0, such as 1.0")
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
+        if self.shards not in SHARDS:
+            raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
