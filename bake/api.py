@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake import contrast, pipeline
-from bake.anatomy import Anatomy
+from bake.anatomy import Anatomy, examine
+from bake.checkpoint import open_description
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
+from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import make_recipe
+from bake.resources import find_model
 from bake.verification import Verification
 from bake.verification import verify as verify_directory
 
@@ -33,8 +36,8 @@ def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export
 
 
 def inspect(model: str, *, revision: str | None = None) -> Anatomy:
-    """Say which sites and routes of a model are exact, and why others are not."""
-    return pipeline.open_base(model, revision).anatomy
+    """Say which sites and routes of a model are exact, and why others are not; from its config."""
+    return examine(read_config(open_description(find_model(model), revision=revision)))
 
 
 def calibrate(

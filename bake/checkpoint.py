@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.companions import find_companions
-from bake.conversion import ConvertedDirectory, convert_weights
-from bake.download import COMMIT_SHA, download_checkpoint
+from bake.conversion import ConvertedDirectory, convert_weights, describe_conversion
+from bake.download import COMMIT_SHA, Description, download_checkpoint, download_description
 from bake.errors import CheckpointError
+from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
     Header,
@@ -26,7 +27,7 @@ from bake.safetensors_file import (
     read_header,
     read_range,
 )
-from bake.weight_files import find_weight_files, read_json
+from bake.weight_files import WeightFiles, find_weight_files, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ class Checkpoint:
     `companions` the files that a bake carries over byte for byte. `index_metadata` is the
     index's, None for a single file. `directory` is what to read; it is `source`, the user's or the
     Hub's, but for pickled weights: these are `converted` into one that goes with this object.
+    `headers_only`: nothing more may be read. `hashes` are the SHA-256 that the Hub knows.
     """
 
     directory: Path
@@ -57,6 +59,8 @@ class Checkpoint:
     index_metadata: Mapping[str, Any] | None
     companions: tuple[str, ...]
     converted: ConvertedDirectory | None = field(default=None, compare=False, repr=False)
+    headers_only: bool = False
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -95,7 +99,9 @@ class Checkpoint:
         return bytes(self._read_range(entry, 0, entry.size))
 
     def known_sha256(self, file: str) -> str | None:
-        """The SHA-256 by which the Hub's cache knows `file`, or None where it does not."""
+        """The SHA-256 by which the Hub or its cache knows `file`, or None where it does not."""
+        if file in self.hashes:
+            return self.hashes[file]
         path = self.directory / file
         blob = path.readlink().name if path.is_symlink() else ""
         return blob if _BLOB_SHA256.fullmatch(blob) else None
@@ -113,15 +119,49 @@ class Checkpoint:
         }
 
     def _read_range(self, entry: TensorEntry, start: int, stop: int) -> bytearray:
+        if self.headers_only:
+            raise CheckpointError(
+                f"the weights of {self.model_id} would be needed ({entry.name}), and only their "
+                "headers were to be read."
+            )
         return read_range(self.directory / entry.file, entry.start + start, entry.start + stop)
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, headers_only: bool = False
+) -> Checkpoint:
     """Open a local directory or a Hub id, which is downloaded into the Hub's cache.
 
-    `revision` is a branch, tag or commit on the Hub and has no meaning for a directory. Raises
-    CheckpointError when it is neither, or when the files in it contradict each other.
+    `revision` is a branch, tag or commit on the Hub and has no meaning for a directory. With
+    `headers_only` no weight is downloaded, converted or read. Raises CheckpointError when `model` is
+    neither, or when the files in it contradict each other.
     """
+    directory = _find_directory(model, revision)
+    if directory is not None:
+        model_id, sha = _identity(directory)
+        if headers_only:
+            return _read_headers(Description(directory, sha, {}), model_id)
+        return _read_checkpoint(directory, model_id, sha)
+    if headers_only:
+        return _read_headers(download_description(model, revision), model)
+    directory, sha = download_checkpoint(model, revision)
+    return _read_checkpoint(directory, model, sha)
+
+
+def open_description(model: str, *, revision: str | None = None) -> Path:
+    """The directory of a checkpoint of which only the config is needed; weights stay on the Hub.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    directory = _find_directory(model, revision)
+    if directory is None:
+        directory = download_description(model, revision).directory
+    _read_config(directory)
+    return directory
+
+
+def _find_directory(model: str, revision: str | None) -> Path | None:
+    """The local directory that `model` means, links resolved; None where it may be a Hub id."""
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
@@ -133,20 +173,16 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
-        directory = path.resolve()
-        model_id, sha = _identity(directory)
-    elif model and exists:
+        return path.resolve()
+    if model and exists:
         raise CheckpointError(
             f"{model} is a file: give the directory that holds it and its config.json."
         )
-    elif model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
         raise CheckpointError(
             f"{model or 'an empty path'} does not exist: give a checkpoint's directory or a Hub id."
         )
-    else:
-        directory, sha = download_checkpoint(model, revision)
-        model_id = model
-    return _read_checkpoint(directory, model_id, sha)
+    return None
 
 
 def _identity(directory: Path) -> tuple[str, str | None]:
@@ -158,26 +194,66 @@ def _identity(directory: Path) -> tuple[str, str | None]:
     return directory.name, None
 
 
-def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:
-    config_path = directory / "config.json"
-    if not config_path.is_file():
+def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
+    path = directory / "config.json"
+    if not path.is_file():
         raise CheckpointError(
             f"{directory} has no config.json: give the directory of a transformers checkpoint."
         )
-    config, config_text = read_json(config_path)
-    files = find_weight_files(directory, config)
+    return read_json(path)
+
+
+def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:
     source, converted = directory, None
+    files = find_weight_files(directory, _read_config(directory)[0])
     if files.pickled:
         converted = convert_weights(directory, files)
         directory = converted.path
-        files = find_weight_files(directory, config)
+        files = find_weight_files(directory, {})
     headers = {file: read_header(directory / file, file) for file in files.names}
+    checkpoint = _assemble(directory, model_id, revision, headers, files)
+    return replace(checkpoint, source=source, converted=converted)
+
+
+def _read_headers(description: Description, model_id: str) -> Checkpoint:
+    """The checkpoint from headers alone: those of files that are here, and the Hub's."""
+    directory = description.directory
+    files = find_weight_files(directory, _read_config(directory)[0], description.has)
+    away = [file for file in files.names if not (directory / file).is_file()]
+    if files.pickled and away:
+        raise CheckpointError(
+            f"{model_id} has only pickled weights ({away[0]}), whose headers cannot be read from "
+            "afar: download it and give its directory."
+        )
+    if files.pickled:
+        headers, files = describe_conversion(directory, files)
+    else:
+        remote = read_remote_headers(model_id, description.revision, away)
+        headers = {
+            file: remote[file] if file in remote else read_header(directory / file, file)
+            for file in files.names
+        }
+    checkpoint = _assemble(directory, model_id, description.revision, headers, files)
+    known = {name: file.sha256 for name, file in description.files.items() if file.sha256}
+    return replace(checkpoint, headers_only=True, hashes=known)
+
+
+def _assemble(
+    directory: Path,
+    model_id: str,
+    revision: str | None,
+    headers: Mapping[str, Header],
+    files: WeightFiles,
+) -> Checkpoint:
+    """Put together what was read, after checking that it agrees."""
+    config, config_text = _read_config(directory)
     files.check_complete(
-        directory, {f: frozenset(e.name for e in h.tensors) for f, h in headers.items()}
+        directory,
+        {file: frozenset(e.name for e in header.tensors) for file, header in headers.items()},
     )
     return Checkpoint(
         directory=directory,
-        source=source,
+        source=directory,
         model_id=model_id,
         revision=revision,
         config=config,
@@ -186,7 +262,6 @@ def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Ch
         tensors=_merge(directory, headers),
         index_metadata=files.metadata,
         companions=find_companions(directory),
-        converted=converted,
     )
 
 

@@ -111,9 +111,17 @@ def convert_weights(directory: Path, files: WeightFiles) -> ConvertedDirectory:
     return converted
 
 
-def describe_conversion(directory: Path, files: WeightFiles) -> dict[str, Header]:
-    """The headers of the files that `convert_weights` would write, without writing them."""
-    return {shard.name: shard.header for shard in _plan(directory, files)}
+def describe_conversion(
+    directory: Path, files: WeightFiles
+) -> tuple[dict[str, Header], WeightFiles]:
+    """The files that `convert_weights` would write, and their headers, without writing them."""
+    headers = {shard.name: shard.header for shard in _plan(directory, files)}
+    names = {
+        file: frozenset(entry.name for entry in header.tensors) for file, header in headers.items()
+    }
+    if files.index is None:
+        return headers, WeightFiles(None, names, None)
+    return headers, WeightFiles(INDEX_FILE, names, {})
 
 
 def read_pickled(path: Path) -> dict[str, torch.Tensor]:

@@ -88,11 +88,22 @@ class Export:
         }
 
 
-def open_base(model: str, revision: str | None = None, clock: Stopwatch | None = None) -> Base:
-    """Open a checkpoint and examine its architecture, on headers and the twin alone."""
+def open_base(
+    model: str,
+    revision: str | None = None,
+    clock: Stopwatch | None = None,
+    *,
+    headers_only: bool = False,
+) -> Base:
+    """Open a checkpoint and examine its architecture, on headers and the twin alone.
+
+    headers_only: weights that are on the Hub stay there.
+    """
     clock = clock or Stopwatch()
     with clock.stage("checkpoint"):
-        checkpoint = open_checkpoint(find_model(model), revision=revision)
+        checkpoint = open_checkpoint(
+            find_model(model), revision=revision, headers_only=headers_only
+        )
     with clock.stage("anatomy"):
         anatomy = examine(read_config(checkpoint.directory))
     return Base(checkpoint, anatomy)
