@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import contrast, pipeline
+from bake import contrast, pipeline, thin
 from bake.anatomy import Anatomy, examine
 from bake.checkpoint import open_description
 from bake.direction import Direction, direction_bytes
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     from bake.hub import Publication
 
 
-def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export:
+def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export | thin.ThinExport:
     """Bake a direction into `model` and write the checkpoint to `output`.
 
     options: the fields of `bake.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
     """
-    paths = ("direction", "pairs", "prompts")
+    paths = ("direction", "pairs", "prompts", "calibration")
     values = {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
-    return pipeline.export(make_recipe({"model": model, "output": str(output), **values}))
+    recipe = make_recipe({"model": model, "output": str(output), **values})
+    return thin.export_thin(recipe) if recipe.thin else pipeline.export(recipe)
 
 
 def inspect(model: str, *, revision: str | None = None) -> Anatomy:

@@ -45,7 +45,8 @@ class Checkpoint:
     `companions` the files that a bake carries over byte for byte. `index_metadata` is the
     index's, None for a single file. `directory` is what to read; it is `source`, the user's or the
     Hub's, but for pickled weights: these are `converted` into one that goes with this object.
-    `headers_only`: nothing more may be read. `hashes` are the SHA-256 that the Hub knows.
+    `pickled` says so. `headers_only`: nothing more may be read. `hashes` are those that the Hub told,
+    SHA-256 by file.
     """
 
     directory: Path
@@ -59,6 +60,7 @@ class Checkpoint:
     index_metadata: Mapping[str, Any] | None
     companions: tuple[str, ...]
     converted: ConvertedDirectory | None = field(default=None, compare=False, repr=False)
+    pickled: bool = False
     headers_only: bool = False
     hashes: Mapping[str, str] = field(default_factory=dict)
 
@@ -212,7 +214,7 @@ def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Ch
         files = find_weight_files(directory, {})
     headers = {file: read_header(directory / file, file) for file in files.names}
     checkpoint = _assemble(directory, model_id, revision, headers, files)
-    return replace(checkpoint, source=source, converted=converted)
+    return replace(checkpoint, source=source, converted=converted, pickled=converted is not None)
 
 
 def _read_headers(description: Description, model_id: str) -> Checkpoint:
@@ -225,7 +227,8 @@ def _read_headers(description: Description, model_id: str) -> Checkpoint:
             f"{model_id} has only pickled weights ({away[0]}), whose headers cannot be read from "
             "afar: download it and give its directory."
         )
-    if files.pickled:
+    pickled = files.pickled
+    if pickled:
         headers, files = describe_conversion(directory, files)
     else:
         remote = read_remote_headers(model_id, description.revision, away)
@@ -235,7 +238,7 @@ def _read_headers(description: Description, model_id: str) -> Checkpoint:
         }
     checkpoint = _assemble(directory, model_id, description.revision, headers, files)
     known = {name: file.sha256 for name, file in description.files.items() if file.sha256}
-    return replace(checkpoint, headers_only=True, hashes=known)
+    return replace(checkpoint, pickled=pickled, headers_only=True, hashes=known)
 
 
 def _assemble(

@@ -81,6 +81,12 @@ def _add_export(commands: Any) -> None:
         "Patched shards are always copies",
     )
     option(
+        "--thin",
+        action="store_true",
+        help="read no weights and write no base shards: only the new biases, index, config and card, "
+        "not verified until the base's shards are beside them (needs --direction and --calibration)",
+    )
+    option(
         "--multiplier", "-m", type=float, metavar="M", help="strength m; negative reverses (1.0)"
     )
     option("--band", metavar="A:B", help="layers to push, per cent of the depth (40:90)")
@@ -92,6 +98,7 @@ def _add_export(commands: Any) -> None:
     option("--method", choices=("mean",), help="with --pairs: how the direction is found (mean)")
     option("--token", choices=("last", "mean", "all"), help="with --pairs: tokens read (last)")
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
+    option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
     option("--dtype", choices=("float32", "float16", "bfloat16"), help="store the checkpoint so")
     option("--allow-rounding", action="store_true", help="accept a dtype too coarse for the push")
@@ -158,13 +165,17 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_export(parsed: argparse.Namespace) -> int:
-    from bake import pipeline, recipe, report
+    from bake import pipeline, recipe, report, thin
 
     given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json", "recipe")}
     path = getattr(parsed, "recipe", None)
     wanted = recipe.read_recipe(Path(path), given) if path else recipe.make_recipe(given)
-    result = pipeline.export(wanted)
-    _print(parsed, result.to_dict(), report.describe_export(result))
+    if wanted.thin:
+        added = thin.export_thin(wanted)
+        _print(parsed, added.to_dict(), report.describe_thin(added))
+    else:
+        result = pipeline.export(wanted)
+        _print(parsed, result.to_dict(), report.describe_export(result))
     return 0
 
 

@@ -26,6 +26,7 @@ from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.resources import find_direction as find_direction_file
+from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
@@ -121,7 +122,7 @@ def export(recipe: Recipe) -> Export:
         with clock.stage("hub"):
             hub.check_access(recipe.push_to_hub, private=not recipe.public)
     given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
-    prompts = read_prompts(recipe.prompts)
+    prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
     check_links(base.checkpoint, recipe.shards)
@@ -130,25 +131,15 @@ def export(recipe: Recipe) -> Export:
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
 
-    with clock.stage("load"):
-        tokenizer = load_tokenizer(base.checkpoint.directory)
-        loaded = load_base(base.checkpoint)
-    with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, route.site, layers)
-        if direction.site in RESIDUAL_SITES and route.site in INPUT_SITES:
-            direction = convert_to_input(
-                direction, loaded.model, base.anatomy.structure, route.site, layers
-            )
-    with clock.stage("calibrate"):
-        norms = measure_norms(
-            loaded,
-            base.anatomy.structure,
-            route.site,
-            make_batches(encode(tokenizer, prompts)),
-            layers,
-            statistic=recipe.statistic,
+    saved = saved_norms(base, recipe, route.site, layers)
+
+    tokenizer = load_tokenizer(base.checkpoint.directory)
+    if given is not None and saved is not None and not crosses_norm(given, route.site):
+        direction, norms = given, saved  # Nothing to measure, so the model is not loaded.
+    else:
+        direction, norms = measure(
+            base, recipe, route.site, layers, given, saved, tokenizer, prompts, clock
         )
-    del loaded
     push = compute_push(
         norms.values(),
         direction.select(layers, base.anatomy.hidden_size),
@@ -235,6 +226,59 @@ def choose_layers(
             f"{anatomy.layer_count - 1}"
         )
     return sorted(explicit), explicit
+
+
+def measure(
+    base: Base,
+    recipe: Recipe,
+    site: str,
+    layers: Sequence[int],
+    given: Direction | None,
+    saved: ActivationNorms | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    clock: Stopwatch,
+) -> tuple[Direction, ActivationNorms]:
+    """Load the base and find what is neither given nor saved: the direction at the site, the norms."""
+    with clock.stage("load"):
+        loaded = load_base(base.checkpoint)
+    with clock.stage("direction"):
+        direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
+        if crosses_norm(direction, site):
+            direction = convert_to_input(
+                direction, loaded.model, base.anatomy.structure, site, layers
+            )
+    with clock.stage("calibrate"):
+        norms = saved or measure_norms(
+            loaded,
+            base.anatomy.structure,
+            site,
+            make_batches(encode(tokenizer, prompts)),
+            layers,
+            statistic=recipe.statistic,
+        )
+    return direction, norms
+
+
+def saved_norms(
+    base: Base, recipe: Recipe, site: str, layers: Sequence[int]
+) -> ActivationNorms | None:
+    """Return the norms of the recipe's calibration file; None where it has none."""
+    if recipe.calibration is None:
+        return None
+    return read_norms(
+        Path(recipe.calibration),
+        base=base.to_dict(),
+        site=site,
+        statistic=recipe.statistic,
+        hidden_size=base.anatomy.hidden_size,
+        layers=layers,
+    )
+
+
+def crosses_norm(direction: Direction, site: str) -> bool:
+    """Tell whether a direction of the residual stream is used at a normalised input."""
+    return direction.site in RESIDUAL_SITES and site in INPUT_SITES
 
 
 def load_base(checkpoint: Checkpoint) -> LoadedModel:

@@ -19,6 +19,7 @@ class Recipe:
     band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
     "projection" where a site has both, else None. coefficients: "6=0.5,8=1.0" replaces the law.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
+    calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
     """
 
     model: str
@@ -37,9 +38,11 @@ class Recipe:
     token: str = "last"
     statistic: str = "mean"
     prompts: str = "neutral"
+    calibration: str | None = None
     dtype: str | None = None
     allow_rounding: bool = False
     shards: str = "copy"
+    thin: bool = False
     overwrite: bool = False
     push_to_hub: str | None = None
     public: bool = False
@@ -54,6 +57,28 @@ class Recipe:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
         if self.shards not in SHARDS:
             raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
+        if self.thin:
+            self._check_thin()
+
+    def _check_thin(self) -> None:
+        """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""
+        if self.direction is None or self.calibration is None:
+            raise BakeError(
+                "--thin reads no weights, so it needs --direction FILE and --calibration FILE (the "
+                "result of bake calibrate)"
+            )
+        for option, given, reason in (
+            ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
+            ("--shards", self.shards != "copy", "no base shard is written"),
+            ("--convert-site", self.convert_site, "the conversion reads the norms' weights"),
+            (
+                "--push-to-hub",
+                self.push_to_hub,
+                "what is not proven is not published; complete it, then bake verify and bake publish",
+            ),
+        ):
+            if given:
+                raise BakeError(f"--thin cannot go with {option}: {reason}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from bake.equivalence import Equivalence
     from bake.norms import ActivationNorms
     from bake.pipeline import Export
+    from bake.thin import ThinExport
+
+SHOWN_SHARDS = 4
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,22 +32,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def describe_export(result: Export) -> str:
     """Return the summary of an export: the layers, the proof, the files, how to load them."""
-    route, push = result.plan.route, result.push
-    rows = [
-        (
-            str(entry.layer),
-            f"{entry.activation_norm:.4g}",
-            f"{entry.coefficient:+.4g}",
-            f"{100 * entry.relative_influence:.1f} %",
-        )
-        for entry in push.layers
-    ]
-    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
     parts = [
-        f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
-        f"slots: {route.describe()}; config: {changes or 'unchanged'}",
-        "",
-        format_table(("layer", "norm μ", "α", "influence"), rows),
+        *_describe_push(result),
         "",
         describe_equivalence(result.equivalence),
         "",
@@ -61,6 +50,48 @@ def describe_export(result: Export) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
     ]
     return "\n".join(parts)
+
+
+def describe_thin(result: ThinExport) -> str:
+    """Return the summary of a thin export: the layers, what was written, what is still needed."""
+    base = result.base.to_dict()
+    where = base["id"] + (f" at revision {base['revision']}" if base["revision"] else "")
+    size = sum(shard.size for shard in result.needs) / 1e9
+    rows = [(shard.base_file, shard.name) for shard in result.needs[:SHOWN_SHARDS]]
+    parts = [
+        *_describe_push(result),
+        "",
+        "NOT verified: a thin bake holds none of its base's weights",
+        "",
+        f"written to {result.output} ({len(result.files) + 1} files); it needs {len(result.needs)} "
+        f"shards of {where} ({size:.1f} GB), copied or linked in under these names:",
+        "",
+        format_table(("base's file", "name here"), rows),
+    ]
+    if len(result.needs) > SHOWN_SHARDS:
+        parts.append(f"… and {len(result.needs) - SHOWN_SHARDS} more, listed in bake.json")
+    return "\n".join([*parts, "", f"then: bake verify {result.output} --base MODEL"])
+
+
+def _describe_push(result: Export | ThinExport) -> list[str]:
+    """Return the lines that say what was pushed where."""
+    route, push = result.plan.route, result.push
+    rows = [
+        (
+            str(entry.layer),
+            f"{entry.activation_norm:.4g}",
+            f"{entry.coefficient:+.4g}",
+            f"{100 * entry.relative_influence:.1f} %",
+        )
+        for entry in push.layers
+    ]
+    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
+    return [
+        f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
+        f"slots: {route.describe()}; config: {changes or 'unchanged'}",
+        "",
+        format_table(("layer", "norm μ", "α", "influence"), rows),
+    ]
 
 
 def describe_equivalence(found: Equivalence) -> str:

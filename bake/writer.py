@@ -97,6 +97,27 @@ def write_weights(
     return WrittenWeights(tuple(_describe(checkpoint, file) for file in layout.files))
 
 
+def write_new_weights(
+    checkpoint: Checkpoint, edits: Sequence[Edit], staging: Path
+) -> tuple[PlannedFile, ...]:
+    """Write the new tensors and the index of everything; returns the base shards that are left out.
+
+    No byte of the base is read. Raises CheckpointError where an edit changes a tensor that exists.
+    """
+    layout = plan_layout(checkpoint, edits)
+    changed = [file for file in layout.files if file.action not in ("kept", "added")]
+    if changed:
+        raise CheckpointError(
+            f"{changed[0].name} would have to be {changed[0].action}, so the base's own bytes are "
+            "needed: leave --thin out."
+        )
+    for file in layout.files:
+        if file.action == "added":
+            _write_pieces(checkpoint, file, staging / file.name, None)
+    _write_text(staging / INDEX_FILE, layout.index_text)
+    return tuple(file for file in layout.files if file.action == "kept")
+
+
 def write_config(checkpoint: Checkpoint, changes: Mapping[str, Any], staging: Path) -> None:
     """Write the base's config.json with `changes` ({key, dotted if nested: value or REMOVED})."""
     # The key names a weight file of the base; ours has the standard names.
@@ -116,7 +137,7 @@ def copy_companions(checkpoint: Checkpoint, staging: Path) -> None:
 
 def check_links(checkpoint: Checkpoint, shards: str) -> None:
     """Raise OutputError where the base's shards cannot be linked to, whatever the file system."""
-    if shards != "copy" and checkpoint.converted is not None:
+    if shards != "copy" and checkpoint.pickled:
         raise OutputError(
             f"--shards {shards}: {checkpoint.model_id} has no safetensors to link to, they are "
             "converted into a temporary directory: leave --shards out."
