@@ -28,6 +28,7 @@ from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.resources import find_direction as find_direction_file
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
+from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
 from bake.writer import copy_companions, write_config, write_weights
 
@@ -103,6 +104,7 @@ def export(recipe: Recipe) -> Export:
     if recipe.push_to_hub:
         with clock.stage("hub"):
             hub.check_access(recipe.push_to_hub, private=not recipe.public)
+    placement = choose_placement(recipe.device_map, recipe.max_memory)
     given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
     prompts = read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
@@ -114,7 +116,7 @@ def export(recipe: Recipe) -> Export:
 
     with clock.stage("load"):
         tokenizer = load_tokenizer(base.checkpoint.directory)
-        loaded = load_base(base.checkpoint)
+        loaded = load_base(base.checkpoint, placement)
     with clock.stage("direction"):
         direction = given or extract(base, loaded, tokenizer, recipe, route.site, layers)
         if direction.site in RESIDUAL_SITES and route.site in INPUT_SITES:
@@ -150,7 +152,9 @@ def export(recipe: Recipe) -> Export:
             write_config(base.checkpoint, plan.config_changes, staging)
             copy_companions(base.checkpoint, staging)
         with clock.stage("prove"):
-            equivalence = prove(base, staging, plan, push, tokenizer, recipe.allow_rounding)
+            equivalence = prove(
+                base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
+            )
             equivalence.raise_if_failed()
         with clock.stage("describe"):
             kept = Direction(
@@ -218,9 +222,9 @@ def choose_layers(
     return sorted(explicit), explicit
 
 
-def load_base(checkpoint: Checkpoint) -> LoadedModel:
+def load_base(checkpoint: Checkpoint, placement: Placement | None = None) -> LoadedModel:
     """Load the base; refuse one whose weights are incomplete, which transformers fills at random."""
-    loaded = load_model(checkpoint.directory)
+    loaded = load_model(checkpoint.directory, placement=placement)
     missing = loaded.report["missing_keys"] + loaded.report["mismatched_keys"]
     if missing:
         raise CheckpointError(
@@ -259,6 +263,7 @@ def prove(
     push: Push,
     tokenizer: PreTrainedTokenizerBase,
     allow_rounding: bool,
+    placement: Placement | None = None,
 ) -> Equivalence:
     """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts."""
     return prove_equivalence(
@@ -270,6 +275,7 @@ def prove(
         tokenizer,
         encode(tokenizer, read_prompts(EQUIVALENCE_PROMPTS), MAX_TOKENS),
         allow_rounding=allow_rounding,
+        placement=placement,
     )
 
 

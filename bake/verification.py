@@ -23,6 +23,7 @@ from bake.pipeline import DIRECTION_FILE, RESULT_FILE, Base, open_base, prove
 from bake.plan import Plan, make_plan
 from bake.prompts import load_tokenizer
 from bake.resources import DEMO_NAME
+from bake.streaming import Placement
 
 CHUNK = 64 * 1024 * 1024  # bytes compared at a time
 
@@ -44,7 +45,9 @@ class Verification:
         }
 
 
-def verify(directory: Path, base: str | None = None) -> Verification:
+def verify(
+    directory: Path, base: str | None = None, placement: Placement | None = None
+) -> Verification:
     """Prove a baked directory again. The result's failures say what is wrong.
 
     base: path or Hub id; the Hub id in bake.json where it is left out. Raises CheckpointError where
@@ -70,6 +73,7 @@ def verify(directory: Path, base: str | None = None) -> Verification:
         push,
         load_tokenizer(opened.checkpoint.directory),
         bool(recorded["equivalence"].get("rounding_allowed")),
+        placement,
     )
     differences = [
         *compare_tensors(opened.checkpoint, baked, plan),
