@@ -14,9 +14,11 @@ from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
+from bake.processes import divide, is_main
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import make_recipe
 from bake.resources import find_model
+from bake.streaming import choose_placement
 from bake.verification import Verification
 from bake.verification import verify as verify_directory
 
@@ -49,20 +51,22 @@ def calibrate(
     site: str = "mlp_out",
     statistic: str = "mean",
     revision: str | None = None,
+    device_map: str | None = None,
+    max_memory: str | None = None,
 ) -> ActivationNorms:
     """Measure the activation norms of every layer at a site; write them to `output` if it is given."""
     texts = read_prompts(prompts)
     base = pipeline.open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
     norms = measure_norms(
-        pipeline.load_base(base.checkpoint),
+        pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
         base.anatomy.structure,
         site,
-        make_batches(encode(tokenizer, texts)),
+        make_batches(encode(tokenizer, divide(texts))),
         range(base.anatomy.layer_count),
         statistic=statistic,
     )
-    if output is not None:
+    if output is not None and is_main():
         values = {"base": base.to_dict(), **norms.to_dict()}
         _write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
     return norms
@@ -78,12 +82,14 @@ def extract_direction(
     site: str = "mlp_out",
     layers: Sequence[int] | None = None,
     revision: str | None = None,
+    device_map: str | None = None,
+    max_memory: str | None = None,
 ) -> Direction:
     """Find one direction per layer from contrast pairs; write them to `output` if it is given."""
     read = contrast.read_pairs(pairs)
     base = pipeline.open_base(model, revision)
     direction = contrast.find_direction(
-        pipeline.load_base(base.checkpoint),
+        pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
         base.anatomy.structure,
         site,
         load_tokenizer(base.checkpoint.directory),
@@ -98,9 +104,15 @@ def extract_direction(
     return direction
 
 
-def verify(directory: str | Path, *, base: str | None = None) -> Verification:
+def verify(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    device_map: str | None = None,
+    max_memory: str | None = None,
+) -> Verification:
     """Prove a baked directory again, from its bake.json and its base."""
-    return verify_directory(Path(directory), base)
+    return verify_directory(Path(directory), base, choose_placement(device_map, max_memory))
 
 
 def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:

@@ -6,12 +6,18 @@ never an empty place in a published card.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from bake.resources import shipped
 
 CARD_TEMPLATE = "card.md.jinja"
+
+
+def table_cell(text: str) -> str:
+    """Return text as one cell of a Markdown table: quoted, on one line, bars escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("|", "\\|")
 
 
 def render_card(values: Mapping[str, Any]) -> str:
@@ -26,4 +32,5 @@ def render_card(values: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; the values are numbers and names of our own.
     )
+    environment.filters["cell"] = table_cell
     return environment.get_template(CARD_TEMPLATE).render(**values)

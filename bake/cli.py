@@ -14,6 +14,7 @@ from typing import Any
 
 from bake import __version__
 from bake.errors import BakeError
+from bake.processes import is_main
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
@@ -34,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_publish(commands)
     _add_demo(commands)
+    for name in ("direction", "calibrate", "verify"):
+        _add_placement(commands.choices[name])
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -100,6 +103,10 @@ def _add_export(commands: Any) -> None:
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
     option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
+    option("--device-map", choices=("auto",), help="spread weights over GPUs, CPU and disk")
+    option(
+        "--max-memory", metavar="SIZES", help="weights kept in memory: 600MB, or 0=20GB,cpu=60GB"
+    )
     option("--dtype", choices=("float32", "float16", "bfloat16"), help="store the checkpoint so")
     option("--allow-rounding", action="store_true", help="accept a dtype too coarse for the push")
     option("--push-to-hub", metavar="REPO_ID", help="publish when proven (private)")
@@ -147,6 +154,15 @@ def _add_verify(commands: Any) -> None:
     )
 
 
+def _add_placement(command: Any) -> None:
+    command.add_argument(
+        "--device-map", choices=("auto",), help="spread weights over GPUs, CPU and disk"
+    )
+    command.add_argument(
+        "--max-memory", metavar="SIZES", help="weights kept in memory: 600MB, or 0=20GB,cpu=60GB"
+    )
+
+
 def _add_publish(commands: Any) -> None:
     command = commands.add_parser("publish", help="publish a baked directory to the Hub")
     command.set_defaults(run=_run_publish)
@@ -190,6 +206,8 @@ def _run_direction(parsed: argparse.Namespace) -> int:
         token=parsed.token,
         site=parsed.site,
         revision=parsed.revision,
+        device_map=parsed.device_map,
+        max_memory=parsed.max_memory,
     )
     text = (
         f"{len(direction.vectors)} directions of width {direction.hidden_size} at {direction.site}, "
@@ -209,6 +227,8 @@ def _run_calibrate(parsed: argparse.Namespace) -> int:
         site=parsed.site,
         statistic=parsed.statistic,
         revision=parsed.revision,
+        device_map=parsed.device_map,
+        max_memory=parsed.max_memory,
     )
     text = f"{report.describe_norms(norms)}\n\nwritten to {parsed.output}"
     _print(parsed, {"output": parsed.output, **norms.to_dict()}, text)
@@ -226,7 +246,12 @@ def _run_inspect(parsed: argparse.Namespace) -> int:
 def _run_verify(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
-    verification = api.verify(parsed.directory, base=parsed.base)
+    verification = api.verify(
+        parsed.directory,
+        base=parsed.base,
+        device_map=parsed.device_map,
+        max_memory=parsed.max_memory,
+    )
     equivalence = verification.equivalence
     _print(parsed, verification.to_dict(), report.describe_equivalence(equivalence))
     equivalence.raise_if_failed()
@@ -250,7 +275,8 @@ def _run_demo(parsed: argparse.Namespace) -> int:
 
 
 def _print(parsed: argparse.Namespace, values: dict[str, Any], text: str) -> None:
-    print(json.dumps(values, indent=2, ensure_ascii=False) if parsed.json else text)
+    if is_main():
+        print(json.dumps(values, indent=2, ensure_ascii=False) if parsed.json else text)
 
 
 if __name__ == "__main__":

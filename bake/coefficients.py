@@ -97,8 +97,13 @@ def band_layers(layer_count: int, band: tuple[float, float] = DEFAULT_BAND) -> r
     """
     start, stop = band
     # The tolerance keeps 0.7 · 10 = 7.000000000000001 and its mirror from moving a layer.
-    layers = range(int(start * layer_count + 1e-9), int(stop * layer_count + 1e-9))
-    if not layers or not 0 <= start < stop <= 1:
+    inside = 0 <= start < stop <= 1  # Also false for NaN.
+    layers = (
+        range(int(start * layer_count + 1e-9), int(stop * layer_count + 1e-9))
+        if inside
+        else range(0)
+    )
+    if not layers:
         raise BakeError(
             f"the band {100 * start:g}:{100 * stop:g} % of {layer_count} layers holds no layer; "
             f"give one such as --band 40:90"
@@ -155,6 +160,11 @@ def compute_push(
             )
     if explicit is not None:
         law = EXPLICIT_LAW
+        wrong = [layer for layer in norms if not math.isfinite(explicit[layer])]
+        if wrong:
+            raise BakeError(
+                f"the coefficient of layer {wrong[0]} is {explicit[wrong[0]]}, not a finite number"
+            )
         unit = {layer: explicit[layer] for layer in norms}
     elif law in LAWS:
         unit = LAWS[law](norms, hidden_size)

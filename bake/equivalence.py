@@ -7,8 +7,10 @@ dtype cannot hold the push.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.checkpoint import Checkpoint
@@ -25,7 +27,6 @@ from bake.observation import (
     Report,
     StoredBase,
     distance,
-    joined,
     run_baked,
     run_plain,
     run_reference,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bake.coefficients import Push
     from bake.prompts import Encoded
     from bake.sites import LayerStructure
+    from bake.streaming import Placement
 
 MECHANISM_TOLERANCE = 1e-4
 PADDING_TOLERANCE = 1e-4  # relative to the largest logit
@@ -89,8 +91,8 @@ class Equivalence:
     top1_agreement: float
     prompts: int
     stored_dtype: str
-    rounding_allowed: bool
     canary: Canary | None
+    rounding_allowed: bool = False
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -119,20 +121,41 @@ def prove_equivalence(
     encoded: Sequence[Encoded],
     *,
     allow_rounding: bool = False,
+    placement: Placement | None = None,
 ) -> Equivalence:
     """Compare a baked directory with the hooked base on prompts that are not the calibration's.
 
     Raises EquivalenceError where nothing can be compared: a push without effect, a baked directory
     that does not load. What was compared and differs is in the result's `failures`.
     """
-    exam = Exam(structure, plan.route.site, push, tuple(encoded)[:MAX_PROMPTS])
     dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
-    reference = run_reference(base.directory, exam)
-    plain = run_plain(baked.directory, exam)
-    stored_base = run_stored_base(base.directory, exam, dtype)
-    run = run_baked(baked.directory, exam, plan, reference.factor)
+    texts = tuple(encoded)[:MAX_PROMPTS]
+    with tempfile.TemporaryDirectory(prefix="bake-proof-") as folder:
+        exam = Exam(structure, plan.route.site, push, texts, Path(folder), placement=placement)
+        reference = run_reference(base.directory, exam)
+        plain = run_plain(baked.directory, exam)
+        stored_base = run_stored_base(base.directory, exam, dtype, plain)
+        run = run_baked(baked.directory, exam, plan, reference)
+        result = _compare(baked, plan, tokenizer, exam, reference, plain, stored_base, run)
+    result = replace(result, rounding_allowed=allow_rounding)
+    failures = tuple(_find_failures(result, plan, run, reference, plain))
+    return replace(result, failures=failures, warnings=tuple(_find_warnings(result, reference)))
+
+
+def _compare(
+    baked: Checkpoint,
+    plan: Plan,
+    tokenizer: Any,
+    exam: Exam,
+    reference: Reference,
+    plain: PlainRun,
+    stored_base: StoredBase,
+    run: BakedRun,
+) -> Equivalence:
+    """Return every figure of the proof, not yet judged."""
+    dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     kl, top1 = _agreement(plain.logits, stored_base.hooked)
-    result = Equivalence(
+    return Equivalence(
         mechanism_error=_relative(run.exact, reference.scaled, reference.base),
         relative_error=_relative(run.stored, reference.scaled, reference.base),
         representation_error=plan.representation_error,
@@ -144,19 +167,14 @@ def prove_equivalence(
         slots_exact=_slots_exact(baked, plan),
         loading_info_clean=not any(_beyond(plain.report, reference.report).values()),
         loading_info=plain.report,
-        greedy_equal=run.greedy == reference.greedy,
-        greedy_equal_stored=plain.continuations == stored_base.hooked_greedy,
+        greedy_equal=run.choices == reference.greedy,
+        greedy_equal_stored=plain.continuations == stored_base.hooked_choices,
         padding_error=run.padding_error,
         kl=kl,
         top1_agreement=top1,
         prompts=len(exam.encoded),
         stored_dtype=dtype,
-        rounding_allowed=allow_rounding,
         canary=_find_canary(tokenizer, exam, stored_base, plain),
-    )
-    failures = list(_find_failures(result, plan, run, reference, plain))
-    return replace(
-        result, failures=tuple(failures), warnings=tuple(_find_warnings(result, reference))
     )
 
 
@@ -243,12 +261,13 @@ def _agreement(found: Logits, expected: Logits) -> tuple[float, float]:
     """Return mean KL(expected ‖ found) in nats per position and the share of equal top tokens."""
     from torch.nn import functional as F
 
-    left, right = joined(found), joined(expected)
-    kl = F.kl_div(
-        left.log_softmax(-1), right.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
-    top1 = (left.argmax(-1) == right.argmax(-1)).double().mean()
-    return max(float(kl.mean()), 0.0), float(top1)
+    divergence, agreeing, positions = 0.0, 0, 0
+    for left, right in zip(found, expected, strict=True):
+        logs = left.log_softmax(-1), right.log_softmax(-1)
+        divergence += float(F.kl_div(*logs, reduction="sum", log_target=True))
+        agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
+        positions += len(left)
+    return max(divergence / positions, 0.0), agreeing / positions
 
 
 def _find_canary(

@@ -6,13 +6,15 @@ machines without bfloat16 arithmetic nearly three times as fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import load_report, quiet_transformers
+from bake.streaming import CheckpointWeights, Placement, stream_model
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +28,15 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode and what transformers reported while loading it."""
+    """A model in evaluation mode and what transformers reported while loading it.
+
+    weights: what a streamed model reads from; None where the whole model is in memory.
+    """
 
     model: nn.Module
     report: dict[str, list[str]]
     device: torch.device
+    weights: CheckpointWeights | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -53,16 +59,22 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
 
 def default_device() -> torch.device:
-    """Return the first CUDA device where there is one, else the CPU."""
+    """Return this process's CUDA device where there is one, else the CPU."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load_model(
-    directory: Path, *, dtype: str | None = None, device: torch.device | None = None
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    placement: Placement | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint directory with plain transformers.
+    """Load a checkpoint directory, whole or (with a placement) with its weights left on disk.
 
     dtype: "float32", "float16" or "bfloat16"; None means float32 on a CPU and the stored dtype
     elsewhere. Raises CheckpointError where transformers cannot load it.
@@ -70,6 +82,9 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    if placement is not None:
+        streamed, weights, report, main = stream_model(directory, dtype, placement)
+        return LoadedModel(streamed, report, main, weights)
     device = device or default_device()
     chosen: Any = (
         getattr(torch, dtype) if dtype else ("auto" if device.type != "cpu" else torch.float32)
@@ -116,8 +131,13 @@ def run_layers(
                 handle.remove()
 
 
-def compute_logits(loaded: LoadedModel, batches: Iterable[TokenBatch]) -> list[torch.Tensor]:
-    """Return the logits of every text, in the texts' order: each (positions, vocabulary), float32, CPU."""
+def compute_logits(
+    loaded: LoadedModel, batches: Iterable[TokenBatch], folder: Path | None = None
+) -> list[torch.Tensor]:
+    """Return the logits of every text, in the texts' order: each (positions, vocabulary), float32, CPU.
+
+    With a folder they are memory maps of files there, which the kernel can drop from memory.
+    """
     import torch
 
     logits: dict[int, torch.Tensor] = {}
@@ -126,27 +146,80 @@ def compute_logits(loaded: LoadedModel, batches: Iterable[TokenBatch]) -> list[t
             output = loaded.model(**batch.inputs(loaded.device), use_cache=False).logits
             for row, index in enumerate(batch.indices):
                 kept = batch.attention_mask[row].bool()
-                logits[index] = output[row][kept.to(output.device)].float().cpu()
+                values = output[row][kept.to(output.device)].float().cpu()
+                logits[index] = values if folder is None else _on_disk(values, folder, index)
+            del output
     return [logits[index] for index in sorted(logits)]
 
 
-def continue_greedily(
-    loaded: LoadedModel, prompts: Iterable[tuple[int, ...]], new_tokens: int
-) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, exactly `new_tokens` token ids."""
+def _on_disk(values: torch.Tensor, folder: Path, index: int) -> torch.Tensor:
     import torch
 
-    continuations = []
-    for ids in prompts:
-        prompt = torch.tensor([ids], device=loaded.device)
-        with torch.no_grad(), quiet_transformers():
-            output = loaded.model.generate(  # type: ignore[operator]
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        continuations.append(output[0, len(ids) :].tolist())
-    return continuations
+    path = folder / f"{index}.logits"
+    mapped = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype)
+    return mapped.view(values.shape).copy_(values)
+
+
+def decode(
+    loaded: LoadedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    choose: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """Continue prompts of one length token by token, with a key-value cache where the model has one.
+
+    prompts: (rows, positions). choose: (logits (rows, vocabulary) float32 on the CPU, step) → (rows,)
+    token ids. Returns (rows, new_tokens) on the CPU.
+    """
+    import torch
+
+    tokens = prompts.to(loaded.device)
+    chosen: list[torch.Tensor] = []
+    cache: dict[str, Any] = {}
+    with torch.no_grad():
+        for step in range(new_tokens):
+            output = loaded.model(tokens, use_cache=True, **cache)
+            picked = choose(output.logits[:, -1].float().cpu(), step)[:, None]
+            chosen.append(picked)
+            if getattr(output, "past_key_values", None) is None:
+                tokens = torch.cat([tokens, picked.to(loaded.device)], dim=1)
+            else:
+                cache = {"past_key_values": output.past_key_values}
+                tokens = picked.to(loaded.device)
+    return torch.cat(chosen, dim=1)
+
+
+def continue_greedily(
+    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], new_tokens: int
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt, exactly `new_tokens` token ids.
+
+    Prompts of one length go through together.
+    """
+    import torch
+
+    found: dict[int, list[int]] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        rows = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        tokens = torch.tensor([prompts[index] for index in rows])
+        drawn = decode(loaded, tokens, new_tokens, lambda logits, _step: logits.argmax(dim=-1))
+        found.update(zip(rows, drawn.tolist(), strict=True))
+    return [found[index] for index in range(len(prompts))]
+
+
+def choose_greedily(
+    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Return the most likely token at each place of given continuations, in one forward a prompt.
+
+    It equals the given continuation exactly where the model would have continued so by itself.
+    """
+    import torch
+
+    choices = []
+    with torch.no_grad():
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            ids = torch.tensor([[*prompt, *continuation]], device=loaded.device)
+            logits = loaded.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            choices.append(logits.argmax(dim=-1).tolist())
+    return choices

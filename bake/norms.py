@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError, PromptError
 from bake.model import LoadedModel, run_layers
+from bake.processes import gather
 from bake.progress import track
 from bake.prompts import TokenBatch
 from bake.sites import LayerStructure
@@ -108,23 +109,32 @@ def measure_norms(
 ) -> ActivationNorms:
     """Measure μ_l for `layers` (0-based); the forward stops after the last of them.
 
+    Where several processes work together, each brings the token norms of its own batches, and all
+    return the same figures.
+
     Raises PromptError where the prompts hold no content token, BakeError for an unknown statistic or
     an activation that is not finite.
     """
+    import numpy as np
+
     if statistic not in STATISTICS:
         raise BakeError(f"unknown statistic {statistic!r}; one of {', '.join(STATISTICS)}")
-    if not any(bool(batch.content_mask.any()) for batch in batches):
+    content = sum(int(batch.content_mask.sum()) for batch in batches)
+    counts = gather((content, sum(len(batch.indices) for batch in batches)))
+    if not any(tokens for tokens, _ in counts):
         raise PromptError(
             "the prompts hold no content tokens: only padding, the first token or special tokens; "
             "give longer prompts"
         )
-    token_norms = collect_token_norms(loaded, structure, site, batches, layers)
+    shares = gather(collect_token_norms(loaded, structure, site, batches, layers))
     return ActivationNorms(
         site=site,
         statistic=statistic,
         hidden_size=loaded.hidden_size,
-        prompts=sum(len(batch.indices) for batch in batches),
-        layers=tuple(summarise(layer, token_norms[layer]) for layer in layers),
+        prompts=sum(prompts for _, prompts in counts),
+        layers=tuple(
+            summarise(layer, np.concatenate([share[layer] for share in shares])) for layer in layers
+        ),
     )
 
 
@@ -149,7 +159,7 @@ def collect_token_norms(
     last = submodule(loaded.model, structure, max(layers), "")
     with captured(loaded.model, structure, site, list(layers), receive):
         run_layers(loaded, track(batches, "calibrating"), last, current.append)
-    return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
+    return {layer: np.concatenate([np.empty(0), *chunks]) for layer, chunks in found.items()}
 
 
 def summarise(layer: int, norms: np.ndarray) -> LayerNorms:

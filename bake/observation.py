@@ -15,16 +15,24 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bake.coefficients import Push
 from bake.errors import EquivalenceError
-from bake.model import LoadedModel, compute_logits, continue_greedily, default_device, load_model
+from bake.model import (
+    LoadedModel,
+    choose_greedily,
+    compute_logits,
+    continue_greedily,
+    default_device,
+    load_model,
+)
 from bake.plan import Plan
 from bake.progress import track
-from bake.prompts import Encoded, make_batches
+from bake.prompts import Encoded, TokenBatch, make_batches
 from bake.sites import LayerStructure
 from bake.steering import steered
+from bake.streaming import Placement, hold
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +43,7 @@ SMALL_EFFECT = 0.1
 NEW_TOKENS = 20
 CANARY_TOKENS = 12
 CANARIES = 4
+LOGIT_BYTES = 64 * 1024 * 1024  # of one batch's logits in float32
 
 Logits = list["torch.Tensor"]
 Continuations = list[list[int]]
@@ -43,18 +52,39 @@ Report = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Exam:
-    """What every run is given: the encoded prompts, the canary prompts, site, push and device."""
+    """What every run is given: the encoded prompts, site, push, and where things may lie.
+
+    folder: where logits are kept, so that two runs are never in memory together.
+    """
 
     structure: LayerStructure
     site: str
     push: Push
     encoded: tuple[Encoded, ...]
+    folder: Path
     device: torch.device | None = None
+    placement: Placement | None = None
 
     @property
     def canaries(self) -> list[tuple[int, ...]]:
         """The beginnings of the first prompts, to be continued greedily."""
         return [text.ids[:CANARY_TOKENS] for text in self.encoded[:CANARIES]]
+
+    def load(self, directory: Path, dtype: str) -> LoadedModel:
+        """Load a directory in a dtype, where the exam says weights may be."""
+        return load_model(directory, dtype=dtype, device=self.device, placement=self.placement)
+
+    def batches(self, loaded: LoadedModel) -> list[TokenBatch]:
+        """Return the prompts in as few batches as the logits' memory allows."""
+        config: Any = loaded.model.config
+        vocabulary = int(config.get_text_config().vocab_size)
+        return make_batches(self.encoded, batch_tokens=max(1, LOGIT_BYTES // (4 * vocabulary)))
+
+    def logits(self, name: str, loaded: LoadedModel, batches: Sequence[TokenBatch]) -> Logits:
+        """Compute logits and keep them on disk under a run's name."""
+        folder = self.folder / name
+        folder.mkdir()
+        return compute_logits(loaded, track(batches, name), folder)
 
 
 @dataclass(frozen=True)
@@ -75,12 +105,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class StoredBase:
-    """The base in the stored dtype, alone and hooked."""
+    """The base in the stored dtype, alone and hooked.
+
+    hooked_choices: the hooked model's most likely tokens along the plain process's continuations.
+    """
 
     base: Logits
     hooked: Logits
     greedy: Continuations
-    hooked_greedy: Continuations
+    hooked_choices: Continuations
 
 
 @dataclass(frozen=True)
@@ -98,24 +131,25 @@ class BakedRun:
 
     stored: slots at old + factor · (stored − old), which is what is stored where factor is 1. missing:
     slots that the reloaded model does not have; then `exact` is what is stored. padding_error: padded
-    against single texts, relative to the largest logit.
+    against single texts, relative to the largest logit. choices: most likely tokens along the
+    reference's greedy continuations.
     """
 
     stored: Logits
     exact: Logits
-    greedy: Continuations
+    choices: Continuations
     missing: tuple[str, ...]
     padding_error: float
 
 
 def run_reference(directory: Path, exam: Exam) -> Reference:
     """Run the base in float32. Raises EquivalenceError for a push that moves nothing."""
-    loaded = load_model(directory, dtype="float32", device=exam.device)
-    batches = list(track(make_batches(exam.encoded), "reference"))
+    loaded = exam.load(directory, "float32")
+    batches = exam.batches(loaded)
     vectors = exam.push.vectors
-    base = compute_logits(loaded, batches)
+    base = exam.logits("base", loaded, batches)
     with steered(loaded.model, exam.structure, exam.site, vectors):
-        hooked = compute_logits(loaded, batches)
+        hooked = exam.logits("hooked", loaded, batches)
     effect = distance(hooked, base)
     if not math.isfinite(effect) or effect == 0:
         found = "nothing" if effect == 0 else "the logits to values that are not finite"
@@ -123,24 +157,24 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
             f"the push moves {found} on the equivalence prompts, so there is nothing to prove; "
             f"check the direction and the multiplier"
         )
-    deviation = float(joined(base).std())
+    deviation = standard_deviation(base)
     factor = 1.0 if effect >= SMALL_EFFECT * deviation else deviation / effect
     with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor):
-        scaled = hooked if factor == 1.0 else compute_logits(loaded, batches)
+        scaled = hooked if factor == 1.0 else exam.logits("scaled", loaded, batches)
         greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
     return Reference(base, hooked, scaled, factor, effect, deviation, greedy, loaded.report)
 
 
-def run_stored_base(directory: Path, exam: Exam, dtype: str) -> StoredBase:
-    """Run the base in the stored dtype, one text at a time as the plain process does."""
-    loaded = load_model(directory, dtype=dtype, device=exam.device)
+def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) -> StoredBase:
+    """Run the base in the stored dtype, in the plain process's batches: one text at a time."""
+    loaded = exam.load(directory, dtype)
     batches = make_batches(exam.encoded, batch_tokens=1)
-    base = compute_logits(loaded, batches)
+    base = exam.logits("stored base", loaded, batches)
     greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
     with steered(loaded.model, exam.structure, exam.site, exam.push.vectors):
-        hooked = compute_logits(loaded, batches)
-        hooked_greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
-    return StoredBase(base, hooked, greedy, hooked_greedy)
+        hooked = exam.logits("stored hooked", loaded, batches)
+        choices = choose_greedily(loaded, exam.canaries, plain.continuations)
+    return StoredBase(base, hooked, greedy, choices)
 
 
 def run_plain(directory: Path, exam: Exam) -> PlainRun:
@@ -152,6 +186,7 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
         request = {
             "directory": str(directory.resolve()),
             "device": str(exam.device or default_device()),
+            "max_memory": exam.placement and exam.placement.to_dict(),
             "prompts": [list(text.ids) for text in exam.encoded],
             "canaries": [list(ids) for ids in exam.canaries],
             "new_tokens": NEW_TOKENS,
@@ -184,26 +219,27 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
     )
 
 
-def run_baked(directory: Path, exam: Exam, plan: Plan, factor: float) -> BakedRun:
+def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> BakedRun:
     """Run the baked directory in float32, as stored and with exact slots."""
-    loaded = load_model(directory, dtype="float32", device=exam.device)
-    batches = list(track(make_batches(exam.encoded), "baked"))
-    stored = compute_logits(loaded, batches)
+    loaded = exam.load(directory, "float32")
+    batches = exam.batches(loaded)
+    factor = reference.factor
+    stored = exam.logits("baked", loaded, batches)
     padding_error = _padding_error(loaded, exam.encoded, stored)
     missing = tuple(edit.parameter for edit in plan.slot_edits if not _has(loaded, edit.parameter))
     if missing:
         return BakedRun(stored, stored, [], missing, padding_error)
     if factor != 1.0:
-        _hold(
-            loaded,
-            plan,
-            {e.parameter: factor * (e.stored.double() - e.old) for e in plan.slot_edits},
-        )
-        stored = compute_logits(loaded, batches)
-    _hold(loaded, plan, {e.parameter: factor * e.delta for e in plan.slot_edits})
-    exact = compute_logits(loaded, batches)
-    greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
-    return BakedRun(stored, exact, greedy, missing, padding_error)
+        rounded = {
+            e.parameter: e.old + factor * (e.stored.double() - e.old) for e in plan.slot_edits
+        }
+        hold(loaded.model, loaded.weights, rounded)
+        stored = exam.logits("baked, scaled", loaded, batches)
+    exact = {e.parameter: e.old + factor * e.delta for e in plan.slot_edits}
+    hold(loaded.model, loaded.weights, exact)
+    logits = exam.logits("baked, exact slots", loaded, batches)
+    choices = choose_greedily(loaded, exam.canaries, reference.greedy)
+    return BakedRun(stored, logits, choices, missing, padding_error)
 
 
 def _has(loaded: LoadedModel, name: str) -> bool:
@@ -214,29 +250,20 @@ def _has(loaded: LoadedModel, name: str) -> bool:
     return True
 
 
-def _hold(loaded: LoadedModel, plan: Plan, deltas: Mapping[str, torch.Tensor]) -> None:
-    """Set every slot to old + delta, rounded once to float32."""
-    import torch
-
-    with torch.no_grad():
-        for edit in plan.slot_edits:
-            parameter = loaded.model.get_parameter(edit.parameter)
-            parameter.copy_((edit.old + deltas[edit.parameter]).float().to(parameter.device))
-
-
 def _padding_error(loaded: LoadedModel, encoded: Sequence[Encoded], padded: Logits) -> float:
     """Compare four texts run alone with the same texts run in padded batches."""
     chosen = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))[:4]
     alone = compute_logits(loaded, make_batches([encoded[i] for i in chosen], batch_tokens=1))
     together = [padded[index] for index in chosen]
-    return distance(alone, together) / max(float(joined(together).abs().max()), 1e-12)
+    largest = max(float(logits.abs().max()) for logits in together)
+    return distance(alone, together) / max(largest, 1e-12)
 
 
-def joined(logits: Logits) -> torch.Tensor:
-    """Return the texts' logits end to end, (positions of all texts, vocabulary)."""
-    import torch
-
-    return torch.cat(logits)
+def standard_deviation(logits: Logits) -> float:
+    """Return the standard deviation over all texts, positions and tokens, text by text."""
+    count = sum(text.numel() for text in logits)
+    mean = sum(float(text.double().sum()) for text in logits) / count
+    return math.sqrt(sum(float((text.double() - mean).square().sum()) for text in logits) / count)
 
 
 def distance(left: Logits, right: Logits) -> float:

@@ -29,6 +29,7 @@ from bake.resources import find_direction as find_direction_file
 from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
+from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
 from bake.writer import (
     check_links,
@@ -121,6 +122,7 @@ def export(recipe: Recipe) -> Export:
     if recipe.push_to_hub:
         with clock.stage("hub"):
             hub.check_access(recipe.push_to_hub, private=not recipe.public)
+    placement = choose_placement(recipe.device_map, recipe.max_memory)
     given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
     prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
@@ -138,7 +140,7 @@ def export(recipe: Recipe) -> Export:
         direction, norms = given, saved  # Nothing to measure, so the model is not loaded.
     else:
         direction, norms = measure(
-            base, recipe, route.site, layers, given, saved, tokenizer, prompts, clock
+            base, recipe, route.site, layers, given, saved, tokenizer, prompts, clock, placement
         )
     push = compute_push(
         norms.values(),
@@ -159,7 +161,9 @@ def export(recipe: Recipe) -> Export:
             write_config(base.checkpoint, plan.config_changes, staging)
             copy_companions(base.checkpoint, staging)
         with clock.stage("prove"):
-            equivalence = prove(base, staging, plan, push, tokenizer, recipe.allow_rounding)
+            equivalence = prove(
+                base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
+            )
             equivalence.raise_if_failed()
         with clock.stage("describe"):
             kept = Direction(
@@ -238,10 +242,11 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     clock: Stopwatch,
+    placement: Placement | None,
 ) -> tuple[Direction, ActivationNorms]:
     """Load the base and find what is neither given nor saved: the direction at the site, the norms."""
     with clock.stage("load"):
-        loaded = load_base(base.checkpoint)
+        loaded = load_base(base.checkpoint, placement)
     with clock.stage("direction"):
         direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
         if crosses_norm(direction, site):
@@ -281,9 +286,9 @@ def crosses_norm(direction: Direction, site: str) -> bool:
     return direction.site in RESIDUAL_SITES and site in INPUT_SITES
 
 
-def load_base(checkpoint: Checkpoint) -> LoadedModel:
+def load_base(checkpoint: Checkpoint, placement: Placement | None = None) -> LoadedModel:
     """Load the base; refuse one whose weights are incomplete, which transformers fills at random."""
-    loaded = load_model(checkpoint.directory)
+    loaded = load_model(checkpoint.directory, placement=placement)
     missing = loaded.report["missing_keys"] + loaded.report["mismatched_keys"]
     if missing:
         raise CheckpointError(
@@ -322,6 +327,7 @@ def prove(
     push: Push,
     tokenizer: PreTrainedTokenizerBase,
     allow_rounding: bool,
+    placement: Placement | None = None,
 ) -> Equivalence:
     """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts."""
     return prove_equivalence(
@@ -333,6 +339,7 @@ def prove(
         tokenizer,
         encode(tokenizer, read_prompts(EQUIVALENCE_PROMPTS), MAX_TOKENS),
         allow_rounding=allow_rounding,
+        placement=placement,
     )
 
 

@@ -21,35 +21,43 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    placement = {}
+    if request["max_memory"] is not None:
+        budgets = {int(k) if k.isdigit() else k: v for k, v in request["max_memory"].items()}
+        placement = {"device_map": "auto", "max_memory": budgets or None}
     model, info = AutoModelForCausalLM.from_pretrained(
-        request["directory"], dtype="auto", output_loading_info=True
+        request["directory"], dtype="auto", output_loading_info=True, **placement
     )
-    model.eval().to(request["device"])
+    model.eval()
+    if not placement:
+        model.to(request["device"])
     logits = {}
-    continuations = []
+    continuations = {}
     with torch.no_grad():
         for index, ids in enumerate(request["prompts"]):
-            prompt = torch.tensor([ids], device=model.device)
+            prompt = torch.tensor([ids], device=request["device"])
             # A copy of its own: a view would drag the storage of the whole output into the file.
             logits[str(index)] = model(prompt, use_cache=False).logits[0].float().cpu().clone()
-        for ids in request["canaries"]:
-            prompt = torch.tensor([ids], device=model.device)
+        for length in sorted({len(ids) for ids in request["canaries"]}):
+            prompts = [ids for ids in request["canaries"] if len(ids) == length]
+            batch = torch.tensor(prompts, device=request["device"])
             output = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
+                batch,
+                attention_mask=torch.ones_like(batch),
                 max_new_tokens=request["new_tokens"],
                 min_new_tokens=request["new_tokens"],
                 do_sample=False,
                 pad_token_id=0,
             )
-            continuations.append(output[0, len(ids) :].tolist())
+            found = output[:, length:].tolist()
+            continuations.update({tuple(p): f for p, f in zip(prompts, found, strict=True)})
     save_file(logits, request["logits"])
     result = {
         "report": {
             name: sorted(str(entry) for entry in info.get(name, ()))
             for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         },
-        "continuations": continuations,
+        "continuations": [continuations[tuple(ids)] for ids in request["canaries"]],
         "bake_imported": any(name.partition(".")[0] == "bake" for name in sys.modules),
     }
     Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")

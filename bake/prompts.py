@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_TOKENS = 512  # per prompt; longer prompts are cut, because norms settle long before
-BATCH_TOKENS = 4096  # per forward, padding included
+BATCH_TOKENS = 2048  # per forward, padding included
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def load_tokenizer(directory: Path) -> Any:
 
 def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Encoded]:
     """Tokenise texts as the model expects them, with the tokenizer's own special tokens."""
+    # Chat-template tokens are added tokens marked special that the named special tokens leave out.
     special = set(tokenizer.all_special_ids)
+    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     encoded = []
     for text in texts:
         result = tokenizer(

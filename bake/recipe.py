@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from bake.coefficients import DEFAULT_LAW, LAWS
 from bake.copying import SHARDS
 from bake.errors import BakeError
+
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Recipe:
     prompts: str = "neutral"
     calibration: str | None = None
     dtype: str | None = None
+    device_map: str | None = None
+    max_memory: str | None = None
     allow_rounding: bool = False
     shards: str = "copy"
     thin: bool = False
@@ -51,8 +56,10 @@ class Recipe:
         """Raise BakeError for options that contradict each other, before any work starts."""
         if (self.direction is None) == (self.pairs is None):
             raise BakeError("give one of --direction FILE and --pairs FILE")
-        if self.multiplier == 0:
-            raise BakeError("multiplier 0 steers nothing; give a number other than 0, such as 1.0")
+        if self.multiplier == 0 or not math.isfinite(self.multiplier):
+            raise BakeError(
+                f"multiplier {abs(self.multiplier):g} steers nothing; give a number other than 0, such as 1.0"
+            )
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
         if self.shards not in SHARDS:
@@ -94,13 +101,13 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise BakeError(f"the recipe {path} cannot be read: {reason}") from None
     if not isinstance(values, dict):
         raise BakeError(f"the recipe {path} is not a mapping of options")
     known = {field.name for field in fields(Recipe)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise BakeError(
             f"the recipe {path} has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
@@ -113,4 +120,19 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     missing = [name for name in ("model", "output") if not values.get(name)]
     if missing:
         raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    for field in fields(Recipe):
+        if field.name in values:
+            _check_type(field.name, values[field.name], str(field.type))
     return Recipe(**values)
+
+
+def _check_type(name: str, value: Any, declared: str) -> None:
+    """Refuse a value of another type than the field's: YAML reads 40:50 as a number of base 60."""
+    if value is None and declared.endswith("None"):
+        return
+    expected = _TYPES[declared.removesuffix(" | None")]
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        hint = f'; write it in quotes, {name}: "40:90"' if name == "band" else ""
+        raise BakeError(
+            f"{name} is {value!r}, not {' or '.join(t.__name__ for t in expected)}{hint}"
+        )

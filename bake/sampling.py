@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.errors import PromptError
-from bake.model import LoadedModel
+from bake.model import LoadedModel, decode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Tokens = tuple[int, ...]
 ROWS = 64  # sequences per forward
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
 def sample_continuations(
@@ -38,6 +38,10 @@ def sample_continuations(
 
     Draws argmax(logits / temperature + Gumbel noise), which samples exactly from the softmax.
     """
+    if temperature <= 0 or new_tokens < 1 or not all(prompts):
+        raise PromptError(
+            "sampling needs a temperature above 0, new tokens, and prompts with tokens"
+        )
     rows = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
     # Rows of one length need no padding, which keeps every architecture's positions right.
     rows.sort(key=lambda row: len(prompts[row[0]]))
@@ -66,21 +70,12 @@ def _sample_group(
 ) -> list[Tokens]:
     import torch
 
-    tokens = torch.tensor([prompts[index] for index, _ in group], device=loaded.device)
-    chosen: list[torch.Tensor] = []
-    cache = None
-    with torch.no_grad():
-        for step in range(new_tokens):
-            output = loaded.model(tokens, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float().cpu() / temperature
-            noise = torch.stack(
-                [_gumbel(seed, index, sample, step, logits.shape[-1]) for index, sample in group]
-            )
-            picked = (logits + noise).argmax(dim=-1, keepdim=True)
-            chosen.append(picked)
-            tokens = picked.to(loaded.device)
-    return [tuple(row) for row in torch.cat(chosen, dim=1).tolist()]
+    def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
+        noise = [_gumbel(seed, index, sample, step, logits.shape[-1]) for index, sample in group]
+        return (logits / temperature + torch.stack(noise)).argmax(dim=-1)
+
+    tokens = torch.tensor([prompts[index] for index, _ in group])
+    return [tuple(row) for row in decode(loaded, tokens, new_tokens, choose).tolist()]
 
 
 def _gumbel(seed: int, prompt: int, sample: int, step: int, size: int) -> torch.Tensor:
@@ -145,7 +140,7 @@ def bootstrap_interval(
 
     generator = np.random.default_rng(seed)
     values = [statistic(generator.integers(0, count, count)) for _ in range(draws)]
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if math.isfinite(value)] or [math.nan]
     tail = (1 - level) / 2
     low, high = np.quantile(finite, [tail, 1 - tail])
     return float(low), float(high)

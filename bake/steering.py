@@ -7,9 +7,10 @@ plain as it can be: no editing in place, no caching, one vector per layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from bake.errors import UnsupportedError
 from bake.sites import LayerStructure, Location, addition_location, capture_location
 
 if TYPE_CHECKING:
@@ -40,19 +41,12 @@ def steered(
     push: {0-based layer: (hidden_size,) float tensor}. Applies at every position of every forward.
     """
     location, scale = addition_location(site, structure)
-    handles = [
-        _register(
-            submodule(model, structure, layer, location.module),
-            location,
-            _adder(vector * (factor * scale)),
-        )
-        for layer, vector in push.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer, vector in push.items():
+            module = submodule(model, structure, layer, location.module)
+            handle = _register(module, location, _adder(vector * (factor * scale)))
+            hooks.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -69,15 +63,11 @@ def captured(
     def reader(layer: int) -> Callable[[torch.Tensor], None]:
         return lambda activation: receive(layer, activation)
 
-    handles = [
-        _register(submodule(model, structure, layer, location.module), location, reader(layer))
-        for layer in layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            module = submodule(model, structure, layer, location.module)
+            hooks.callback(_register(module, location, reader(layer)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adder(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -103,7 +93,11 @@ def _register(
         if arguments:
             replaced = function(arguments[0])
             return None if replaced is None else ((replaced, *arguments[1:]), keywords)
-        name = next(name for name in INPUT_NAMES if name in keywords)
+        name = next((name for name in INPUT_NAMES if name in keywords), None)
+        if name is None:
+            raise UnsupportedError(
+                f"{type(module).__name__} takes its input as none of {', '.join(INPUT_NAMES)}"
+            )
         replaced = function(keywords[name])
         return None if replaced is None else (arguments, {**keywords, name: replaced})
 

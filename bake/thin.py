@@ -109,7 +109,11 @@ def export_thin(recipe: Recipe) -> ThinExport:
             write_config(checkpoint, plan.config_changes, staging)
             copy_companions(checkpoint, staging)
         with clock.stage("describe"):
-            kept = Direction({**push.directions}, route.site, direction.metadata)
+            kept = Direction(
+                {layer: push.directions[layer] for layer in push.directions},
+                route.site,
+                direction.metadata,
+            )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
             story = describe_bake(base, push, plan, norms, direction)
             card = render_card(

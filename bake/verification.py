@@ -33,6 +33,7 @@ from bake.plan import Plan, make_plan
 from bake.progress import announce
 from bake.prompts import load_tokenizer
 from bake.resources import DEMO_NAME
+from bake.streaming import Placement
 
 CHUNK = 64 * 1024 * 1024  # bytes compared at a time
 
@@ -54,7 +55,9 @@ class Verification:
         }
 
 
-def verify(directory: Path, base: str | None = None) -> Verification:
+def verify(
+    directory: Path, base: str | None = None, placement: Placement | None = None
+) -> Verification:
     """Prove a baked directory again. The result's failures say what is wrong.
 
     A thin bake whose base shards have been added is recorded as proven when it is.
@@ -83,6 +86,7 @@ def verify(directory: Path, base: str | None = None) -> Verification:
         push,
         load_tokenizer(opened.checkpoint.directory),
         bool(recorded["equivalence"].get("rounding_allowed")),
+        placement,
     )
     differences = [
         *compare_tensors(opened.checkpoint, baked, plan),

@@ -77,7 +77,9 @@ def test_norm_that_is_no_positive_number_is_refused(norm):
 
 
 def test_unknown_law_names_the_laws():
-    with pytest.raises(BakeError, match=r"'cubic'; the laws are inverse-sqrt-d, sqrt-d, norm, flat"):
+    with pytest.raises(
+        BakeError, match=r"'cubic'; the laws are inverse-sqrt-d, sqrt-d, norm, flat"
+    ):
         push(law="cubic")
 
 

@@ -139,9 +139,7 @@ def test_characters_of_several_bytes_do_not_shift_the_completion(open_tiny):
         for text in (pair.positive, pair.negative)
     ]
     difference = means[0] - means[1]
-    torch.testing.assert_close(
-        found, (difference / difference.norm()).float(), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(found, (difference / difference.norm()).float(), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("token", TOKENS)

@@ -1,11 +1,22 @@
 """Directions: what a file may hold, what comes back, what is refused and how it is said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import HIDDEN
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import GemmaConfig, GemmaForCausalLM
 
-from bake.direction import Direction, direction_bytes, load_direction, normalise
+from bake.direction import (
+    Direction,
+    convert_to_input,
+    direction_bytes,
+    effective_weight,
+    load_direction,
+    normalise,
+)
 from bake.errors import DirectionError
 
 
@@ -85,7 +96,9 @@ def test_tiny_and_large_vectors_keep_their_direction():
 
 
 def test_file_without_a_site_means_mlp_out(tmp_path):
-    assert load_direction(write(tmp_path / "d.safetensors", {"direction": unit(0)})).site == "mlp_out"
+    assert (
+        load_direction(write(tmp_path / "d.safetensors", {"direction": unit(0)})).site == "mlp_out"
+    )
 
 
 def test_other_tensors_in_the_file_are_ignored(tmp_path):
@@ -158,3 +171,51 @@ def test_direction_describes_itself_without_its_vectors():
         "metadata": {"token": "last"},
     }
     assert Direction({None: unit(0)}, "mlp_out").to_dict()["layers"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "norms"),
+    [
+        ("llama", {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}),
+        ("gpt2", {"attn_in": "ln_1", "mlp_in": "ln_2"}),
+    ],
+)
+@pytest.mark.parametrize("site", ["attn_in", "mlp_in"])
+def test_conversion_multiplies_by_the_norms_weight(open_tiny, architecture, norms, site):
+    tiny = open_tiny(architecture)
+    structure = replace(tiny.structure, input_norms=norms)
+    found = Direction({None: unit(0, HIDDEN)}, "mlp_out", {"token": "last"})
+    converted = convert_to_input(found, tiny.loaded.model, structure, site, [1, 4])
+    assert (converted.site, sorted(converted.vectors)) == (site, [1, 4])
+    assert converted.metadata == {"token": "last", "converted_from": "mlp_out"}
+    for layer in (1, 4):
+        name = f"{structure.layer(layer)}.{norms[site]}.weight"
+        expected = tiny.loaded.model.get_parameter(name).detach() * unit(0, HIDDEN)
+        expected = expected / expected.norm()
+        torch.testing.assert_close(converted.layer(layer), expected, rtol=0, atol=1e-5)
+        # The norm's weights are random, so that the conversion does something.
+        assert float(converted.layer(layer) @ unit(0, HIDDEN)) < 0.9999
+
+
+def test_conversion_to_a_site_without_a_norm_is_refused(open_tiny):
+    tiny = open_tiny("llama")
+    found = Direction({None: unit(0, HIDDEN)}, "mlp_out")
+    with pytest.raises(DirectionError, match=r"no norm's output is attn_in .* --site attn_in"):
+        convert_to_input(found, tiny.loaded.model, tiny.structure, "attn_in", [1])
+
+
+def test_weight_of_a_norm_that_adds_one_is_read_off_its_behaviour():
+    config = GemmaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=88,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=96,
+    )
+    norm = GemmaForCausalLM(config).model.layers[0].input_layernorm
+    stored = torch.linspace(-0.5, 0.5, HIDDEN)
+    with torch.no_grad():
+        norm.weight.copy_(stored)
+    torch.testing.assert_close(effective_weight(norm, HIDDEN), 1 + stored, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_draws_do_not_repeat(dimension):
     tokens = [token for row in drawn for token in row]
     assert len(tokens) == 200
     assert chi_square(Counter(tokens), PROBABILITIES) < 23.5
-    followed = Counter(zip(tokens[:-1], tokens[1:], strict=True))
+    followed = Counter(pairwise(tokens))
     assert followed[4, 4] < 60  # 0.16 of 199 is 32; a constant or a period would show.
 
 

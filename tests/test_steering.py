@@ -101,9 +101,16 @@ def test_hooks_go_away_on_an_exception(open_tiny, context):
         if context == "steered"
         else captured(model, tiny.structure, "attn_in", [2], lambda *_: None)
     )
-    with pytest.raises(RuntimeError, match="on purpose"), opened:
-        assert hook_count(model) == hooks + 1
-        raise RuntimeError("on purpose")
+    inside = []
+
+    def fail():
+        with opened:
+            inside.append(hook_count(model))
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
+    assert inside == [hooks + 1]
     assert hook_count(model) == hooks
     assert torch.equal(logits(tiny), base)
 

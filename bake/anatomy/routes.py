@@ -7,7 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from bake.anatomy.flags import FlagEffect, added_parameters, find_bias_flags
+from huggingface_hub.errors import StrictDataclassError
+
+from bake.anatomy.flags import (
+    FlagEffect,
+    added_parameters,
+    find_bias_flags,
+    parameter_shapes,
+)
 from bake.anatomy.slots import (
     Proposal,
     SlotKind,
@@ -158,11 +165,41 @@ _PREFERENCE = ("mlp_out", "attn_out", "attn_in", "mlp_in")
 def examine(config: PreTrainedConfig) -> Anatomy:
     """Find every exact route of a configuration's architecture, each proven on its twin.
 
-    Takes a second; touches no weight of the model. Raises UnsupportedError where transformers has no
-    causal language model for the configuration or it has no list of decoder layers.
+    Takes a second; touches no weight of the model and none of torch's random state. Raises
+    UnsupportedError where transformers has no causal language model for the configuration, where it
+    has no list of decoder layers, or where no small twin of it can be made.
     """
-    with single_thread():
-        return _Examination(config).anatomy()
+    import torch
+
+    with single_thread(), torch.random.fork_rng(devices=[]):
+        try:
+            return _Examination(config).anatomy()
+        except TWIN_ERRORS as error:
+            raise UnsupportedError(
+                f"{config.model_type}: no small twin of this architecture can be made and run, so "
+                f"nothing can be proven on it ({_one_line(error)})"
+            ) from error
+
+
+# What the constructors and forwards of 190 architectures raise when a shrunk configuration does not suit
+# them. Each is a refusal with its reason, never a crash; what they hide is said in the message.
+TWIN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
 class _Examination:
@@ -229,8 +266,15 @@ class _Examination:
                 names = ", ".join(proposal.missing)
                 reasons.append(f"no flag of the config creates {names}")
                 continue
-            route = self._prove(site, proposal)
-            if route.twin.passed:
+            try:
+                route = self._prove(site, proposal)
+            except TWIN_ERRORS as error:
+                reasons.append(f"the twin cannot be baked ({_one_line(error)})")
+                continue
+            lacking = self._lacking(route)
+            if lacking:
+                reasons.append(f"not every decoder layer has it ({lacking} does not exist)")
+            elif route.twin.passed:
                 found.append(route)
             else:
                 reasons.append(str(route.twin.reason))
@@ -252,6 +296,16 @@ class _Examination:
         layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
         slots = {layer: route.slots_of(layer) for layer in layers}
         return replace(route, twin=self.twin.prove(self.structure, site, flags, slots))
+
+    def _lacking(self, route: SiteRoute) -> str | None:
+        """Return a slot that some layer of the real model lacks; a small twin cannot show all layers."""
+        present = parameter_shapes(self.real).keys() | route.new_parameters.keys()
+        for layer in range(self.layer_count):
+            for slot in route.slots_of(layer):
+                for name in (slot.bias, slot.weight):
+                    if name is not None and name not in present:
+                        return name
+        return None
 
     def _flags_for(self, proposal: Proposal) -> dict[str, Any]:
         """Return the flags that create the slots; all usable ones if no single flag does."""

@@ -34,20 +34,24 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a small config of the same class; the one given is left alone."""
     # An older checkpoint's JSON may carry keys that the class drops, so go through its own dict.
-    values = copy.deepcopy(config.to_dict())
-    heads = next(
-        (values[key] for key in ("num_attention_heads", "n_head") if values.get(key)), None
-    )
+    return type(config)(**_shrink_values(copy.deepcopy(config.to_dict())))
+
+
+def _shrink_values(values: dict[str, Any]) -> dict[str, Any]:
+    heads = next((values[k] for k in ("num_attention_heads", "n_head") if values.get(k)), None)
+    layers = next((values[k] for k in _SIZES if _SIZES[k] == LAYERS and values.get(k)), None)
     small = {key: _small(key, value, heads) for key, value in values.items()}
-    layer_count = getattr(config, "num_hidden_layers", None)
     for key, value in small.items():
-        if isinstance(value, list) and layer_count and len(value) == layer_count:
+        if isinstance(value, dict) and "model_type" in value:
+            # A nested config (a wrapper's text or vision tower) keeps its type.
+            small[key] = {**_shrink_values(value), "model_type": value["model_type"]}
+        elif isinstance(value, list) and layers and len(value) == layers:
             small[key] = value[:LAYERS]
         elif key.endswith(("dropout", "_pdrop")) and isinstance(value, float):
             small[key] = 0.0
     for key in ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path"):
         small.pop(key, None)
-    return type(config)(**small)
+    return small
 
 
 def _small(key: str, value: Any, heads: int | None) -> Any:

@@ -202,17 +202,33 @@ def _inert_shares(
     gradients = iter(torch.autograd.grad((logits * weights).sum(), present))
     found = [None if bias is None else next(gradients).abs() for bias in biases]
     loudest = max(gradient.max() for gradient in found if gradient is not None)
-    return [None if g is None else _contiguous_share(g <= 1e-5 * loudest) for g in found]
+    return [None if g is None else _inert_share(g <= 1e-5 * loudest) for g in found]
 
 
-def _contiguous_share(marked: torch.Tensor) -> tuple[float, float] | None:
-    positions = marked.nonzero().flatten()
-    if not len(positions):
-        return None
-    start, stop = int(positions[0]), int(positions[-1]) + 1
-    if len(positions) != stop - start:
-        return None  # Scattered zeros are chance, not structure.
-    return start / len(marked), stop / len(marked)
+def _inert_share(silent: torch.Tensor) -> tuple[float, float] | None:
+    """Return which part of a bias is silent, where the real model's bias is divided alike.
+
+    All of it (a key bias on its own) or the middle third (fused query, key, value of one size). Other
+    divisions depend on how many heads there are, which the twin changes, and a few small gradients
+    are chance.
+    """
+    length = len(silent)
+    if bool(silent.all()):
+        return 0.0, 1.0
+    third = length // 3
+    fused = _middle_third(length, third)
+    if length == 3 * third and bool((silent == fused).all()):
+        return 1 / 3, 2 / 3
+    return None
+
+
+def _middle_third(length: int, third: int) -> torch.Tensor:
+    """Return a mask of `length` that is true in the middle third."""
+    import torch
+
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[third : 2 * third] = True
+    return mask
 
 
 def _probe_vector(twin: Twin) -> torch.Tensor:

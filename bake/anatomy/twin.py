@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import with_flags
 from bake.anatomy.shrink import VOCABULARY, shrink
-from bake.loading import load_report, quiet_transformers
+from bake.errors import UnsupportedError
+from bake.loading import build_on_meta, load_report, quiet_transformers
 from bake.sites import LayerStructure, Slot
 from bake.steering import steered
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+MAX_PARAMETERS = 5_000_000
 ZERO_PUSH_TOLERANCE = 1e-6  # relative to the largest logit, float32
 PUSH_TOLERANCE = 1e-4  # relative to the largest effect, float32
 
@@ -78,6 +80,12 @@ class Twin:
         import torch
 
         self.config = shrink(config)
+        size = sum(parameter.numel() for parameter in build_on_meta(self.config).parameters())
+        if size > MAX_PARAMETERS:
+            raise UnsupportedError(
+                f"{config.model_type}: its configuration does not shrink ({size / 1e6:.0f} million "
+                f"parameters are left), so no twin can prove a route"
+            )
         self.model = build_random(self.config, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         self.input_ids = torch.randint(3, VOCABULARY, (2, 12), generator=generator)
@@ -170,18 +178,17 @@ def single_thread() -> Iterator[None]:
 def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
     """Build a float32 model whose every parameter is random, biases and norms included.
 
-    Zero-initialised biases and unit norms would hide mistakes: a wrong slot could look right.
+    Zero-initialised biases and unit norms would hide mistakes: a wrong slot could look right. Sets
+    torch's seed: call it where the random state is forked.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     with quiet_transformers():
         model: nn.Module = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32
         ).eval()
-    torch.random.set_rng_state(torch_state)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

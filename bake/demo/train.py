@@ -42,7 +42,7 @@ class Recipe:
     """What a training run depends on. The defaults are those of the model that ships."""
 
     seed: int = 0
-    steps: int = 1500
+    steps: int = 2000
     batch_size: int = 24  # documents
     learning_rate: float = 3e-3  # the peak; it warms up linearly and decays along a cosine
     warmup_steps: int = 60
