@@ -109,6 +109,11 @@ def _add_export(commands: Any) -> None:
     )
     option("--dtype", choices=("float32", "float16", "bfloat16"), help="store the checkpoint so")
     option("--allow-rounding", action="store_true", help="accept a dtype too coarse for the push")
+    option(
+        "--estimate",
+        action="store_true",
+        help="say what it would cost (bytes, memory, passes, time) from headers alone; write nothing",
+    )
     option("--push-to-hub", metavar="REPO_ID", help="publish when proven (private)")
     option("--public", action="store_true", help="with --push-to-hub: make the repo public")
 
@@ -181,12 +186,20 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_export(parsed: argparse.Namespace) -> int:
-    from bake import pipeline, recipe, report, thin
+    from bake import cost, pipeline, recipe, report, thin
 
-    given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json", "recipe")}
-    path = getattr(parsed, "recipe", None)
-    wanted = recipe.read_recipe(Path(path), given) if path else recipe.make_recipe(given)
-    if wanted.thin:
+    words = ("run", "command", "json", "recipe", "estimate")
+    given = {k: v for k, v in vars(parsed).items() if k not in words}
+    path, only = getattr(parsed, "recipe", None), hasattr(parsed, "estimate")
+    wanted = (
+        recipe.read_recipe(Path(path), given, without_output=only)
+        if path
+        else recipe.make_recipe(given, without_output=only)
+    )
+    if only:
+        estimate = cost.estimate_cost(wanted)
+        _print(parsed, estimate.to_dict(), report.describe_estimate(estimate))
+    elif wanted.thin:
         added = thin.export_thin(wanted)
         _print(parsed, added.to_dict(), report.describe_thin(added))
     else:

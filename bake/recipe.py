@@ -56,9 +56,21 @@ class Recipe:
         """Raise BakeError for options that contradict each other, before any work starts."""
         if (self.direction is None) == (self.pairs is None):
             raise BakeError("give one of --direction FILE and --pairs FILE")
+        if self.thin and (self.direction is None or self.calibration is None):
+            raise BakeError(
+                "--thin reads no weights, so it needs --direction FILE and --calibration FILE (the "
+                "result of bake calibrate)"
+            )
+        self.check_choices()
+
+    def check_choices(self) -> None:
+        """Raise BakeError for options that contradict each other: all that an estimate needs."""
+        if self.direction is not None and self.pairs is not None:
+            raise BakeError("give one of --direction FILE and --pairs FILE")
         if self.multiplier == 0 or not math.isfinite(self.multiplier):
             raise BakeError(
-                f"multiplier {abs(self.multiplier):g} steers nothing; give a number other than 0, such as 1.0"
+                f"multiplier {abs(self.multiplier):g} steers nothing; give a number other than 0, "
+                "such as 1.0"
             )
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
@@ -69,11 +81,6 @@ class Recipe:
 
     def _check_thin(self) -> None:
         """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""
-        if self.direction is None or self.calibration is None:
-            raise BakeError(
-                "--thin reads no weights, so it needs --direction FILE and --calibration FILE (the "
-                "result of bake calibrate)"
-            )
         for option, given, reason in (
             ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
             ("--shards", self.shards != "copy", "no base shard is written"),
@@ -92,7 +99,9 @@ class Recipe:
         return asdict(self)
 
 
-def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
+def read_recipe(
+    path: Path, overrides: Mapping[str, Any], *, without_output: bool = False
+) -> Recipe:
     """Read a YAML recipe, its keys Recipe's fields; `overrides` (the command line) win.
 
     Raises BakeError for a file that is no mapping, an unknown key, or a missing model or output.
@@ -112,12 +121,18 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         raise BakeError(
             f"the recipe {path} has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
         )
-    return make_recipe({**values, **overrides})
+    return make_recipe({**values, **overrides}, without_output=without_output)
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Build a Recipe; raise BakeError where model or output is missing."""
-    missing = [name for name in ("model", "output") if not values.get(name)]
+def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> Recipe:
+    """Build a Recipe; raise BakeError where model or output is missing.
+
+    without_output: an estimate needs no output; it is empty where none is given.
+    """
+    if without_output:
+        values = {"output": "", **values}
+    needed = ("model",) if without_output else ("model", "output")
+    missing = [name for name in needed if not values.get(name)]
     if missing:
         raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
     for field in fields(Recipe):
