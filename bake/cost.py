@@ -25,6 +25,7 @@ from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe
 from bake.resources import find_direction
+from bake.safetensors_file import TensorEntry
 from bake.thin import check_base, check_route
 from bake.writer import check_links
 
@@ -130,6 +131,7 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     elsewhere = kept if recipe.thin or recipe.shards != "copy" else 0
     written = sum(sizes.values()) - elsewhere
     passes = tuple(_count_passes(base, recipe, layers))
+    beside = 0 if recipe.thin else LOGIT_BYTES + _activation_bytes(base)
     parameters = sum(entry.elements for entry in checkpoint.tensors.values())
     shared = _disk_seconds(written, 0 if recipe.thin else sum(sizes.values()))
     tokens = sum(entry.tokens for entry in passes)
@@ -150,9 +152,9 @@ def estimate_cost(recipe: Recipe) -> Estimate:
         write_bytes=written,
         cloned_bytes=0 if elsewhere else kept,
         upload_bytes=upload - (kept if recipe.thin else 0),
-        memory_whole=RUNTIME_BYTES + (0 if recipe.thin else 4 * parameters + LOGIT_BYTES),
+        memory_whole=RUNTIME_BYTES + (0 if recipe.thin else 4 * parameters + beside),
         memory_streamed=RUNTIME_BYTES
-        + (0 if recipe.thin else 4 * _streamed_parameters(base) + LOGIT_BYTES),
+        + (0 if recipe.thin else 4 * _streamed_parameters(base) + beside),
         passes=passes,
         seconds_whole=shared + computing,
         seconds_streamed=shared + max(computing, reading),
@@ -219,7 +221,7 @@ def _tokens(text: str) -> int:
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int:
-    """The vocabulary's size: the longest first dimension of an embedding outside the layers."""
+    """The vocabulary's size as the config states it; a usual one where it does not."""
     config: Mapping[str, Any] = checkpoint.config
     nested = config.get("text_config")
     size = config.get("vocab_size") or (
@@ -230,15 +232,35 @@ def _vocabulary(checkpoint: Checkpoint) -> int:
 
 def _streamed_parameters(base: Base) -> int:
     """The parameters of the largest decoder layer, and of everything outside the layers."""
+    sizes = {
+        layer: sum(entry.elements for entry in entries)
+        for layer, entries in _by_layer(base).items()
+    }
+    outside = sizes.pop(None, 0)
+    return outside + max(sizes.values(), default=0)
+
+
+def _activation_bytes(base: Base) -> int:
+    """What a layer computes for one batch: about four activations as wide as its widest matrix."""
+    inside = [
+        size
+        for layer, entries in _by_layer(base).items()
+        if layer is not None
+        for entry in entries
+        for size in entry.shape[-2:]
+    ]
+    return 4 * 4 * BATCH_TOKENS * max(inside, default=0)
+
+
+def _by_layer(base: Base) -> dict[str | None, list[TensorEntry]]:
+    """The tensors of each decoder layer, by its number on disk; None for those outside."""
     path = base.anatomy.structure.layers.removeprefix(base.anatomy.prefix)
     pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
-    sizes: dict[str | None, int] = {None: 0}
+    layers: dict[str | None, list[TensorEntry]] = {}
     for name, entry in base.checkpoint.tensors.items():
         found = pattern.search(name)
-        layer = found[1] if found else None
-        sizes[layer] = sizes.get(layer, 0) + entry.elements
-    outside = sizes.pop(None)
-    return outside + max(sizes.values(), default=0)
+        layers.setdefault(found[1] if found else None, []).append(entry)
+    return layers
 
 
 def _companion_bytes(checkpoint: Checkpoint) -> int:
