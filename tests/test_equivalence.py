@@ -316,3 +316,23 @@ def test_pairs_are_enough(llama, pairs_file, prompts_file, tmp_path):
     result = export(str(llama), pairs=pairs_file, prompts=prompts_file, output=tmp_path / "out")
     assert result.direction.metadata["pairs"] == str(len(PAIRS))
     assert result.equivalence.passed
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_residual_direction_is_converted_to_an_input(
+    make_model, direction_file, prompts_file, tmp_path, architecture
+):
+    """û ← normalise(norm weight ⊙ û), announced, and folded as exactly as any other."""
+    base = make_model(TinyModel(architecture))
+    options = {"direction": direction_file, "prompts": prompts_file, "site": "mlp_in"}
+    with pytest.raises(BakeError, match="--convert-site"):
+        export(str(base), output=tmp_path / "out", **options)
+    result = export(str(base), output=tmp_path / "out", convert_site=True, **options)
+    assert result.equivalence.passed
+    norm = {"llama": "model.layers.3.post_attention_layernorm", "gpt2": "transformer.h.3.ln_2"}
+    weight = load_file(base / "model.safetensors")[f"{norm[architecture]}.weight"]
+    given = load_file(direction_file)["direction"]
+    expected = torch.nn.functional.normalize(weight * given, dim=0)
+    found = load_file(tmp_path / "out" / "direction.safetensors")["direction.3"]
+    assert float(expected @ given) < 0.999  # The norm's weight turns the direction.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

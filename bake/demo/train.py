@@ -29,7 +29,7 @@ from transformers import (
 from bake.demo.grammar import Document, generate_documents, iterate_documents
 
 BEGINNING, END, PADDING = "<s>", "</s>", "<pad>"
-MAX_LENGTH = 256  # Tokens; the longest documents have about 200.
+MAX_LENGTH = 256  # Tokens; documents have about 90, the longest fewer than 200.
 #: Sums depend on how they are split over threads, so the number is part of the recipe.
 THREADS = 2
 #: Added to the seed: no two uses of the grammar see the same stream of documents.
@@ -47,7 +47,7 @@ class Recipe:
     learning_rate: float = 3e-3  # the peak; it warms up linearly and decays along a cosine
     warmup_steps: int = 60
     weight_decay: float = 0.1
-    layers: int = 8
+    layers: int = 9
     hidden_size: int = 128
     intermediate_size: int = 352
     attention_heads: int = 4
