@@ -241,8 +241,8 @@ def test_held_out_data_is_new():
         texts = (pair[side] for pair in pairs for side in ("positive", "negative"))
         return {word for text in texts for word in words_of(text)} & targets
 
-    shared = mood_words(training) & mood_words(held_out)
-    assert len(shared) <= 0.1 * len(mood_words(held_out)), shared
+    assert len(mood_words(held_out)) >= 20
+    assert not mood_words(training) & mood_words(held_out)
 
     openings = [line["text"] for line in read_lines("prompts/openings.jsonl")]
     equivalence = {line["text"] for line in read_lines("prompts/equivalence.jsonl")}
@@ -266,6 +266,7 @@ def test_training_is_reproducible_byte_for_byte(tmp_path):
         intermediate_size=64,
         tokenizer_documents=300,
         held_out_documents=20,
+        samples=1,
     )
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
     assert train(recipe, first) == train(recipe, second)
