@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import contrast, pipeline
-from bake.anatomy import Anatomy
+from bake import contrast, pipeline, thin
+from bake.anatomy import Anatomy, examine
+from bake.checkpoint import open_description
+from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
+from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.processes import divide, is_main
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import make_recipe
+from bake.resources import find_model
 from bake.streaming import choose_placement
 from bake.verification import Verification
 from bake.verification import verify as verify_directory
@@ -23,20 +27,24 @@ if TYPE_CHECKING:
     from bake.hub import Publication
 
 
-def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export:
+def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export | thin.ThinExport:
     """Bake a direction into `model` and write the checkpoint to `output`.
 
     options: the fields of `bake.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
     """
-    paths = ("direction", "pairs", "prompts")
-    values = {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
-    return pipeline.export(make_recipe({"model": model, "output": str(output), **values}))
+    recipe = make_recipe({"model": model, "output": str(output), **_as_text(options)})
+    return thin.export_thin(recipe) if recipe.thin else pipeline.export(recipe)
+
+
+def estimate(model: str, **options: Any) -> Estimate:
+    """Say what `export` with the same options would cost, from headers alone; writes nothing."""
+    return estimate_cost(make_recipe({"model": model, **_as_text(options)}, without_output=True))
 
 
 def inspect(model: str, *, revision: str | None = None) -> Anatomy:
-    """Say which sites and routes of a model are exact, and why others are not."""
-    return pipeline.open_base(model, revision).anatomy
+    """Say which sites and routes of a model are exact, and why others are not; from its config."""
+    return examine(read_config(open_description(find_model(model), revision=revision)))
 
 
 def calibrate(
@@ -118,6 +126,12 @@ def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Pub
     return hub.publish(Path(directory), repo_id, private=not public)
 
 
+def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with their paths as text, which a recipe holds."""
+    paths = ("direction", "pairs", "prompts", "calibration", "output")
+    return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
+
+
 def _write_file(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all; raise OutputError where it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
@@ -132,6 +146,7 @@ def _write_file(path: Path, data: bytes) -> None:
 
 __all__ = [
     "calibrate",
+    "estimate",
     "export",
     "extract_direction",
     "inspect",

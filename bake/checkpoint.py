@@ -1,23 +1,24 @@
 """What is on disk: a checkpoint's config, tensor names, shapes and files; its bytes only on demand.
 
-`open_checkpoint` reads headers and no weights. It follows transformers: the config may name the
-weights, `model.safetensors` beats an index, and of every listed shard *every* key counts, whether
-the index mentions it or not. How a file is laid out is `safetensors_file`'s, fetching is
-`download`'s.
+`open_checkpoint` reads headers and no weights. It follows transformers: of every listed shard *every*
+key counts, whether the index mentions it or not. Which files hold the weights is `weight_files`'
+business, how a file is laid out `safetensors_file`'s, fetching `download`'s; older pickled weights are
+converted first, by `conversion`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.companions import find_companions
-from bake.download import COMMIT_SHA, INDEX_FILE, SINGLE_FILE, download_checkpoint, named_weights
+from bake.conversion import ConvertedDirectory, convert_weights, describe_conversion
+from bake.download import COMMIT_SHA, Description, download_checkpoint, download_description
 from bake.errors import CheckpointError
+from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
     Header,
@@ -26,6 +27,7 @@ from bake.safetensors_file import (
     read_header,
     read_range,
 )
+from bake.weight_files import WeightFiles, find_weight_files, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +43,14 @@ class Checkpoint:
     `model_id` is the Hub id, or a local directory's name; `revision` the commit sha, where there
     is one. `shards` are the weight files, in the order in which transformers reads them;
     `companions` the files that a bake carries over byte for byte. `index_metadata` is the
-    index's, None for a single file.
+    index's, None for a single file. `directory` is what to read; it is `source`, the user's or the
+    Hub's, but for pickled weights: these are `converted` into one that goes with this object.
+    `pickled` says so. `headers_only`: nothing more may be read. `hashes` are those that the Hub told,
+    SHA-256 by file.
     """
 
     directory: Path
+    source: Path
     model_id: str
     revision: str | None
     config: Mapping[str, Any]
@@ -53,6 +59,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     index_metadata: Mapping[str, Any] | None
     companions: tuple[str, ...]
+    converted: ConvertedDirectory | None = field(default=None, compare=False, repr=False)
+    pickled: bool = False
+    headers_only: bool = False
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -91,7 +101,9 @@ class Checkpoint:
         return bytes(self._read_range(entry, 0, entry.size))
 
     def known_sha256(self, file: str) -> str | None:
-        """The SHA-256 by which the Hub's cache knows `file`, or None where it does not."""
+        """The SHA-256 by which the Hub or its cache knows `file`, or None where it does not."""
+        if file in self.hashes:
+            return self.hashes[file]
         path = self.directory / file
         blob = path.readlink().name if path.is_symlink() else ""
         return blob if _BLOB_SHA256.fullmatch(blob) else None
@@ -109,15 +121,49 @@ class Checkpoint:
         }
 
     def _read_range(self, entry: TensorEntry, start: int, stop: int) -> bytearray:
+        if self.headers_only:
+            raise CheckpointError(
+                f"the weights of {self.model_id} would be needed ({entry.name}), and only their "
+                "headers were to be read."
+            )
         return read_range(self.directory / entry.file, entry.start + start, entry.start + stop)
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, headers_only: bool = False
+) -> Checkpoint:
     """Open a local directory or a Hub id, which is downloaded into the Hub's cache.
 
-    `revision` is a branch, tag or commit on the Hub and has no meaning for a directory. Raises
-    CheckpointError when it is neither, or when the files in it contradict each other.
+    `revision` is a branch, tag or commit on the Hub and has no meaning for a directory. With
+    `headers_only` no weight is downloaded, converted or read. Raises CheckpointError when `model` is
+    neither, or when the files in it contradict each other.
     """
+    directory = _find_directory(model, revision)
+    if directory is not None:
+        model_id, sha = _identity(directory)
+        if headers_only:
+            return _read_headers(Description(directory, sha, {}), model_id)
+        return _read_checkpoint(directory, model_id, sha)
+    if headers_only:
+        return _read_headers(download_description(model, revision), model)
+    directory, sha = download_checkpoint(model, revision)
+    return _read_checkpoint(directory, model, sha)
+
+
+def open_description(model: str, *, revision: str | None = None) -> Path:
+    """The directory of a checkpoint of which only the config is needed; weights stay on the Hub.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    directory = _find_directory(model, revision)
+    if directory is None:
+        directory = download_description(model, revision).directory
+    _read_config(directory)
+    return directory
+
+
+def _find_directory(model: str, revision: str | None) -> Path | None:
+    """The local directory that `model` means, links resolved; None where it may be a Hub id."""
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
@@ -129,20 +175,16 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
-        directory = path.resolve()
-        model_id, sha = _identity(directory)
-    elif model and exists:
+        return path.resolve()
+    if model and exists:
         raise CheckpointError(
             f"{model} is a file: give the directory that holds it and its config.json."
         )
-    elif model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
         raise CheckpointError(
             f"{model or 'an empty path'} does not exist: give a checkpoint's directory or a Hub id."
         )
-    else:
-        directory, sha = download_checkpoint(model, revision)
-        model_id = model
-    return _read_checkpoint(directory, model_id, sha)
+    return None
 
 
 def _identity(directory: Path) -> tuple[str, str | None]:
@@ -154,93 +196,76 @@ def _identity(directory: Path) -> tuple[str, str | None]:
     return directory.name, None
 
 
-def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:
-    config_path = directory / "config.json"
-    if not config_path.is_file():
+def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
+    path = directory / "config.json"
+    if not path.is_file():
         raise CheckpointError(
             f"{directory} has no config.json: give the directory of a transformers checkpoint."
         )
-    config, config_text = _read_json(config_path)
-    weights = _find_weights(directory, config)
-    if weights.endswith(".index.json"):
-        headers, metadata = _read_shards(directory, weights)
+    return read_json(path)
+
+
+def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:
+    source, converted = directory, None
+    files = find_weight_files(directory, _read_config(directory)[0])
+    if files.pickled:
+        converted = convert_weights(directory, files)
+        directory = converted.path
+        files = find_weight_files(directory, {})
+    headers = {file: read_header(directory / file, file) for file in files.names}
+    checkpoint = _assemble(directory, model_id, revision, headers, files)
+    return replace(checkpoint, source=source, converted=converted, pickled=converted is not None)
+
+
+def _read_headers(description: Description, model_id: str) -> Checkpoint:
+    """The checkpoint from headers alone: those of files that are here, and the Hub's."""
+    directory = description.directory
+    files = find_weight_files(directory, _read_config(directory)[0], description.has)
+    away = [file for file in files.names if not (directory / file).is_file()]
+    if files.pickled and away:
+        raise CheckpointError(
+            f"{model_id} has only pickled weights ({away[0]}), whose headers cannot be read from "
+            "afar: download it and give its directory."
+        )
+    pickled = files.pickled
+    if pickled:
+        headers, files = describe_conversion(directory, files)
     else:
-        headers, metadata = {weights: read_header(directory / weights, weights)}, None
+        remote = read_remote_headers(model_id, description.revision, away)
+        headers = {
+            file: remote[file] if file in remote else read_header(directory / file, file)
+            for file in files.names
+        }
+    checkpoint = _assemble(directory, model_id, description.revision, headers, files)
+    known = {name: file.sha256 for name, file in description.files.items() if file.sha256}
+    return replace(checkpoint, pickled=pickled, headers_only=True, hashes=known)
+
+
+def _assemble(
+    directory: Path,
+    model_id: str,
+    revision: str | None,
+    headers: Mapping[str, Header],
+    files: WeightFiles,
+) -> Checkpoint:
+    """Put together what was read, after checking that it agrees."""
+    config, config_text = _read_config(directory)
+    files.check_complete(
+        directory,
+        {file: frozenset(e.name for e in header.tensors) for file, header in headers.items()},
+    )
     return Checkpoint(
         directory=directory,
+        source=directory,
         model_id=model_id,
         revision=revision,
         config=config,
         config_text=config_text,
         headers=headers,
         tensors=_merge(directory, headers),
-        index_metadata=metadata,
+        index_metadata=files.metadata,
         companions=find_companions(directory),
     )
-
-
-def _find_weights(directory: Path, config: Mapping[str, Any]) -> str:
-    """The weight file or index that transformers would load from `directory`."""
-    named = named_weights(config)
-    if named is not None:
-        _check_inside(directory / "config.json", named)
-        if not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(
-                f"{directory / 'config.json'} names the weights {named}, which is no safetensors "
-                "file or index: correct transformers_weights."
-            )
-        if not (directory / named).is_file():
-            raise CheckpointError(
-                f"{directory / 'config.json'} names the weights {named}, which are not there: "
-                "download or save the checkpoint again."
-            )
-        return named
-    for name in (SINGLE_FILE, INDEX_FILE):
-        if (directory / name).is_file():
-            return name
-    other = sorted(
-        path.name
-        for pattern in ("*.bin", "*.bin.index.json", "*.safetensors", "*.gguf", "*.pth")
-        for path in directory.glob(pattern)
-    )
-    found = f" (found {', '.join(other[:3])})" if other else ""
-    raise CheckpointError(
-        f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}: bake reads safetensors "
-        "only; load the model with transformers, save_pretrained it elsewhere, and give that."
-    )
-
-
-def _read_shards(directory: Path, index: str) -> tuple[dict[str, Header], dict[str, Any]]:
-    """The listed shards' headers, sorted by name as in transformers; the index's metadata."""
-    path = directory / index
-    fields, _ = _read_json(path)
-    weight_map, metadata = fields.get("weight_map"), fields.get("metadata")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
-        raise CheckpointError(
-            f"{path} has no weight_map of tensor names to files: download or save it again."
-        )
-    headers = {}
-    folder = PurePosixPath(index).parent  # an index in a folder lists its shards relative to it
-    for file in sorted(set(weight_map.values())):
-        _check_inside(path, file)
-        shard = str(folder / file)
-        if not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{path} lists {file}, which is not there: download the checkpoint again."
-            )
-        headers[shard] = read_header(directory / shard, shard)
-    present = {file: {entry.name for entry in header.tensors} for file, header in headers.items()}
-    for name, file in weight_map.items():
-        if name not in present[str(folder / file)]:
-            raise CheckpointError(
-                f"{path} says that tensor {name} is in {file}, which does not hold it: "
-                "download or save the checkpoint again."
-            )
-    return headers, metadata if isinstance(metadata, dict) else {}
 
 
 def _merge(directory: Path, headers: Mapping[str, Header]) -> dict[str, TensorEntry]:
@@ -256,30 +281,3 @@ def _merge(directory: Path, headers: Mapping[str, Header]) -> dict[str, TensorEn
     if not tensors:
         raise CheckpointError(f"{directory} has weight files without tensors: save it again.")
     return tensors
-
-
-def _check_inside(path: Path, file: str) -> None:
-    """Refuse a file name, found in `path`, that leads out of the checkpoint."""
-    parts = PurePosixPath(file)
-    if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
-        raise CheckpointError(
-            f"{path} names the weight file {file!r}, outside the checkpoint: do not trust it."
-        )
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object at `path`, and its text."""
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:  # newlines stay as they are
-            text = stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not JSON ({error}): download or save the checkpoint again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object: download or save it again.")
-    return value, text

@@ -19,6 +19,7 @@ from bake.processes import is_main
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
+SHARDS = ("copy", "hardlink", "symlink")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -75,6 +76,20 @@ def _add_export(commands: Any) -> None:
     option("--overwrite", action="store_true", help="replace the output directory when done")
     option("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     option(
+        "--shards",
+        choices=SHARDS,
+        help="base shards without a change: copy (cloned where the file system can; the default), or "
+        "link to the base's files, also in the Hub's cache. A hard link is the same file twice: "
+        "writing into one changes both. A symbolic link breaks when the base is moved or deleted. "
+        "Patched shards are always copies",
+    )
+    option(
+        "--thin",
+        action="store_true",
+        help="read no weights and write no base shards: only the new biases, index, config and card, "
+        "not verified until the base's shards are beside them (needs --direction and --calibration)",
+    )
+    option(
         "--multiplier", "-m", type=float, metavar="M", help="strength m; negative reverses (1.0)"
     )
     option("--band", metavar="A:B", help="layers to push, per cent of the depth (40:90)")
@@ -86,6 +101,7 @@ def _add_export(commands: Any) -> None:
     option("--method", choices=("mean",), help="with --pairs: how the direction is found (mean)")
     option("--token", choices=("last", "mean", "all"), help="with --pairs: tokens read (last)")
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
+    option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
     option("--device-map", choices=("auto",), help="spread weights over GPUs, CPU and disk")
     option(
@@ -93,6 +109,11 @@ def _add_export(commands: Any) -> None:
     )
     option("--dtype", choices=("float32", "float16", "bfloat16"), help="store the checkpoint so")
     option("--allow-rounding", action="store_true", help="accept a dtype too coarse for the push")
+    option(
+        "--estimate",
+        action="store_true",
+        help="say what it would cost (bytes, memory, passes, time) from headers alone; write nothing",
+    )
     option("--push-to-hub", metavar="REPO_ID", help="publish when proven (private)")
     option("--public", action="store_true", help="with --push-to-hub: make the repo public")
 
@@ -165,13 +186,25 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_export(parsed: argparse.Namespace) -> int:
-    from bake import pipeline, recipe, report
+    from bake import cost, pipeline, recipe, report, thin
 
-    given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json", "recipe")}
-    path = getattr(parsed, "recipe", None)
-    wanted = recipe.read_recipe(Path(path), given) if path else recipe.make_recipe(given)
-    result = pipeline.export(wanted)
-    _print(parsed, result.to_dict(), report.describe_export(result))
+    words = ("run", "command", "json", "recipe", "estimate")
+    given = {k: v for k, v in vars(parsed).items() if k not in words}
+    path, only = getattr(parsed, "recipe", None), hasattr(parsed, "estimate")
+    wanted = (
+        recipe.read_recipe(Path(path), given, without_output=only)
+        if path
+        else recipe.make_recipe(given, without_output=only)
+    )
+    if only:
+        estimate = cost.estimate_cost(wanted)
+        _print(parsed, estimate.to_dict(), report.describe_estimate(estimate))
+    elif wanted.thin:
+        added = thin.export_thin(wanted)
+        _print(parsed, added.to_dict(), report.describe_thin(added))
+    else:
+        result = pipeline.export(wanted)
+        _print(parsed, result.to_dict(), report.describe_export(result))
     return 0
 
 

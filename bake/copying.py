@@ -2,7 +2,8 @@
 
 A copy-on-write clone costs no bytes where the file system has it (btrfs, XFS, …); a copy inside the
 kernel saves the trip through this process; plain reads and writes always work. All three give the
-same bytes. Hard links are never used: a patch would change the base.
+same bytes. Links cost none anywhere, but make two directories share one file, so they are made only
+where somebody asked for them, and never of a file that will be written to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from bake.errors import CheckpointError
+from bake.errors import CheckpointError, OutputError
+
+SHARDS = ("copy", "hardlink", "symlink")  # how shards without a change get into the output
 
 Progress = Callable[[int], None]  # told the number of bytes since the last call
 
@@ -53,6 +56,32 @@ def copy_file(source: Path, target: Path, progress: Progress | None = None) -> N
                 progress(size)
         else:
             copy_range(reading, 0, size, writing, progress)
+
+
+def link_file(source: Path, target: Path, kind: str) -> None:
+    """Make `target` a "hardlink" or "symlink" to the file behind `source`, links followed.
+
+    A symbolic link is absolute, so that the output's directory may move. Raises OutputError where
+    the file system has no such links, or the two lie on different ones.
+    """
+    file = source.resolve()
+    try:
+        if kind == "symlink":
+            target.symlink_to(file)
+        else:
+            target.hardlink_to(file)
+    except OSError as error:
+        if error.errno not in _NOT_AVAILABLE | {errno.EMLINK}:
+            raise
+        reason = (
+            "the base and the output lie on different file systems"
+            if error.errno == errno.EXDEV
+            else error.strerror
+        )
+        raise OutputError(
+            f"{target.name} cannot be a {kind} to the base's {source.name} ({reason}): "
+            "use --shards symlink or copy, or an output on the base's file system."
+        ) from error
 
 
 def can_clone(source: Path, directory: Path) -> bool:

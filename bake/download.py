@@ -1,23 +1,31 @@
 """A Hub id becomes a directory: the files of a checkpoint that bake needs, through the Hub's cache.
 
-Only what a bake uses is fetched: the config, the companions, and the safetensors weights that
-transformers would load, never other copies of them. `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and
-`HF_ENDPOINT` are huggingface_hub's business. What the files hold is `checkpoint`'s.
+Only what a bake uses is fetched: the config, the companions, and the weights that transformers would
+load, never other copies of them; pickled weights only where there are no safetensors. `HF_TOKEN`,
+`HF_HOME`, `HF_HUB_OFFLINE` and `HF_ENDPOINT` are huggingface_hub's business. What the files hold is
+`checkpoint`'s.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bake.companions import CHAT_TEMPLATES, NOT_CARRIED
 from bake.errors import CheckpointError
+from bake.weight_files import (
+    INDEX_FILE,
+    PICKLED_FILE,
+    PICKLED_INDEX,
+    SINGLE_FILE,
+    named_weights,
+)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -27,28 +35,84 @@ def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Pat
     What is in the cache already is not fetched again. Raises CheckpointError, one line with the
     remedy, when the id, the revision or the Hub cannot be reached.
     """
-    unwanted = [pattern for pattern in NOT_CARRIED if pattern != "config.json"]
-    directory = _fetch(model_id, revision, ignore_patterns=[*unwanted, "*/*"])
-    sha = directory.name if COMMIT_SHA.fullmatch(directory.name) else None
+    directory, sha = _fetch_companions(model_id, revision)
     pinned = sha or revision  # nobody can push between this request and the next
     _fetch(model_id, pinned, allow_patterns=[INDEX_FILE, f"{CHAT_TEMPLATES}/*"])
-    weights = named_weights(_read_json(directory / "config.json")) or SINGLE_FILE
-    _fetch(model_id, pinned, allow_patterns=[weights])
-    if not (directory / weights).exists() and weights == SINGLE_FILE:
-        weights = INDEX_FILE
-    if weights.endswith(".index.json"):
-        weight_map = _read_json(directory / weights).get("weight_map")
-        listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        shards = sorted(name for name in listed if isinstance(name, str))
-        if shards:
-            _fetch(model_id, pinned, allow_patterns=shards)
+    named = named_weights(_read_json(directory / "config.json"))
+    for weights in (named,) if named else (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX):
+        if not (directory / weights).exists():
+            _fetch(model_id, pinned, allow_patterns=[weights])
+        if (directory / weights).exists():
+            _fetch_listed(model_id, pinned, directory, weights)
+            break
     return directory, sha
 
 
-def named_weights(config: Any) -> str | None:
-    """The weight file or index that the config names itself, which transformers loads first."""
-    named = config.get("transformers_weights") if isinstance(config, dict) else None
-    return named if isinstance(named, str) else None
+@dataclass(frozen=True)
+class RemoteFile:
+    """What the Hub says of a file: its size in bytes and, of a large one, its SHA-256."""
+
+    size: int | None
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint on the Hub without its weights: what is in `directory`, and all `files`."""
+
+    directory: Path
+    revision: str | None
+    files: Mapping[str, RemoteFile]
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a file, here or on the Hub."""
+        return name in self.files or (self.directory / name).is_file()
+
+
+def download_description(model_id: str, revision: str | None = None) -> Description:
+    """Fetch `model_id` without its weights: config, companions, index, and the list of files.
+
+    Without a connection only what the cache holds is listed. Raises as `download_checkpoint`.
+    """
+    from huggingface_hub import HfApi, constants
+
+    directory, sha = _fetch_companions(model_id, revision)
+    pinned = sha or revision
+    indexes = [INDEX_FILE]
+    named = named_weights(_read_json(directory / "config.json"))
+    if named and named.endswith(".index.json"):
+        indexes.append(named)
+    _fetch(model_id, pinned, allow_patterns=[*indexes, f"{CHAT_TEMPLATES}/*"])
+    if constants.HF_HUB_OFFLINE:
+        return Description(directory, sha, {})
+    with hub_errors_named(model_id, revision):
+        siblings = HfApi().model_info(model_id, revision=pinned, files_metadata=True).siblings
+    return Description(
+        directory,
+        sha,
+        {
+            entry.rfilename: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None)
+            for entry in siblings or []
+        },
+    )
+
+
+def _fetch_companions(model_id: str, revision: str | None) -> tuple[Path, str | None]:
+    """Fetch config.json and what is carried over; returns (snapshot directory, commit sha)."""
+    unwanted = [pattern for pattern in NOT_CARRIED if pattern != "config.json"]
+    directory = _fetch(model_id, revision, ignore_patterns=[*unwanted, "*/*"])
+    return directory, directory.name if COMMIT_SHA.fullmatch(directory.name) else None
+
+
+def _fetch_listed(model_id: str, revision: str | None, directory: Path, weights: str) -> None:
+    """Fetch the shards that an index lists; nothing for a file that is no index."""
+    if not weights.endswith(".index.json"):
+        return
+    weight_map = _read_json(directory / weights).get("weight_map")
+    listed = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    shards = sorted(name for name in listed if isinstance(name, str))
+    if shards:
+        _fetch(model_id, revision, allow_patterns=shards)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -66,24 +130,32 @@ def _fetch(
     allow_patterns: Sequence[str] | None = None,
     ignore_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """One snapshot_download, with its many ways to fail told in one line each."""
-    from huggingface_hub import errors as hub_errors
+    """One snapshot_download."""
     from huggingface_hub import snapshot_download
 
-    # The HTTP library has changed under huggingface_hub before; the base class of its own error is
-    # the one place that always knows which one it is.
-    http_error = hub_errors.HfHubHTTPError.__mro__[1]
-    try:
+    with hub_errors_named(model_id, revision):
         path = snapshot_download(
             model_id,
             revision=revision,
             allow_patterns=None if allow_patterns is None else list(allow_patterns),
             ignore_patterns=None if ignore_patterns is None else list(ignore_patterns),
         )
+    return Path(path)
+
+
+@contextmanager
+def hub_errors_named(model_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line that names the model and the remedy."""
+    from huggingface_hub import errors as hub_errors
+
+    # The HTTP library has changed under huggingface_hub before; the base class of its own error is
+    # the one place that always knows which one it is.
+    http_error = hub_errors.HfHubHTTPError.__mro__[1]
+    try:
+        yield
     except (hub_errors.HFValidationError, http_error, OSError) as error:
         problem = _explain(error, model_id, revision)
         raise CheckpointError(f"{model_id} cannot be opened: {problem}.") from error
-    return Path(path)
 
 
 def _explain(error: Exception, model_id: str, revision: str | None) -> str:

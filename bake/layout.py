@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.checkpoint import Checkpoint
-from bake.download import SINGLE_FILE
 from bake.edits import Add, Change, Drop, Edit, Patch, Rename, Transform
 from bake.errors import CheckpointError
 from bake.safetensors_file import (
@@ -25,6 +24,7 @@ from bake.safetensors_file import (
     encode_header,
     spec_of,
 )
+from bake.weight_files import SINGLE_FILE
 
 if TYPE_CHECKING:
     import torch

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
 
 REPORT_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
@@ -12,6 +17,16 @@ REPORT_SETS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs
 def load_report(info: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return transformers' `output_loading_info` as four sorted lists of plain strings."""
     return {name: sorted(str(entry) for entry in info.get(name, ())) for name in REPORT_SETS}
+
+
+def build_on_meta(config: PreTrainedConfig) -> nn.Module:
+    """Build the causal language model of a config without allocating a weight."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return model
 
 
 @contextmanager

@@ -26,11 +26,18 @@ from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.resources import find_direction as find_direction_file
+from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
-from bake.writer import copy_companions, write_config, write_weights
+from bake.writer import (
+    check_links,
+    copy_companions,
+    explain_links,
+    write_config,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +55,7 @@ class Base:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what names the base in `bake.json`: never a local path."""
-        shipped = self.checkpoint.directory.resolve() == DEMO_MODEL.resolve()
+        shipped = self.checkpoint.source.resolve() == DEMO_MODEL.resolve()
         identity = DEMO_NAME if shipped else self.checkpoint.model_id
         return {"id": identity, "revision": self.checkpoint.revision}
 
@@ -83,11 +90,22 @@ class Export:
         }
 
 
-def open_base(model: str, revision: str | None = None, clock: Stopwatch | None = None) -> Base:
-    """Open a checkpoint and examine its architecture, on headers and the twin alone."""
+def open_base(
+    model: str,
+    revision: str | None = None,
+    clock: Stopwatch | None = None,
+    *,
+    headers_only: bool = False,
+) -> Base:
+    """Open a checkpoint and examine its architecture, on headers and the twin alone.
+
+    headers_only: weights that are on the Hub stay there.
+    """
     clock = clock or Stopwatch()
     with clock.stage("checkpoint"):
-        checkpoint = open_checkpoint(find_model(model), revision=revision)
+        checkpoint = open_checkpoint(
+            find_model(model), revision=revision, headers_only=headers_only
+        )
     with clock.stage("anatomy"):
         anatomy = examine(read_config(checkpoint.directory))
     return Base(checkpoint, anatomy)
@@ -106,33 +124,24 @@ def export(recipe: Recipe) -> Export:
             hub.check_access(recipe.push_to_hub, private=not recipe.public)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
-    prompts = read_prompts(recipe.prompts)
+    prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
-    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.directory)
+    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
+    check_links(base.checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
     layers, explicit = choose_layers(base.anatomy, recipe)
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
 
-    with clock.stage("load"):
-        tokenizer = load_tokenizer(base.checkpoint.directory)
-        loaded = load_base(base.checkpoint, placement)
-    with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, route.site, layers)
-        if direction.site in RESIDUAL_SITES and route.site in INPUT_SITES:
-            direction = convert_to_input(
-                direction, loaded.model, base.anatomy.structure, route.site, layers
-            )
-    with clock.stage("calibrate"):
-        norms = measure_norms(
-            loaded,
-            base.anatomy.structure,
-            route.site,
-            make_batches(encode(tokenizer, prompts)),
-            layers,
-            statistic=recipe.statistic,
+    saved = saved_norms(base, recipe, route.site, layers)
+
+    tokenizer = load_tokenizer(base.checkpoint.directory)
+    if given is not None and saved is not None and not crosses_norm(given, route.site):
+        direction, norms = given, saved  # Nothing to measure, so the model is not loaded.
+    else:
+        direction, norms = measure(
+            base, recipe, route.site, layers, given, saved, tokenizer, prompts, clock, placement
         )
-    del loaded
     push = compute_push(
         norms.values(),
         direction.select(layers, base.anatomy.hidden_size),
@@ -145,10 +154,10 @@ def export(recipe: Recipe) -> Export:
         plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
 
     with staged_directory(
-        output, overwrite=recipe.overwrite, base_directory=base.checkpoint.directory
+        output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
     ) as staging:
         with clock.stage("write"):
-            written = write_weights(base.checkpoint, plan.edits, staging)
+            written = write_weights(base.checkpoint, plan.edits, staging, shards=recipe.shards)
             write_config(base.checkpoint, plan.config_changes, staging)
             copy_companions(base.checkpoint, staging)
         with clock.stage("prove"):
@@ -172,8 +181,9 @@ def export(recipe: Recipe) -> Export:
             files = hash_files(staging, known=written.known_sha256)
         result = {**story, "equivalence": equivalence.to_dict(), "files": files}
         (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
-    for warning in equivalence.warnings:
-        announce(warning)
+    for warning in (*equivalence.warnings, explain_links(base.checkpoint, written, recipe.shards)):
+        if warning:
+            announce(warning)
     publication = None
     if recipe.push_to_hub:
         with clock.stage("publish"):
@@ -220,6 +230,60 @@ def choose_layers(
             f"{anatomy.layer_count - 1}"
         )
     return sorted(explicit), explicit
+
+
+def measure(
+    base: Base,
+    recipe: Recipe,
+    site: str,
+    layers: Sequence[int],
+    given: Direction | None,
+    saved: ActivationNorms | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    clock: Stopwatch,
+    placement: Placement | None,
+) -> tuple[Direction, ActivationNorms]:
+    """Load the base and find what is neither given nor saved: the direction at the site, the norms."""
+    with clock.stage("load"):
+        loaded = load_base(base.checkpoint, placement)
+    with clock.stage("direction"):
+        direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
+        if crosses_norm(direction, site):
+            direction = convert_to_input(
+                direction, loaded.model, base.anatomy.structure, site, layers
+            )
+    with clock.stage("calibrate"):
+        norms = saved or measure_norms(
+            loaded,
+            base.anatomy.structure,
+            site,
+            make_batches(encode(tokenizer, prompts)),
+            layers,
+            statistic=recipe.statistic,
+        )
+    return direction, norms
+
+
+def saved_norms(
+    base: Base, recipe: Recipe, site: str, layers: Sequence[int]
+) -> ActivationNorms | None:
+    """Return the norms of the recipe's calibration file; None where it has none."""
+    if recipe.calibration is None:
+        return None
+    return read_norms(
+        Path(recipe.calibration),
+        base=base.to_dict(),
+        site=site,
+        statistic=recipe.statistic,
+        hidden_size=base.anatomy.hidden_size,
+        layers=layers,
+    )
+
+
+def crosses_norm(direction: Direction, site: str) -> bool:
+    """Tell whether a direction of the residual stream is used at a normalised input."""
+    return direction.site in RESIDUAL_SITES and site in INPUT_SITES
 
 
 def load_base(checkpoint: Checkpoint, placement: Placement | None = None) -> LoadedModel:

@@ -7,7 +7,7 @@ equivalence needs all three.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,39 @@ def make_plan(
     if dtype:
         changes |= dict.fromkeys(_dtype_keys(checkpoint.config), dtype)
     return Plan(route, tuple(edits), changes, tuple(slot_edits), dtype or "as the base")
+
+
+def outline_edits(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    route: SiteRoute,
+    layers: Sequence[int],
+    *,
+    dtype: str | None = None,
+) -> tuple[Edit, ...]:
+    """Return the edits of a push on `layers` in names, shapes and dtypes: their values are not there.
+
+    Nothing of the weights is read. Raises as `make_plan`.
+    """
+    import torch
+
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    names = DiskNames(checkpoint, anatomy.prefix)
+    edits: list[Edit] = []
+    for parameter, shape in route.new_parameters.items():
+        name, weight = names.new_bias(parameter)
+        code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
+        edits.append(Add(name, torch.empty(shape, dtype=torch_dtype(code), device="meta")))
+    converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], {}) if dtype else []
+    transformed = {edit.name for edit in converted}
+    slots = [slot.bias for layer in layers for slot in route.slots_of(layer)]
+    existing = {names.existing(bias) for bias in slots if bias not in route.new_parameters}
+    for name in sorted(existing - transformed):
+        entry = checkpoint.entry(name)
+        value = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
+        edits.append(Patch(name, value))
+    return (*edits, *converted)
 
 
 def _edit_slot(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.coefficients import DEFAULT_LAW, LAWS
+from bake.copying import SHARDS
 from bake.errors import BakeError
 
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "bool": (bool,)}
@@ -20,6 +21,8 @@ class Recipe:
 
     band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
     "projection" where a site has both, else None. coefficients: "6=0.5,8=1.0" replaces the law.
+    shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
+    calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
     """
 
     model: str
@@ -38,10 +41,13 @@ class Recipe:
     token: str = "last"
     statistic: str = "mean"
     prompts: str = "neutral"
+    calibration: str | None = None
     dtype: str | None = None
     device_map: str | None = None
     max_memory: str | None = None
     allow_rounding: bool = False
+    shards: str = "copy"
+    thin: bool = False
     overwrite: bool = False
     push_to_hub: str | None = None
     public: bool = False
@@ -50,19 +56,51 @@ class Recipe:
         """Raise BakeError for options that contradict each other, before any work starts."""
         if (self.direction is None) == (self.pairs is None):
             raise BakeError("give one of --direction FILE and --pairs FILE")
+        if self.thin and (self.direction is None or self.calibration is None):
+            raise BakeError(
+                "--thin reads no weights, so it needs --direction FILE and --calibration FILE (the "
+                "result of bake calibrate)"
+            )
+        self.check_choices()
+
+    def check_choices(self) -> None:
+        """Raise BakeError for options that contradict each other: all that an estimate needs."""
+        if self.direction is not None and self.pairs is not None:
+            raise BakeError("give one of --direction FILE and --pairs FILE")
         if self.multiplier == 0 or not math.isfinite(self.multiplier):
             raise BakeError(
                 f"multiplier {abs(self.multiplier):g} steers nothing; give a number such as 1.0"
             )
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
+        if self.shards not in SHARDS:
+            raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
+        if self.thin:
+            self._check_thin()
+
+    def _check_thin(self) -> None:
+        """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""
+        for option, given, reason in (
+            ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
+            ("--shards", self.shards != "copy", "no base shard is written"),
+            ("--convert-site", self.convert_site, "the conversion reads the norms' weights"),
+            (
+                "--push-to-hub",
+                self.push_to_hub,
+                "what is not proven is not published; complete it, then bake verify and bake publish",
+            ),
+        ):
+            if given:
+                raise BakeError(f"--thin cannot go with {option}: {reason}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
 
 
-def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
+def read_recipe(
+    path: Path, overrides: Mapping[str, Any], *, without_output: bool = False
+) -> Recipe:
     """Read a YAML recipe, its keys Recipe's fields; `overrides` (the command line) win.
 
     Raises BakeError for a file that is no mapping, an unknown key, or a missing model or output.
@@ -82,12 +120,18 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
         raise BakeError(
             f"the recipe {path} has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
         )
-    return make_recipe({**values, **overrides})
+    return make_recipe({**values, **overrides}, without_output=without_output)
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Build a Recipe; raise BakeError where model or output is missing."""
-    missing = [name for name in ("model", "output") if not values.get(name)]
+def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> Recipe:
+    """Build a Recipe; raise BakeError where model or output is missing.
+
+    without_output: an estimate needs no output; it is empty where none is given.
+    """
+    if without_output:
+        values = {"output": "", **values}
+    needed = ("model",) if without_output else ("model", "output")
+    missing = [name for name in needed if not values.get(name)]
     if missing:
         raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
     for field in fields(Recipe):

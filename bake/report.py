@@ -9,9 +9,13 @@ from bake.sites import DESCRIPTIONS, SITES
 
 if TYPE_CHECKING:
     from bake.anatomy import Anatomy
+    from bake.cost import Estimate
     from bake.equivalence import Equivalence
     from bake.norms import ActivationNorms
     from bake.pipeline import Export
+    from bake.thin import ThinExport
+
+SHOWN_SHARDS = 4
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,22 +33,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def describe_export(result: Export) -> str:
     """Return the summary of an export: the layers, the proof, the files, how to load them."""
-    route, push = result.plan.route, result.push
-    rows = [
-        (
-            str(entry.layer),
-            f"{entry.activation_norm:.4g}",
-            f"{entry.coefficient:+.4g}",
-            f"{100 * entry.relative_influence:.1f} %",
-        )
-        for entry in push.layers
-    ]
-    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
     parts = [
-        f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
-        f"slots: {route.describe()}; config: {changes or 'unchanged'}",
-        "",
-        format_table(("layer", "norm μ", "α", "influence"), rows),
+        *_describe_push(result),
         "",
         describe_equivalence(result.equivalence),
         "",
@@ -61,6 +51,100 @@ def describe_export(result: Export) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
     ]
     return "\n".join(parts)
+
+
+def describe_thin(result: ThinExport) -> str:
+    """Return the summary of a thin export: the layers, what was written, what is still needed."""
+    base = result.base.to_dict()
+    where = base["id"] + (f" at revision {base['revision']}" if base["revision"] else "")
+    size = sum(shard.size for shard in result.needs) / 1e9
+    rows = [(shard.base_file, shard.name) for shard in result.needs[:SHOWN_SHARDS]]
+    parts = [
+        *_describe_push(result),
+        "",
+        "NOT verified: a thin bake holds none of its base's weights",
+        "",
+        f"written to {result.output} ({len(result.files) + 1} files); it needs {len(result.needs)} "
+        f"shards of {where} ({size:.1f} GB), copied or linked in under these names:",
+        "",
+        format_table(("base's file", "name here"), rows),
+    ]
+    if len(result.needs) > SHOWN_SHARDS:
+        parts.append(f"… and {len(result.needs) - SHOWN_SHARDS} more, listed in bake.json")
+    return "\n".join([*parts, "", f"then: bake verify {result.output} --base MODEL"])
+
+
+def describe_estimate(found: Estimate) -> str:
+    """Return the tables of `bake export --estimate`."""
+    changes = ", ".join(f"{k} = {v!r}" for k, v in found.config_changes.items())
+    lines = [
+        f"{found.base['id']} ({found.architecture}): {found.parameters / 1e9:.3g} billion parameters, "
+        f"{_size(found.base_bytes)}",
+        f"site {found.site}, route {found.route}: {found.slots}; config: {changes or 'unchanged'}; "
+        f"layers {found.layers[0]} to {found.layers[-1]}",
+        "",
+        format_table(
+            ("weight files", "files", "size"),
+            [(entry.kind, str(entry.files), _size(entry.bytes)) for entry in found.files],
+        ),
+        "",
+        format_table(
+            ("cost", ""),
+            [
+                (f"written (--shards {found.shards})", _size(found.write_bytes)),
+                ("  of it cloned, where the file system can", _size(found.cloned_bytes)),
+                ("uploaded, at most", _size(found.upload_bytes)),
+                ("peak memory, whole model in float32", _size(found.memory_whole)),
+                ("peak memory, layer by layer", _size(found.memory_streamed)),
+                *[
+                    (f"forward passes to {entry.stage}", f"{entry.forwards:,}")
+                    for entry in found.passes
+                ],
+                ("time, whole model in memory", _duration(found.seconds_whole)),
+                ("time, layer by layer", _duration(found.seconds_streamed)),
+            ],
+        ),
+        "",
+        "assumed: " + "; ".join(found.assumptions),
+    ]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Return bytes in the largest unit that leaves a number above 1."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} B"
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds in the unit that a person would choose."""
+    for unit, factor in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * factor:
+            return f"about {seconds / factor:.0f} {unit}"
+    return f"about {seconds:.0f} seconds"
+
+
+def _describe_push(result: Export | ThinExport) -> list[str]:
+    """Return the lines that say what was pushed where."""
+    route, push = result.plan.route, result.push
+    rows = [
+        (
+            str(entry.layer),
+            f"{entry.activation_norm:.4g}",
+            f"{entry.coefficient:+.4g}",
+            f"{100 * entry.relative_influence:.1f} %",
+        )
+        for entry in push.layers
+    ]
+    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
+    return [
+        f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
+        f"slots: {route.describe()}; config: {changes or 'unchanged'}",
+        "",
+        format_table(("layer", "norm μ", "α", "influence"), rows),
+    ]
 
 
 def describe_equivalence(found: Equivalence) -> str:

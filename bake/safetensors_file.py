@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+PREFIX_BYTES = 8  # the length of the header, little-endian
 METADATA_KEY = "__metadata__"
 
 # safetensors dtype → (bits per element, torch's name, or None where torch cannot hold it)
@@ -98,27 +99,37 @@ def read_header(path: Path, file: str) -> Header:
     try:
         with path.open("rb") as stream:
             file_size = path.stat().st_size
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise _broken(path, f"it has {len(prefix)} bytes, fewer than a safetensors prefix")
-            length = int.from_bytes(prefix, "little")
-            if length > MAX_HEADER_BYTES:
-                raise _broken(
-                    path, f"its header claims {length} bytes, above the {MAX_HEADER_BYTES} allowed"
-                )
-            raw = stream.read(length)
+            prefix = stream.read(PREFIX_BYTES)
+            raw = stream.read(header_length(path, prefix))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return parse_header(path, file, raw, header_length(path, prefix), file_size)
+
+
+def header_length(origin: Path | str, prefix: bytes) -> int:
+    """The length of the JSON header, from a file's first 8 bytes; `origin` is for messages."""
+    if len(prefix) < PREFIX_BYTES:
+        raise _broken(origin, f"it has {len(prefix)} bytes, fewer than a safetensors prefix")
+    length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise _broken(
+            origin, f"its header claims {length} bytes, above the {MAX_HEADER_BYTES} allowed"
+        )
+    return length
+
+
+def parse_header(origin: Path | str, file: str, raw: bytes, length: int, file_size: int) -> Header:
+    """Check the header `raw`, which should have `length` bytes, of a file of `file_size` bytes."""
     if len(raw) < length:
-        raise _broken(path, f"it is truncated inside its header ({len(raw)} of {length} bytes)")
-    fields = _parse_header(path, raw)
-    metadata = _check_metadata(path, fields.pop(METADATA_KEY, None))
-    data_start = 8 + length
+        raise _broken(origin, f"it is truncated inside its header ({len(raw)} of {length} bytes)")
+    fields = _parse_header(origin, raw)
+    metadata = _check_metadata(origin, fields.pop(METADATA_KEY, None))
+    data_start = PREFIX_BYTES + length
     tensors = sorted(
-        (_check_entry(path, file, name, value, data_start) for name, value in fields.items()),
+        (_check_entry(origin, file, name, value, data_start) for name, value in fields.items()),
         key=lambda entry: (entry.start, entry.end),
     )
-    _check_layout(path, tensors, data_start, file_size)
+    _check_layout(origin, tensors, data_start, file_size)
     return Header(file, metadata, tuple(tensors), data_start, file_size)
 
 
@@ -207,13 +218,13 @@ def read_range(path: Path, start: int, end: int) -> bytearray:
     return data
 
 
-def _broken(path: Path, problem: str) -> CheckpointError:
+def _broken(path: Path | str, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a sound safetensors file: {problem}; download or save it again."
     )
 
 
-def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_header(path: Path | str, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
@@ -231,7 +242,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
+def _check_metadata(path: Path | str, metadata: Any) -> dict[str, str]:
     if metadata is None:
         return {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -239,7 +250,9 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _check_entry(path: Path, file: str, name: str, value: Any, data_start: int) -> TensorEntry:
+def _check_entry(
+    path: Path | str, file: str, name: str, value: Any, data_start: int
+) -> TensorEntry:
     """One header field as an entry whose size is what its dtype and shape say."""
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -265,7 +278,7 @@ def _are_counts(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(
-    path: Path, tensors: Sequence[TensorEntry], data_start: int, file_size: int
+    path: Path | str, tensors: Sequence[TensorEntry], data_start: int, file_size: int
 ) -> None:
     """The data has no holes, no overlaps, and ends where the file ends."""
     position = data_start

@@ -6,25 +6,21 @@ Beside the output lies, while a run works, `.{name}.bake-{random}/` with
     lock        held with flock by the run that owns it: the kernel lets go when the process dies
     replaced/   for a moment, the old output that is being overwritten
 
-A run first clears away what dead runs for the same output have left; a living run's lock is held,
-so it is never touched, whatever its process id, container or age. Where the file system has no
-locks nothing is cleared away.
+A run first clears away what dead runs for the same output have left; how a dead run is told from a
+living one is `scratch`'s.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bake.errors import OutputError
-
-_ATTEMPTS = 10
+from bake.scratch import clear_dead_runs, make_work_directory, remove_lock
 
 # What goes wrong with the place and not with the program.
 _PLACE_ERRORS = {
@@ -72,7 +68,9 @@ def staged_directory(
     """
     resolved = check_output(output, overwrite=overwrite, base_directory=base_directory)
     with _place_errors_named(output, resolved), _parents_made(resolved):
-        _clear_stale(resolved)
+        clear_dead_runs(
+            resolved.parent, _work_prefix(resolved), lambda work: _remove(work, resolved)
+        )
         if resolved.exists():  # clearing may have put an old output back
             _check_replaceable(output, resolved, overwrite)
         with _work_directory(resolved) as work:
@@ -110,10 +108,14 @@ def _parents_made(resolved: Path) -> Iterator[None]:
         raise
 
 
+def _work_prefix(resolved: Path) -> str:
+    return f".{resolved.name}.bake-"
+
+
 @contextmanager
 def _work_directory(resolved: Path) -> Iterator[Path]:
     """A locked work directory beside the output, removed when the block ends."""
-    work, lock = _create_work_directory(resolved)
+    work, lock = make_work_directory(resolved.parent, _work_prefix(resolved))
     try:
         yield work
     finally:
@@ -151,11 +153,18 @@ def _check_replaceable(output: Path, resolved: Path, overwrite: bool) -> None:
         raise OutputError(
             f"{output} exists already: give another output path, or overwrite it with --overwrite."
         )
-    if any(resolved.iterdir()) and not (resolved / "config.json").is_file():
+    if any(resolved.iterdir()) and not _is_checkpoint(resolved):
         raise OutputError(
-            f"{output} holds no config.json, so it is no checkpoint and is not overwritten: "
-            "give another output path."
+            f"{output} is neither a bake's output nor a checkpoint (config.json and safetensors "
+            "weights) and is not overwritten: give another output path."
         )
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is one that bake or save_pretrained wrote, and not somebody's project."""
+    return (directory / "config.json").is_file() and (
+        (directory / "bake.json").is_file() or any(directory.glob("*.safetensors"))
+    )
 
 
 def _commit(staging: Path, resolved: Path, output: Path, overwrite: bool) -> None:
@@ -169,57 +178,6 @@ def _commit(staging: Path, resolved: Path, output: Path, overwrite: bool) -> Non
     staging.rename(resolved)  # should this fail, `_remove` puts the old one back
 
 
-def _create_work_directory(resolved: Path) -> tuple[Path, int]:
-    """A new work directory beside the output, and the descriptor that holds its lock.
-
-    Between making the directory and locking it another run may take it for a dead run's and clear
-    it away; the loop notices and makes another.
-    """
-    for _ in range(_ATTEMPTS):
-        work = resolved.parent / f".{resolved.name}.bake-{secrets.token_hex(4)}"
-        work.mkdir()
-        lock_path = work / "lock"
-        try:
-            lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileNotFoundError:
-            continue
-        if _try_lock(lock) is not False and lock_path.exists():
-            return work, lock
-        os.close(lock)
-    raise OutputError(f"{resolved.parent} is being cleared by other runs: try again.")
-
-
-def _clear_stale(resolved: Path) -> None:
-    """Remove the work directories that dead runs for this output have left."""
-    prefix = f".{resolved.name}.bake-"
-    for work in sorted(resolved.parent.iterdir()):
-        if not work.name.startswith(prefix) or work.is_symlink() or not work.is_dir():
-            continue
-        try:
-            lock = os.open(work / "lock", os.O_RDWR)
-        except OSError:
-            # No lock yet, or no longer: empty if it is ours at all, and rmdir removes nothing else.
-            with suppress(OSError):
-                work.rmdir()
-            continue
-        try:
-            if _try_lock(lock):
-                _remove(work, resolved)
-        finally:
-            os.close(lock)
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """True: locked by us. False: another process holds it. None: this file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 def _remove(work: Path, resolved: Path) -> None:
     """Remove a work directory whose lock we hold, the lock last: without it the directory is empty.
 
@@ -231,9 +189,7 @@ def _remove(work: Path, resolved: Path) -> None:
         replaced.rename(resolved)
     for directory in (work / "model", replaced):
         shutil.rmtree(directory, ignore_errors=True)
-    with suppress(OSError):
-        work.joinpath("lock").unlink()
-        work.rmdir()
+    remove_lock(work)
 
 
 def _is_about_the_place(error: OSError, resolved: Path) -> bool:
@@ -246,5 +202,5 @@ def _is_about_the_place(error: OSError, resolved: Path) -> bool:
     return (
         path == resolved
         or path in resolved.parents
-        or any(part.startswith(f".{resolved.name}.bake-") for part in path.parts)
+        or any(part.startswith(_work_prefix(resolved)) for part in path.parts)
     )

@@ -19,15 +19,16 @@ from bake.copying import (
     copy_file,
     copy_range,
     free_bytes,
+    link_file,
     open_source,
     sync,
     write_all,
 )
-from bake.download import INDEX_FILE
 from bake.edits import REMOVED, Edit
 from bake.errors import CheckpointError, OutputError
 from bake.layout import Action, ComputedTensors, CopiedTensor, Layout, PlannedFile, plan_layout
 from bake.safetensors_file import encode_header, encode_tensor, spec_of
+from bake.weight_files import INDEX_FILE
 
 _MARGIN = 16 * 1024 * 1024  # bytes for the index, the card, the figures
 
@@ -68,25 +69,53 @@ def write_weights(
     edits: Sequence[Edit],
     staging: Path,
     *,
+    shards: str = "copy",
     progress: Progress | None = None,
 ) -> WrittenWeights:
     """Write the weight files, their index and the originals into the directory `staging`.
 
-    `progress` is told bytes as they are written. Raises CheckpointError, before anything is
-    written, for edits that contradict the checkpoint, and OutputError where the disk has no room
-    for the result.
+    shards: "copy", or "hardlink" or "symlink" for base shards that keep their bytes; what is
+    patched is always a copy. `progress` is told bytes as they are written. Raises
+    CheckpointError, before anything is written, for edits that contradict the checkpoint, and
+    OutputError where the disk has no room for the result or a link cannot be made.
     """
     layout = plan_layout(checkpoint, edits)
-    _check_room(checkpoint, layout, staging)
+    check_links(checkpoint, shards)
+    _check_room(checkpoint, layout, staging, linked=shards != "copy")
     for file in layout.files:
         target = staging / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.action in ("kept", "patched"):
+        if file.action == "kept" and shards != "copy":
+            link_file(checkpoint.directory / str(file.base_file), target, shards)
+        elif file.action == "kept" and _moved(checkpoint, file, target):
+            pass
+        elif file.action in ("kept", "patched"):
             _copy_shard(checkpoint, file, target, progress)
         else:
             _write_pieces(checkpoint, file, target, progress)
     _write_text(staging / INDEX_FILE, layout.index_text)
     return WrittenWeights(tuple(_describe(checkpoint, file) for file in layout.files))
+
+
+def write_new_weights(
+    checkpoint: Checkpoint, edits: Sequence[Edit], staging: Path
+) -> tuple[PlannedFile, ...]:
+    """Write the new tensors and the index of everything; returns the base shards that are left out.
+
+    No byte of the base is read. Raises CheckpointError where an edit changes a tensor that exists.
+    """
+    layout = plan_layout(checkpoint, edits)
+    changed = [file for file in layout.files if file.action not in ("kept", "added")]
+    if changed:
+        raise CheckpointError(
+            f"{changed[0].name} would have to be {changed[0].action}, so the base's own bytes are "
+            "needed: leave --thin out."
+        )
+    for file in layout.files:
+        if file.action == "added":
+            _write_pieces(checkpoint, file, staging / file.name, None)
+    _write_text(staging / INDEX_FILE, layout.index_text)
+    return tuple(file for file in layout.files if file.action == "kept")
 
 
 def write_config(checkpoint: Checkpoint, changes: Mapping[str, Any], staging: Path) -> None:
@@ -106,10 +135,48 @@ def copy_companions(checkpoint: Checkpoint, staging: Path) -> None:
         copy_file(checkpoint.directory / name, target)
 
 
-def _check_room(checkpoint: Checkpoint, layout: Layout, staging: Path) -> None:
-    copies = [file for file in layout.files if file.action in ("kept", "patched")]
+def check_links(checkpoint: Checkpoint, shards: str) -> None:
+    """Raise OutputError where the base's shards cannot be linked to, whatever the file system."""
+    if shards != "copy" and checkpoint.pickled:
+        raise OutputError(
+            f"--shards {shards}: {checkpoint.model_id} has no safetensors to link to, they are "
+            "converted into a temporary directory: leave --shards out."
+        )
+
+
+def explain_links(checkpoint: Checkpoint, written: WrittenWeights, shards: str) -> str | None:
+    """What somebody should know of an output that shares files with its base; None for copies."""
+    kept = sum(file.action == "kept" for file in written.files)
+    if shards == "copy" or not kept:
+        return None
+    folders = {(checkpoint.directory / file).resolve().parent.name for file in checkpoint.shards}
+    owner = "the Hub's cache" if "blobs" in folders else f"the base {checkpoint.model_id}"
+    consequence = (
+        "it breaks when they are moved or deleted"
+        if shards == "symlink"
+        else "writing into one changes both"
+    )
+    return f"the output shares {kept} files with {owner} ({shards}): {consequence}"
+
+
+def _moved(checkpoint: Checkpoint, file: PlannedFile, target: Path) -> bool:
+    """Take a converted shard over, where that costs nothing: its directory is ours and temporary."""
+    if checkpoint.converted is None:
+        return False
+    try:
+        target.hardlink_to(checkpoint.directory / str(file.base_file))
+    except OSError:  # another file system, or one without links: it is copied
+        return False
+    return True
+
+
+def _check_room(
+    checkpoint: Checkpoint, layout: Layout, staging: Path, *, linked: bool = False
+) -> None:
+    files = [file for file in layout.files if not (linked and file.action == "kept")]
+    copies = [file for file in files if file.action in ("kept", "patched")]
     cloned = bool(copies) and can_clone(checkpoint.directory / str(copies[0].base_file), staging)
-    needed = _MARGIN + sum(file.size for file in layout.files if not (cloned and file in copies))
+    needed = _MARGIN + sum(file.size for file in files if not (cloned and file in copies))
     free = free_bytes(staging)
     if free < needed:
         raise OutputError(

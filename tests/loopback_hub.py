@@ -166,7 +166,10 @@ class User:
 
 @dataclass
 class Request:
-    """One request as it was received; `host` is "hub" or "storage", `status` what was answered."""
+    """One request as it was received; `host` is "hub" or "storage".
+
+    `status` is what was answered, `sent` the bytes of the answer's body.
+    """
 
     host: str
     method: str
@@ -175,6 +178,7 @@ class Request:
     headers: dict[str, str]  # names in lower case
     body: bytes = field(repr=False)
     status: int = 0
+    sent: int = 0
 
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
@@ -342,6 +346,7 @@ class LoopbackHub:
             except Refusal as refusal:
                 reply = refusal.reply
         request.status = reply.status
+        request.sent = 0 if request.method == "HEAD" else len(reply.body)
         return reply
 
     def _route(self, request: Request) -> Reply:

@@ -344,7 +344,11 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, single, monkeypatch
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
     with pytest.raises(CheckpointError) as excinfo:
         open_checkpoint(str(single))
-    one_line(excinfo, "pytorch_model.bin", "safetensors only", "save_pretrained")
+    one_line(excinfo, "pytorch_model.bin", "not a sound PyTorch file")
+    (single / "pytorch_model.bin").rename(single / "weights.gguf")
+    with pytest.raises(CheckpointError) as excinfo:
+        open_checkpoint(str(single))
+    one_line(excinfo, "weights.gguf", "neither model.safetensors nor pytorch_model.bin")
     for broken in ("{", "[1]"):
         (single / "config.json").write_text(broken)
         with pytest.raises(CheckpointError) as excinfo:
@@ -449,15 +453,15 @@ def test_what_the_hub_refuses_is_told_with_a_remedy(tmp_path):
         missing = open_on(hub, tmp_path, "ada/missing")
         gated = open_on(hub, tmp_path, "ada/gated")
         offline = open_on(hub, tmp_path, "ada/missing", HF_HUB_OFFLINE="1")
-        no_safetensors = open_on(hub, tmp_path, "ada/bin")
+        broken = open_on(hub, tmp_path, "ada/bin")
     assert "no such model" in missing
     assert "hf auth login" in missing
     assert "is gated: accept its terms" in gated
     assert "unset HF_HUB_OFFLINE" in offline
-    assert "reads safetensors only" in no_safetensors
+    assert "not a sound PyTorch file" in broken
     unreachable = open_on(hub, tmp_path, "ada/other")  # the Hub is down by now
     assert "cannot be reached" in unreachable
-    for message in (missing, gated, offline, no_safetensors, unreachable):
+    for message in (missing, gated, offline, broken, unreachable):
         assert "\n" not in message
 
 

@@ -528,6 +528,7 @@ def test_overwriting_replaces_only_at_the_end(tmp_path):
     output = tmp_path / "output"
     output.mkdir()
     (output / "config.json").write_text("old")
+    (output / "model.safetensors").write_text("old")
     (output / "stale.bin").write_text("old")
     with pytest.raises(OutputError, match="exists already"), staged_directory(output):
         pass
@@ -546,6 +547,7 @@ def test_a_failed_swap_puts_the_old_output_back(tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
     (output / "config.json").write_text("old")
+    (output / "model.safetensors").write_text("old")
     real = Path.rename
 
     def rename(self, target):
@@ -580,13 +582,16 @@ def test_outputs_that_are_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("x")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("{}")
     cases = [
         (base, True, "lies in the base"),
         (base / "inside", False, "lies in the base"),
         (tmp_path, True, "lies in the base"),
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "file" / "below", False, "is a file"),
-        (tmp_path / "photos", True, "no config.json"),
+        (tmp_path / "photos", True, "neither a bake's output nor a checkpoint"),
+        (tmp_path / "project", True, "neither a bake's output nor a checkpoint"),
         (tmp_path / "photos", False, "exists already"),
         (Path("~no-such-user/output"), False, "home directory"),
         (tmp_path / ("long" * 100), False, "too long"),
@@ -599,7 +604,7 @@ def test_outputs_that_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match="not writable"):
         check_output(tmp_path / "output", overwrite=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file", "photos", "project"]
 
 
 def test_a_link_to_an_output_is_followed(tmp_path):

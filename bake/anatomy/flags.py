@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bake.loading import build_on_meta
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
@@ -25,16 +27,6 @@ class FlagEffect:
     path: str
     value: bool
     adds: frozenset[str]
-
-
-def build_on_meta(config: PreTrainedConfig) -> nn.Module:
-    """Build the causal language model of a config without allocating a weight."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return model
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

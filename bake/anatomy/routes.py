@@ -12,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from bake.anatomy.flags import (
     FlagEffect,
     added_parameters,
-    build_on_meta,
     find_bias_flags,
     parameter_shapes,
 )
@@ -26,7 +25,7 @@ from bake.anatomy.slots import (
 from bake.anatomy.structure import find_decoder_layers, find_structure
 from bake.anatomy.twin import Twin, TwinVerdict
 from bake.errors import UnsupportedError
-from bake.loading import single_thread
+from bake.loading import build_on_meta, single_thread
 from bake.sites import (
     DESCRIPTIONS,
     SITES,

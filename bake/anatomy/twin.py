@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.anatomy.flags import build_on_meta, with_flags
+from bake.anatomy.flags import with_flags
 from bake.anatomy.shrink import VOCABULARY, shrink
 from bake.errors import UnsupportedError
-from bake.loading import load_report, quiet_transformers
+from bake.loading import build_on_meta, load_report, quiet_transformers
 from bake.sites import LayerStructure, Slot
 from bake.steering import steered
 

@@ -1,0 +1,78 @@
+"""A saved calibration: the file that `bake calibrate` wrote takes the place of measuring.
+
+It is believed only where it fits: the same base, site, statistic and hidden size, and a norm for every
+layer that is pushed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bake.errors import BakeError
+from bake.norms import ActivationNorms, LayerNorms
+
+
+def read_norms(
+    path: Path,
+    *,
+    base: Mapping[str, Any],
+    site: str,
+    statistic: str,
+    hidden_size: int,
+    layers: Sequence[int],
+) -> ActivationNorms:
+    """Return the norms of `layers` from a file; base: {"id", "revision"} of the model to be baked.
+
+    Raises BakeError, in one line, for a file that cannot be read or was measured on something else.
+    """
+    values = _read_object(path)
+    norms = ActivationNorms.from_dict(values)
+    measured_on = values.get("base")
+    if not isinstance(measured_on, dict):
+        raise BakeError(f"the calibration {path} does not say on which base it was measured")
+    remedy = "measure it with bake calibrate"
+    for what, found, wanted in (
+        ("the base", measured_on.get("id"), base["id"]),
+        ("the base's revision", measured_on.get("revision"), base["revision"]),
+        ("the site", norms.site, site),
+        ("the hidden size", norms.hidden_size, hidden_size),
+    ):
+        if found != wanted:
+            raise BakeError(
+                f"the calibration {path} does not fit: {what} is {wanted} here and {found} there; "
+                f"{remedy}"
+            )
+    if norms.statistic != statistic:
+        raise BakeError(
+            f"the calibration {path} chose the {norms.statistic}; give --statistic {norms.statistic}, "
+            f"or {remedy} --statistic {statistic}"
+        )
+    by_layer = {entry.layer: entry for entry in norms.layers}
+    for layer in layers:
+        if layer not in by_layer:
+            raise BakeError(f"the calibration {path} has no norm of layer {layer}; {remedy}")
+        _check_numbers(path, by_layer[layer])
+    return replace(norms, layers=tuple(by_layer[layer] for layer in layers))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise BakeError(f"the calibration {path} cannot be read: {reason}") from None
+    if not isinstance(values, dict):
+        raise BakeError(f"the calibration {path} is not what bake calibrate writes")
+    return values
+
+
+def _check_numbers(path: Path, entry: LayerNorms) -> None:
+    for name, value in entry.to_dict().items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise BakeError(f"the calibration {path} has {name} = {value!r} in layer {entry.layer}")

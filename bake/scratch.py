@@ -1,0 +1,78 @@
+"""Work directories that a dying process cannot leave behind for good.
+
+A work directory `{prefix}{random}/` holds a file `lock`, locked with flock by the run that owns it:
+the kernel lets go when the process dies. The next run with the same prefix clears away what dead runs
+have left; a living run's lock is held, so it is never touched, whatever its process id, container or
+age. Where the file system has no locks nothing is cleared away. What lies in a work directory, and
+what has to happen before it is removed, is its user's business.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from bake.errors import OutputError
+
+_ATTEMPTS = 10
+
+
+def make_work_directory(parent: Path, prefix: str, *, mode: int = 0o777) -> tuple[Path, int]:
+    """A new work directory in `parent`, and the descriptor that holds its lock.
+
+    Between making the directory and locking it another run may take it for a dead run's and clear
+    it away; the loop notices and makes another.
+    """
+    for _ in range(_ATTEMPTS):
+        work = parent / f"{prefix}{secrets.token_hex(4)}"
+        work.mkdir(mode=mode)
+        lock_path = work / "lock"
+        try:
+            lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileNotFoundError:
+            continue
+        if _try_lock(lock) is not False and lock_path.exists():
+            return work, lock
+        os.close(lock)
+    raise OutputError(f"{parent} is being cleared by other runs: try again.")
+
+
+def clear_dead_runs(parent: Path, prefix: str, remove: Callable[[Path], None]) -> None:
+    """Call `remove` for every work directory whose run is dead; its lock is held meanwhile."""
+    for work in sorted(parent.iterdir()):
+        if not work.name.startswith(prefix) or work.is_symlink() or not work.is_dir():
+            continue
+        try:
+            lock = os.open(work / "lock", os.O_RDWR)
+        except OSError:
+            # No lock yet, or no longer: empty if it is ours at all, and rmdir removes nothing else.
+            with suppress(OSError):
+                work.rmdir()
+            continue
+        try:
+            if _try_lock(lock):
+                remove(work)
+        finally:
+            os.close(lock)
+
+
+def remove_lock(work: Path) -> None:
+    """Remove the lock, and the directory with it: the last step, so an unlocked one is empty."""
+    with suppress(OSError):
+        work.joinpath("lock").unlink()
+        work.rmdir()
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """True: locked by us. False: another process holds it. None: this file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

@@ -1,0 +1,169 @@
+"""A thin bake: only what is new, decided from config and headers, without one weight of the base.
+
+For a model that fits no machine at hand, or whose weights lie elsewhere: a direction file, a saved
+calibration and a config flag that creates the slots say everything. The directory lacks the base's
+shards, its index lists them under the names that they must get, and nothing is proven until they are
+there: `completion` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.anatomy import Anatomy, SiteRoute
+from bake.card import render_card
+from bake.coefficients import Push, compute_push
+from bake.completion import NeededShard, describe_needs, unproven
+from bake.direction import Direction, direction_bytes, load_direction
+from bake.errors import CheckpointError, UnsupportedError
+from bake.hashing import hash_files
+from bake.norms import ActivationNorms
+from bake.pipeline import (
+    CARD_FILE,
+    DIRECTION_FILE,
+    RESULT_FILE,
+    Base,
+    card_words,
+    choose_layers,
+    choose_route,
+    describe_bake,
+    encode_result,
+    open_base,
+    saved_norms,
+)
+from bake.plan import Plan, make_plan
+from bake.recipe import Recipe
+from bake.resources import find_direction
+from bake.staging import check_output, staged_directory
+from bake.timing import Stopwatch, peak_memory
+from bake.writer import copy_companions, write_config, write_new_weights
+
+
+@dataclass(frozen=True)
+class ThinExport:
+    """What a thin export made; `needs` are the base's shards that have to be put beside it."""
+
+    output: Path
+    base: Base
+    push: Push
+    plan: Plan
+    norms: ActivationNorms
+    direction: Direction
+    needs: tuple[NeededShard, ...]
+    files: Mapping[str, Mapping[str, Any]]
+    equivalence: Mapping[str, Any]
+    timings: Mapping[str, float]
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "output": str(self.output),
+            **describe_bake(self.base, self.push, self.plan, self.norms, self.direction),
+            **describe_needs(self.needs),
+            "equivalence": dict(self.equivalence),
+            "files": dict(self.files),
+            "timings": dict(self.timings),
+            "peak_memory": self.peak_memory,
+        }
+
+
+def export_thin(recipe: Recipe) -> ThinExport:
+    """Write what a bake adds to its base, and what is needed to complete it.
+
+    Raises a BakeError that names what is wrong; then nothing is left at the output path.
+    """
+    recipe.check()
+    clock = Stopwatch()
+    output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
+    direction = load_direction(find_direction(str(recipe.direction)))
+    base = open_base(recipe.model, recipe.revision, clock, headers_only=True)
+    checkpoint = base.checkpoint
+    check_output(output, overwrite=recipe.overwrite, base_directory=checkpoint.source)
+    check_base(base)
+    route = choose_route(base.anatomy, recipe, direction)
+    check_route(base.anatomy, route)
+    layers, explicit = choose_layers(base.anatomy, recipe)
+    norms = saved_norms(base, recipe, route.site, layers)
+    assert norms is not None  # Recipe.check has seen to it.
+    push = compute_push(
+        norms.values(),
+        direction.select(layers, base.anatomy.hidden_size),
+        hidden_size=base.anatomy.hidden_size,
+        multiplier=recipe.multiplier,
+        law=recipe.law,
+        explicit=explicit,
+    )
+    with clock.stage("plan"):
+        plan = make_plan(checkpoint, base.anatomy, route, push)
+    equivalence = unproven(rounding_allowed=recipe.allow_rounding)
+    with staged_directory(
+        output, overwrite=recipe.overwrite, base_directory=checkpoint.source
+    ) as staging:
+        with clock.stage("write"):
+            missing = write_new_weights(checkpoint, plan.edits, staging)
+            needs = tuple(NeededShard.of(checkpoint, file) for file in missing)
+            write_config(checkpoint, plan.config_changes, staging)
+            copy_companions(checkpoint, staging)
+        with clock.stage("describe"):
+            kept = Direction(
+                {layer: push.directions[layer] for layer in push.directions},
+                route.site,
+                direction.metadata,
+            )
+            (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
+            story = describe_bake(base, push, plan, norms, direction)
+            card = render_card(
+                {**story, "equivalence": equivalence, **card_words(base, plan, direction)}
+            )
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+            files = hash_files(staging)
+            result = {**story, **describe_needs(needs), "equivalence": equivalence, "files": files}
+            (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
+    return ThinExport(
+        output,
+        base,
+        push,
+        plan,
+        norms,
+        direction,
+        needs,
+        files,
+        equivalence,
+        clock.seconds,
+        peak_memory(),
+    )
+
+
+def check_base(base: Base) -> None:
+    """Raise CheckpointError for a base without safetensors shards that could be put beside it."""
+    if base.checkpoint.pickled:
+        raise CheckpointError(
+            f"{base.checkpoint.model_id} has no safetensors, only pickled weights that bake converts: "
+            "leave --thin out."
+        )
+
+
+def check_route(anatomy: Anatomy, route: SiteRoute) -> None:
+    """Raise UnsupportedError where the slots are not new, or need weights to be computed."""
+    if is_thin(route):
+        return
+    reason = (
+        "it is folded through a weight matrix"
+        if any(slot.weight for slot in route.slots)
+        else "its bias exists already, so a base shard has to be patched"
+    )
+    possible = ", ".join(f"--site {entry.site}" for entry in anatomy.routes if is_thin(entry))
+    raise UnsupportedError(
+        f"{route.site} of {anatomy.model_type} cannot be baked thin: {reason}; "
+        f"thin here: {possible or 'no site'}"
+    )
+
+
+def is_thin(route: SiteRoute) -> bool:
+    """Tell whether a route needs no byte of the base: every slot is new and takes the push itself."""
+    biases = {slot.bias for slot in route.slots_of(0)}
+    return not any(slot.weight for slot in route.slots) and biases <= set(route.new_parameters)

@@ -1,0 +1,37 @@
+"""A proof that says everything is fine, for tests of what happens around a proof and not of proofs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bake.equivalence import Canary, Equivalence
+
+REPORT: dict[str, list[str]] = {
+    name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+}
+
+
+def passed(*arguments: Any, **options: Any) -> Equivalence:
+    """Stand in for `pipeline.prove`."""
+    return Equivalence(
+        mechanism_error=1e-6,
+        relative_error=1e-6,
+        representation_error=1e-8,
+        tolerance=1e-4,
+        max_effect=1.0,
+        effect=1.0,
+        plain_effect=1.0,
+        scaled_by=1.0,
+        slots_exact=True,
+        loading_info_clean=True,
+        loading_info=REPORT,
+        greedy_equal=True,
+        greedy_equal_stored=True,
+        padding_error=0.0,
+        kl=0.0,
+        top1_agreement=1.0,
+        prompts=16,
+        stored_dtype="float32",
+        rounding_allowed=False,
+        canary=Canary("The day", " was grey", " was bright"),
+    )
