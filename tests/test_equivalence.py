@@ -336,3 +336,44 @@ def test_a_residual_direction_is_converted_to_an_input(
     found = load_file(tmp_path / "out" / "direction.safetensors")["direction.3"]
     assert float(expected @ given) < 0.999  # The norm's weight turns the direction.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_verify_catches_a_transposed_matrix(make_model, pairs_file, prompts_file, tmp_path):
+    """q_proj is square here, so Wᵀ·v fits where W·v belongs."""
+    base = make_model(TinyModel("llama"))
+    out = tmp_path / "out"
+    export(str(base), pairs=pairs_file, prompts=prompts_file, output=out, site="attn_in")
+    assert verify(out, base=str(base)).equivalence.passed
+    matrix = load_file(base / "model.safetensors")["model.layers.3.self_attn.q_proj.weight"]
+    assert matrix.shape[0] == matrix.shape[1]
+    recorded = json.loads((out / "bake.json").read_text())
+    alpha = next(e["coefficient"] for e in recorded["layers"] if e["layer"] == 3)
+    unit = load_file(out / "direction.safetensors")["direction.3"]
+    push = (unit.double() * alpha).float().double()
+    name = "model.layers.3.self_attn.q_proj.bias"
+    assert torch.equal(load_file(out / EXTRA)[name], (matrix.double() @ push).float())
+    edit_shard(out / EXTRA, lambda t: t.update({name: (matrix.double().T @ push).float()}))
+    failures = verify(out, base=str(base)).equivalence.failures
+    assert any("not cast(old + push)" in failure for failure in failures)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensor: tensor * 1.01, "not cast"),
+        (lambda tensor: tensor.flip(0), "not cast"),
+    ],
+    ids=["wrong scale", "wrong order"],
+)
+def test_verify_catches_a_wrong_patch(make_model, pairs_file, prompts_file, tmp_path, change, says):
+    """GPT-2's slots exist already; what is checked is old + push, in the stored dtype."""
+    base = make_model(TinyModel("gpt2", "bfloat16"))
+    out = tmp_path / "out"
+    export(str(base), pairs=pairs_file, prompts=prompts_file, output=out, site="mlp_out")
+    name = "transformer.h.3.mlp.c_proj.bias"
+    (shard,) = out.glob("model*.safetensors")
+    before = load_file(shard)[name]
+    assert not torch.equal(before, change(before))
+    edit_shard(shard, lambda tensors: tensors.update({name: change(before)}))
+    failures = verify(out, base=str(base)).equivalence.failures
+    assert any(says in failure for failure in failures)
