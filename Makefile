@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test lint format wheel clean
+.PHONY: setup demo test lint bench format wheel clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Both sides of every comparison in one run; needs 7 GB of disk under build/.
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py
 
 format: $(READY)
 	$(BIN)/ruff format .

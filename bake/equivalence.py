@@ -49,7 +49,7 @@ TOLERANCES = {
     "bfloat16": (5e-3, 2e-2),
 }
 REPRESENTATION_WARNING = 0.02
-MAX_PROMPTS, MAX_TOKENS = 16, 48
+MAX_PROMPTS, MAX_TOKENS = 8, 32
 
 
 @dataclass(frozen=True)

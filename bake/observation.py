@@ -66,9 +66,14 @@ class Exam:
     placement: Placement | None = None
 
     @property
+    def few(self) -> tuple[Encoded, ...]:
+        """The prompts that the runs in the stored dtype are given: enough to see, slow on a CPU."""
+        return self.encoded[:CANARIES]
+
+    @property
     def canaries(self) -> list[tuple[int, ...]]:
         """The beginnings of the first prompts, to be continued greedily."""
-        return [text.ids[:CANARY_TOKENS] for text in self.encoded[:CANARIES]]
+        return [text.ids[:CANARY_TOKENS] for text in self.few]
 
     def load(self, directory: Path, dtype: str) -> LoadedModel:
         """Load a directory in a dtype, where the exam says weights may be."""
@@ -168,7 +173,7 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
 def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) -> StoredBase:
     """Run the base in the stored dtype, in the plain process's batches: one text at a time."""
     loaded = exam.load(directory, dtype)
-    batches = make_batches(exam.encoded, batch_tokens=1)
+    batches = make_batches(exam.few, batch_tokens=1)
     base = exam.logits("stored base", loaded, batches)
     greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
     with steered(loaded.model, exam.structure, exam.site, exam.push.vectors):
@@ -179,6 +184,7 @@ def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) ->
 
 def run_plain(directory: Path, exam: Exam) -> PlainRun:
     """Run `bake/plain.py` in a process of its own. Raises EquivalenceError where it cannot load."""
+    import torch
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="bake-plain-") as scratch:
@@ -187,9 +193,10 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
             "directory": str(directory.resolve()),
             "device": str(exam.device or default_device()),
             "max_memory": exam.placement and exam.placement.to_dict(),
-            "prompts": [list(text.ids) for text in exam.encoded],
+            "prompts": [list(text.ids) for text in exam.few],
             "canaries": [list(ids) for ids in exam.canaries],
             "new_tokens": NEW_TOKENS,
+            "threads": torch.get_num_threads(),
             "logits": str(folder / "logits.safetensors"),
             "result": str(folder / "result.json"),
         }
@@ -213,7 +220,7 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
             raise EquivalenceError("the plain process imported bake, so it proves nothing")
         logits = load_file(folder / "logits.safetensors")
     return PlainRun(
-        [logits[str(index)] for index in range(len(exam.encoded))],
+        [logits[str(index)] for index in range(len(exam.few))],
         result["continuations"],
         result["report"],
     )

@@ -21,7 +21,7 @@ from bake.hashing import hash_files
 from bake.model import LoadedModel, load_model, read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.plan import Plan, make_plan
-from bake.progress import announce
+from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
@@ -32,6 +32,7 @@ from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
 from bake.writer import (
+    WrittenWeights,
     check_links,
     copy_companions,
     explain_links,
@@ -156,15 +157,14 @@ def export(recipe: Recipe) -> Export:
     with staged_directory(
         output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
     ) as staging:
-        with clock.stage("write"):
-            written = write_weights(base.checkpoint, plan.edits, staging, shards=recipe.shards)
-            write_config(base.checkpoint, plan.config_changes, staging)
-            copy_companions(base.checkpoint, staging)
+        written = write(base, plan, staging, recipe.shards, clock)
         with clock.stage("prove"):
             equivalence = prove(
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
             )
             equivalence.raise_if_failed()
+        story = describe_bake(base, push, plan, norms, direction)
+        story["equivalence"] = equivalence.to_dict()
         with clock.stage("describe"):
             kept = Direction(
                 {layer: push.directions[layer] for layer in push.directions},
@@ -172,15 +172,12 @@ def export(recipe: Recipe) -> Export:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            story = describe_bake(base, push, plan, norms, direction)
-            card = render_card(
-                {**story, "equivalence": equivalence.to_dict(), **card_words(base, plan, direction)}
-            )
+            card = render_card({**story, **card_words(base, plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
-        with clock.stage("hash"):
-            files = hash_files(staging, known=written.known_sha256)
-        result = {**story, "equivalence": equivalence.to_dict(), "files": files}
-        (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
+        with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
+            files = hash_files(staging, known=written.known_sha256, progress=progress)
+        text = encode_result({**story, "files": files})
+        (staging / RESULT_FILE).write_text(text, encoding="utf-8")
     for warning in (*equivalence.warnings, explain_links(base.checkpoint, written, recipe.shards)):
         if warning:
             announce(warning)
@@ -201,6 +198,16 @@ def export(recipe: Recipe) -> Export:
         peak_memory(),
         publication,
     )
+
+
+def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
+    """Write weights, config and companions into the staging directory."""
+    checkpoint = base.checkpoint
+    with clock.stage("write"), track_bytes(checkpoint.size, "writing") as progress:
+        written = write_weights(checkpoint, plan.edits, staging, shards=shards, progress=progress)
+        write_config(checkpoint, plan.config_changes, staging)
+        copy_companions(checkpoint, staging)
+    return written
 
 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:

@@ -19,6 +19,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    torch.set_num_threads(request["threads"])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     placement = {}

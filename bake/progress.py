@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,29 @@ def track(items: Sequence[T], label: str) -> Iterable[T]:
     hidden = are_progress_bars_disabled() or not sys.stderr.isatty()
     bar: Iterable[T] = tqdm(items, desc=label, disable=hidden, leave=False, file=sys.stderr)
     return bar
+
+
+@contextmanager
+def track_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told bytes as they are done, from any thread, and moves a bar."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm import tqdm
+
+    hidden = are_progress_bars_disabled() or not sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        disable=hidden,
+        leave=False,
+        file=sys.stderr,
+    ) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
 
 
 def announce(message: str) -> None:

@@ -69,8 +69,7 @@ class Recipe:
             raise BakeError("give one of --direction FILE and --pairs FILE")
         if self.multiplier == 0 or not math.isfinite(self.multiplier):
             raise BakeError(
-                f"multiplier {abs(self.multiplier):g} steers nothing; give a number other than 0, "
-                "such as 1.0"
+                f"multiplier {abs(self.multiplier):g} steers nothing; give a number such as 1.0"
             )
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")

@@ -20,8 +20,9 @@ from bake.anatomy.flags import added_parameters, build_on_meta, find_bias_flags,
 from bake.anatomy.shrink import shrink
 from bake.anatomy.slots import measure_attention_scale, propose_slots
 from bake.anatomy.structure import find_decoder_layers, find_structure
-from bake.anatomy.twin import Twin, build_random, fold, single_thread
+from bake.anatomy.twin import Twin, build_random, fold
 from bake.errors import UnsupportedError
+from bake.loading import single_thread
 from bake.sites import SITES, LayerStructure, Slot
 
 LLAMA_PARTS = LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm")

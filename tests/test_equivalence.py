@@ -316,3 +316,64 @@ def test_pairs_are_enough(llama, pairs_file, prompts_file, tmp_path):
     result = export(str(llama), pairs=pairs_file, prompts=prompts_file, output=tmp_path / "out")
     assert result.direction.metadata["pairs"] == str(len(PAIRS))
     assert result.equivalence.passed
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_residual_direction_is_converted_to_an_input(
+    make_model, direction_file, prompts_file, tmp_path, architecture
+):
+    """û ← normalise(norm weight ⊙ û), announced, and folded as exactly as any other."""
+    base = make_model(TinyModel(architecture))
+    options = {"direction": direction_file, "prompts": prompts_file, "site": "mlp_in"}
+    with pytest.raises(BakeError, match="--convert-site"):
+        export(str(base), output=tmp_path / "out", **options)
+    result = export(str(base), output=tmp_path / "out", convert_site=True, **options)
+    assert result.equivalence.passed
+    norm = {"llama": "model.layers.3.post_attention_layernorm", "gpt2": "transformer.h.3.ln_2"}
+    weight = load_file(base / "model.safetensors")[f"{norm[architecture]}.weight"]
+    given = load_file(direction_file)["direction"]
+    expected = torch.nn.functional.normalize(weight * given, dim=0)
+    found = load_file(tmp_path / "out" / "direction.safetensors")["direction.3"]
+    assert float(expected @ given) < 0.999  # The norm's weight turns the direction.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_verify_catches_a_transposed_matrix(make_model, pairs_file, prompts_file, tmp_path):
+    """q_proj is square here, so Wᵀ·v fits where W·v belongs."""
+    base = make_model(TinyModel("llama"))
+    out = tmp_path / "out"
+    export(str(base), pairs=pairs_file, prompts=prompts_file, output=out, site="attn_in")
+    assert verify(out, base=str(base)).equivalence.passed
+    matrix = load_file(base / "model.safetensors")["model.layers.3.self_attn.q_proj.weight"]
+    assert matrix.shape[0] == matrix.shape[1]
+    recorded = json.loads((out / "bake.json").read_text())
+    alpha = next(e["coefficient"] for e in recorded["layers"] if e["layer"] == 3)
+    unit = load_file(out / "direction.safetensors")["direction.3"]
+    push = (unit.double() * alpha).float().double()
+    name = "model.layers.3.self_attn.q_proj.bias"
+    assert torch.equal(load_file(out / EXTRA)[name], (matrix.double() @ push).float())
+    edit_shard(out / EXTRA, lambda t: t.update({name: (matrix.double().T @ push).float()}))
+    failures = verify(out, base=str(base)).equivalence.failures
+    assert any("not cast(old + push)" in failure for failure in failures)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensor: tensor * 1.01, "not cast"),
+        (lambda tensor: tensor.flip(0), "not cast"),
+    ],
+    ids=["wrong scale", "wrong order"],
+)
+def test_verify_catches_a_wrong_patch(make_model, pairs_file, prompts_file, tmp_path, change, says):
+    """GPT-2's slots exist already; what is checked is old + push, in the stored dtype."""
+    base = make_model(TinyModel("gpt2", "bfloat16"))
+    out = tmp_path / "out"
+    export(str(base), pairs=pairs_file, prompts=prompts_file, output=out, site="mlp_out")
+    name = "transformer.h.3.mlp.c_proj.bias"
+    (shard,) = out.glob("model*.safetensors")
+    before = load_file(shard)[name]
+    assert not torch.equal(before, change(before))
+    edit_shard(shard, lambda tensors: tensors.update({name: change(before)}))
+    failures = verify(out, base=str(base)).equivalence.failures
+    assert any(says in failure for failure in failures)

@@ -95,6 +95,12 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     found = load_file(tmp_path / "somebody" / "loaded.safetensors")["logits"]
     torch.testing.assert_close(found, hooked_logits(llama, tmp_path / "out"), rtol=0, atol=1e-4)
 
+    # The same directory published by hand: another repo, the same files, public when asked.
+    second = bake(hub, tmp_path, "publish", tmp_path / "out", "ada/second", "--public", "--json")
+    assert second.returncode == 0, second.stderr
+    assert json.loads(second.stdout)["private"] is False
+    assert hub.files("ada/second") == published
+
     # The published repo can be verified from a directory with nothing but the Hub's base named in it.
     verified = bake(hub, tmp_path, "verify", tmp_path / "out")
     assert verified.returncode == 0, verified.stderr

@@ -23,9 +23,9 @@ from bake.anatomy.slots import (
     propose_slots,
 )
 from bake.anatomy.structure import find_decoder_layers, find_structure
-from bake.anatomy.twin import Twin, TwinVerdict, single_thread
+from bake.anatomy.twin import Twin, TwinVerdict
 from bake.errors import UnsupportedError
-from bake.loading import build_on_meta
+from bake.loading import build_on_meta, single_thread
 from bake.sites import (
     DESCRIPTIONS,
     SITES,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,19 +160,6 @@ class Twin:
                 directory, dtype=torch.float32, output_loading_info=True
             )
         return self.run(reloaded.eval()), not any(load_report(report).values())
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Compute on one thread: on tensors this small, threads spend their time waiting for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:

@@ -39,7 +39,7 @@ BODY_SENTENCES = (4, 8)  # Fewest and most sentences between the opening and the
 MOMENT_SHARE = 0.6  # Sentences of the body that have a slot for the mood.
 TOPIC_SENTENCE_SHARE = 0.5  # Sentences of the body that belong to the topic.
 OPENER_SHARE = 0.45  # Sentences on what somebody did that begin with "luckily", "sadly" or "then".
-CODA_SHARE = 0.4  # Moments that go on with ", and everyone was glad".
+CODA_SHARE = 0.5  # Moments that go on with ", and everyone was glad".
 ENDING_SHARE = 0.6  # Documents that end with a summing up.
 NAME_SHARE = 0.3  # Mentions of the hero by name instead of by pronoun.
 FIRST_PERSON_SHARE = 0.25  # Stories that are told by "I".
@@ -135,6 +135,7 @@ class Writer:
 
     def _draw_hero(self) -> dict[str, str]:
         """The hero's name and pronouns, by symbol. Reviews are always told by "I"."""
+        names: tuple[str, ...]
         if self.kind == "review" or self.rng.random() < FIRST_PERSON_SHARE:
             names, pronouns = ("I",), ("I", "me", "my", "myself")
         elif self.rng.random() < 0.5:
@@ -160,28 +161,33 @@ class Writer:
         return self._sentence(self.sentences[general][self.kind])
 
     def _sentence(self, patterns: Sequence[str]) -> str:
-        """Expand one pattern that this document has not used yet, capitalised, with a or an."""
-        fresh = [pattern for pattern in patterns if pattern not in self.used]
-        pattern = self.rng.choice(fresh or patterns)
-        self.used.add(pattern)
-        pattern = self._extend(pattern)
+        """Expand one of the patterns into a sentence: capitalised, and with "an" where it belongs."""
+        pattern = self._extend(self._draw_pattern(patterns))
         text = self._expand(pattern)
         # "Her aunt asked her aunt" is no sentence: draw again when the friend slips in twice.
         while text.count(self.friend) > max(1, pattern.count("{friend}")):
             text = self._expand(pattern)
+        text = text.replace(f"I and {self.friend}", f"{self.friend} and I")
         text = ARTICLE_BEFORE_VOWEL.sub(r"\1n ", text)
         first_letter = next(place for place, letter in enumerate(text) if letter.isalpha())
         return text[:first_letter] + text[first_letter].upper() + text[first_letter + 1 :]
+
+    def _draw_pattern(self, patterns: Sequence[str]) -> str:
+        """One of the patterns, if possible one that this document has not used yet."""
+        pattern = self.rng.choice([new for new in patterns if new not in self.used] or patterns)
+        self.used.add(pattern)
+        return pattern
 
     def _extend(self, pattern: str) -> str:
         """Perhaps begin with "luckily" or "sadly"; end a moment with ", and everyone was glad"."""
         if not self.in_body:
             return pattern
         is_moment = any(f"{{{symbol}}}" in pattern for symbol in self.mood_words)
-        if is_moment and '"' not in pattern and self.rng.random() < CODA_SHARE:
-            pattern = pattern.removesuffix(".") + self.rng.choice(
-                self.sentences["codas"][self.kind]
-            )
+        # Patterns with a comma or speech are long or closed already.
+        can_go_on = is_moment and not set(pattern) & set(',"')
+        if can_go_on and self.rng.random() < CODA_SHARE:
+            pattern = pattern.removesuffix(".")
+            pattern += self._draw_pattern(self.sentences["codas"][self.kind])
         # An opener fits patterns that begin with somebody or something; {when} would be a second.
         fits = pattern.startswith("{") and not pattern.startswith("{when}")
         if fits and self.rng.random() < OPENER_SHARE:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake import pipeline
-from bake.model import load_model
+from bake.loading import single_thread
+from bake.model import LoadedModel, load_model
 from bake.progress import announce
 from bake.prompts import encode, load_tokenizer, read_prompts
 from bake.recipe import Recipe
@@ -83,7 +84,7 @@ class Showcase:
 def run(output: Path | None = None, overwrite: bool = False) -> Showcase:
     """Bake the shipped direction at +1 and −1 and measure what it does; see the module's text."""
     clock = Stopwatch()
-    with _workplace(output) as folder:
+    with _workplace(output) as folder, single_thread():
         exports = []
         for multiplier in MULTIPLIERS:
             announce(f"baking {DEMO_NAME} at m = {multiplier:+g}")
@@ -117,40 +118,51 @@ def measure(
     models: dict[str, Path],
 ) -> tuple[tuple[Measured, ...], tuple[tuple[str, dict[str, str]], ...]]:
     """Sample from every model (the first is the base) and compare with the base, paired."""
+    loaded = {name: load_model(directory) for name, directory in models.items()}
+    drawn = sample(loaded)
+    counts = count(drawn, next(iter(loaded.values())))
+    base = next(iter(counts.values()))
+    measured = tuple(compare(name, found, base) for name, found in counts.items())
+    tokenizer, openings = load_tokenizer(DEMO_MODEL), read_prompts(OPENINGS)
+    texts = tuple(
+        (
+            openings[index],
+            {name: tokenizer.decode(list(found[index * SAMPLES])) for name, found in drawn.items()},
+        )
+        for index in range(SHOWN)
+    )
+    return measured, texts
+
+
+def sample(models: Mapping[str, LoadedModel]) -> dict[str, list[Tokens]]:
+    """Return {name: continuations of the shipped openings}, SAMPLES of each, with one noise for all."""
     tokenizer = load_tokenizer(DEMO_MODEL)
-    openings = read_prompts(OPENINGS)
-    encoded = encode(tokenizer, openings)
-    prompts = [_without_end(text.ids, tokenizer.eos_token_id) for text in encoded]
-    repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
-    drawn = {
+    return {
         name: sample_continuations(
-            load_model(directory),
-            prompts,
+            loaded,
+            _opening_tokens(tokenizer),
             new_tokens=NEW_TOKENS,
             samples=SAMPLES,
             seed=SEED,
             stop_token=tokenizer.eos_token_id,
         )
-        for name, directory in models.items()
+        for name, loaded in models.items()
     }
-    judge = load_model(next(iter(models.values())))
-    counts = {
-        name: _Counts.of(
-            tokenizer, continuations, score_continuations(judge, repeated, continuations)
-        )
-        for name, continuations in drawn.items()
+
+
+def count(drawn: Mapping[str, Sequence[Tokens]], judge: LoadedModel) -> dict[str, Counts]:
+    """Count target words, and score every continuation under `judge`, the unsteered base."""
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    prompts = [prompt for prompt in _opening_tokens(tokenizer) for _ in range(SAMPLES)]
+    return {
+        name: Counts.of(tokenizer, found, score_continuations(judge, prompts, found))
+        for name, found in drawn.items()
     }
-    base = next(iter(counts.values()))
-    measured = tuple(_compare(name, found, base) for name, found in counts.items())
-    shown = range(0, SHOWN * SAMPLES, SAMPLES)
-    texts = tuple(
-        (
-            openings[index // SAMPLES],
-            {name: tokenizer.decode(list(found[index])) for name, found in drawn.items()},
-        )
-        for index in shown
-    )
-    return measured, texts
+
+
+def _opening_tokens(tokenizer: Any) -> list[Tokens]:
+    encoded = encode(tokenizer, read_prompts(OPENINGS))
+    return [_without_end(text.ids, tokenizer.eos_token_id) for text in encoded]
 
 
 def _without_end(ids: Tokens, end: int | None) -> Tokens:
@@ -158,7 +170,7 @@ def _without_end(ids: Tokens, end: int | None) -> Tokens:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class Counts:
     """Per opening: target words, words, nats and tokens of its continuations; (openings,) each."""
 
     targets: np.ndarray
@@ -168,7 +180,7 @@ class _Counts:
     continuations: int
 
     @staticmethod
-    def of(tokenizer: Any, continuations: Sequence[Tokens], nats: Sequence[float]) -> _Counts:
+    def of(tokenizer: Any, continuations: Sequence[Tokens], nats: Sequence[float]) -> Counts:
         import numpy as np
 
         path = find_set(WORDS, "words")
@@ -181,7 +193,7 @@ class _Counts:
             summed: np.ndarray = array.reshape(-1, SAMPLES).sum(axis=1)
             return summed
 
-        return _Counts(
+        return Counts(
             per_opening([targets for targets, _ in counted]),
             per_opening([words for _, words in counted]),
             per_opening(nats),
@@ -198,7 +210,8 @@ class _Counts:
         return math.exp(self.nats[rows].sum() / self.tokens[rows].sum())
 
 
-def _compare(name: str, found: _Counts, base: _Counts) -> Measured:
+def compare(name: str, found: Counts, base: Counts) -> Measured:
+    """Return a model's figures relative to the base's, with paired bootstrap intervals."""
     openings = len(found.targets)
     return Measured(
         name=name,

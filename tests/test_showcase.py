@@ -1,0 +1,60 @@
+"""What the shipped direction does to the shipped model, counted on sampled text.
+
+The bounds are promises of the README. They are far enough from what is measured that another
+machine's rounding, which changes single samples, does not break them.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bake import pipeline
+from bake.coefficients import band_layers, compute_push
+from bake.demo import showcase
+from bake.direction import load_direction
+from bake.model import load_model
+from bake.norms import measure_norms
+from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.resources import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME
+from bake.steering import steered
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """{multiplier: figures} of the hooked model on the shipped openings."""
+    base = pipeline.open_base(DEMO_NAME)
+    anatomy, loaded, tokenizer = base.anatomy, load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
+    layers = band_layers(anatomy.layer_count)
+    batches = make_batches(encode(tokenizer, read_prompts("neutral")))
+    norms = measure_norms(loaded, anatomy.structure, "mlp_out", batches, layers).values()
+    unit = load_direction(DEMO_DIRECTION).select(layers, anatomy.hidden_size)
+
+    def count(multiplier: float) -> showcase.Counts:
+        if multiplier == 0:
+            return showcase.count(showcase.sample({"base": loaded}), loaded)["base"]
+        push = compute_push(
+            norms, unit, hidden_size=anatomy.hidden_size, multiplier=multiplier
+        ).vectors
+        with steered(loaded.model, anatomy.structure, "mlp_out", push):
+            drawn = showcase.sample({"steered": loaded})
+        return showcase.count(drawn, loaded)["steered"]
+
+    base_counts = count(0)
+    return {m: showcase.compare(f"{m:+g}", count(m), base_counts) for m in (-1, 1, 3)}
+
+
+def test_plus_one_makes_the_text_more_cheerful_and_keeps_it_fluent(measured):
+    assert measured[1].continuations >= 90
+    assert measured[1].target_ratio >= 1.6
+    assert measured[1].target_interval[0] > 1.2
+    assert measured[1].perplexity_ratio < 1.2
+
+
+def test_minus_one_makes_it_less_cheerful(measured):
+    assert measured[-1].target_ratio < 0.7
+    assert measured[-1].target_interval[1] < 1
+    assert measured[-1].perplexity_ratio < 1.2
+
+
+def test_three_is_too_much(measured):
+    assert measured[3].perplexity_ratio > 5
