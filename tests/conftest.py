@@ -141,6 +141,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Put the thread count back after a test that sets it, as training does."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
     """Return a function TinyModel(…) → directory; each is built once and must not be changed."""
