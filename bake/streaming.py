@@ -8,6 +8,8 @@ one. Embedding and head, the two largest matrices, are read by rows.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 HEAD_BYTES = 32 * 1024 * 1024  # of float32 head rows decoded at a time
+_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 4 * 1024 * 1024  # mallopt's parameter; bytes
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -111,6 +114,7 @@ def stream_model(
     from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _give_memory_back_at_once()
     checkpoint = open_checkpoint(str(directory))
     config = AutoConfig.from_pretrained(directory)
     computing = _computing_dtype(config, dtype)
@@ -136,6 +140,16 @@ def stream_model(
                 model, device_map, main_device=main, state_dict=weights, offload_index={}
             )
     return model, weights, report, torch.device(main)
+
+
+def _give_memory_back_at_once() -> None:
+    """Have glibc map every matrix by itself, so that freeing one returns its pages to the system.
+
+    By default its threshold grows to 32 MB with use, and weights that come and go leave a heap with
+    holes that is as large as the model. Without glibc nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 def _computing_dtype(config: Any, dtype: str | None) -> torch.dtype:
