@@ -41,7 +41,7 @@ def test_a_good_bake_verifies(baked, llama):
     found = verify(baked, base=str(llama)).equivalence
     assert found.passed
     assert found.effect > 0.1
-    assert found.plain_effect > 0
+    assert 0.9 < found.plain_effect < 1.1
     assert found.mechanism_error <= 1e-4
     assert found.relative_error <= 1e-4
     assert found.loading_info_clean
