@@ -32,7 +32,7 @@ from bake.progress import track
 from bake.prompts import Encoded, TokenBatch, make_batches
 from bake.sites import LayerStructure
 from bake.steering import steered
-from bake.streaming import Placement, hold
+from bake.streaming import Placement, give_memory_back, hold
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +187,7 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
     import torch
     from safetensors.torch import load_file
 
+    give_memory_back()  # Two processes need memory now.
     with tempfile.TemporaryDirectory(prefix="bake-plain-") as scratch:
         folder = Path(scratch)
         request = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 HEAD_BYTES = 32 * 1024 * 1024  # of float32 head rows decoded at a time
-_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 4 * 1024 * 1024  # mallopt's parameter; bytes
+_TRIM_EVERY = 64 * 1024 * 1024  # bytes of decoded weights between two returns of freed memory
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -82,11 +82,12 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
         self.names = names
         self.dtype = dtype
         self.held: dict[str, torch.Tensor] = {}
+        self._read = 0  # bytes since memory was last given back
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
         if parameter in self.held:
             return self.held[parameter]
-        return self.checkpoint.read(self.names[parameter]).to(self.dtype)
+        return self._count(self.checkpoint.read(self.names[parameter]).to(self.dtype))
 
     def __contains__(self, parameter: object) -> bool:
         return parameter in self.names  # Mapping's own would read the tensor to find out.
@@ -99,7 +100,16 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
 
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a matrix in the computing dtype."""
-        return self.checkpoint.read_rows(self.names[parameter], start, stop).to(self.dtype)
+        disk = self.names[parameter]
+        return self._count(self.checkpoint.read_rows(disk, start, stop).to(self.dtype))
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give back what earlier tensors have left, every so many bytes."""
+        self._read += tensor.nbytes
+        if self._read > _TRIM_EVERY:
+            give_memory_back()
+            self._read = 0
+        return tensor
 
 
 def stream_model(
@@ -114,7 +124,6 @@ def stream_model(
     from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _give_memory_back_at_once()
     checkpoint = open_checkpoint(str(directory))
     config = AutoConfig.from_pretrained(directory)
     computing = _computing_dtype(config, dtype)
@@ -142,14 +151,14 @@ def stream_model(
     return model, weights, report, torch.device(main)
 
 
-def _give_memory_back_at_once() -> None:
-    """Have glibc map every matrix by itself, so that freeing one returns its pages to the system.
+def give_memory_back() -> None:
+    """Return freed pages to the system: glibc keeps them for itself, in heaps with holes.
 
-    By default its threshold grows to 32 MB with use, and weights that come and go leave a heap with
-    holes that is as large as the model. Without glibc nothing is done.
+    Weights that come and go would make those heaps as large as the model. Without glibc nothing is
+    done.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _computing_dtype(config: Any, dtype: str | None) -> torch.dtype:

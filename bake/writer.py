@@ -6,7 +6,9 @@ one tensor in memory. Putting the directory in its place, or away after a failur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +32,7 @@ from bake.layout import Action, ComputedTensors, CopiedTensor, Layout, PlannedFi
 from bake.safetensors_file import encode_header, encode_tensor, spec_of
 from bake.weight_files import INDEX_FILE
 
+_COPIERS = 4  # more wait for the disk, or for the memory's bandwidth
 _MARGIN = 16 * 1024 * 1024  # bytes for the index, the card, the figures
 
 
@@ -82,6 +85,7 @@ def write_weights(
     layout = plan_layout(checkpoint, edits)
     check_links(checkpoint, shards)
     _check_room(checkpoint, layout, staging, linked=shards != "copy")
+    copies: list[tuple[PlannedFile, Path]] = []
     for file in layout.files:
         target = staging / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +94,10 @@ def write_weights(
         elif file.action == "kept" and _moved(checkpoint, file, target):
             pass
         elif file.action in ("kept", "patched"):
-            _copy_shard(checkpoint, file, target, progress)
+            copies.append((file, target))
         else:
             _write_pieces(checkpoint, file, target, progress)
+    _copy_shards(checkpoint, copies, progress)
     _write_text(staging / INDEX_FILE, layout.index_text)
     return WrittenWeights(tuple(_describe(checkpoint, file) for file in layout.files))
 
@@ -183,6 +188,21 @@ def _check_room(
             f"the output needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
             "make room or give another output path."
         )
+
+
+def _copy_shards(
+    checkpoint: Checkpoint, copies: Sequence[tuple[PlannedFile, Path]], progress: Progress | None
+) -> None:
+    """Copy shards side by side: the kernel copies one at the speed of one core. Largest first."""
+    copies = sorted(copies, key=lambda copy: -copy[0].size)
+    with ThreadPoolExecutor(max_workers=min(_COPIERS, os.cpu_count() or 1)) as pool:
+        jobs = [pool.submit(_copy_shard, checkpoint, *copy, progress) for copy in copies]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _copy_shard(
