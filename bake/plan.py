@@ -7,11 +7,12 @@ equivalence needs all three.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy, SiteRoute
+from bake.anatomy.rewriting import Rewritten
 from bake.checkpoint import Checkpoint
 from bake.coefficients import Push
 from bake.edits import Add, Edit, Patch, Transform
@@ -135,6 +136,13 @@ def make_plan(
 
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    if route.rewriter is not None:
+        code = FLOAT_DTYPES[dtype] if dtype else None
+        rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
+        folded = fold_push(rewritten, push.vectors)
+        edits = tuple(place_push(rewritten, folded))
+        changes = {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
+        return Plan(route, edits, changes, folded, dtype or "as the base")
     names = DiskNames(checkpoint, anatomy.prefix)
     vectors = push.vectors
     slot_edits = [
@@ -143,26 +151,46 @@ def make_plan(
         for slot in route.slots_of(layer)
     ]
     stored = {edit.name: edit for edit in slot_edits}
-    edits: list[Edit] = []
+    made: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
         code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
         filled = (
             stored[name].stored if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
         )
-        edits.append(Add(name, filled))
+        made.append(Add(name, filled))
     converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], stored) if dtype else []
     transformed = {edit.name for edit in converted}
-    edits += converted
-    edits += [
+    made += converted
+    made += [
         Patch(edit.name, edit.stored)
         for edit in slot_edits
         if not edit.is_new and edit.name not in transformed
     ]
-    changes = dict(route.flags)
-    if dtype:
-        changes |= dict.fromkeys(_dtype_keys(checkpoint.config), dtype)
-    return Plan(route, tuple(edits), changes, tuple(slot_edits), dtype or "as the base")
+    changes = {**route.flags, **_dtype_changes(checkpoint, dtype)}
+    return Plan(route, tuple(made), changes, tuple(slot_edits), dtype or "as the base")
+
+
+def fold_push(rewritten: Rewritten, vectors: Mapping[int, torch.Tensor]) -> tuple[SlotEdit, ...]:
+    """Return what the slots of a rewritten base hold with a push {layer: (hidden_size,)}."""
+    added = {edit.name: edit.tensor for edit in rewritten.edits if isinstance(edit, Add)}
+    found = []
+    for layer in sorted(vectors):
+        for slot in rewritten.slots[layer]:
+            name = rewritten.names.get(slot.bias, slot.bias)
+            old = added[name].double()
+            delta = slot.delta(vectors[layer], shape=tuple(old.shape))
+            stored = (old + delta).to(added[name].dtype)
+            found.append(SlotEdit(layer, slot, slot.bias, name, True, old, delta, stored))
+    return tuple(found)
+
+
+def place_push(rewritten: Rewritten, folded: Sequence[SlotEdit]) -> Iterator[Edit]:
+    """Yield a rewritten base's edits, with the folded slots in the place of the empty ones."""
+    stored = {edit.name: edit.stored for edit in folded}
+    for edit in rewritten.edits:
+        replaced = isinstance(edit, Add) and edit.name in stored
+        yield Add(edit.name, stored[edit.name]) if replaced else edit
 
 
 def outline_edits(
@@ -181,6 +209,9 @@ def outline_edits(
 
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    if route.rewriter is not None:
+        code = FLOAT_DTYPES[dtype] if dtype else None
+        return route.rewriter.rewrite(checkpoint, anatomy.config, layers, code).edits
     names = DiskNames(checkpoint, anatomy.prefix)
     edits: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
@@ -207,8 +238,9 @@ def _edit_slot(
     dtype: str | None,
 ) -> SlotEdit:
     weight = checkpoint.read(names.existing(slot.weight)) if slot.weight else None
-    delta = slot.delta(vector, weight)
     found = names.find(slot.bias)
+    shape = checkpoint.entry(found).shape if found else None
+    delta = slot.delta(vector, weight, shape)
     if found is None:
         name, beside = names.new_bias(slot.bias)
         code, old = checkpoint.entry(beside).dtype, delta.new_zeros(delta.shape)
@@ -246,6 +278,10 @@ def _conversions(
         for name, entry in checkpoint.tensors.items()
         if entry.dtype in FLOAT_DTYPES.values() and entry.dtype != code
     ]
+
+
+def _dtype_changes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
+    return dict.fromkeys(_dtype_keys(checkpoint.config), dtype) if dtype else {}
 
 
 def _dtype_keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -66,7 +66,9 @@ class Slot:
     `weight` names the matrix that stands between the site and the bias: the bias receives W·v. With
     `weight` None the bias receives v / scale. `transposed` marks matrices stored as (in, out), as
     GPT-2's Conv1D does. `inert` is the part of the bias, as fractions of its length, that no output
-    depends on: a key bias without rotary positions cancels in the softmax.
+    depends on: a key bias without rotary positions cancels in the softmax. `axis` is for slots that
+    are matrices: v lies along that axis, in each of the rows or columns `span` [start, stop) of the
+    other one (None: in all of them, as experts' biases do).
     """
 
     bias: str
@@ -74,19 +76,39 @@ class Slot:
     transposed: bool = False
     scale: float = 1.0
     inert: tuple[float, float] | None = None
+    axis: int | None = None
+    span: tuple[int, int] | None = None
 
-    def delta(self, push: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """Return what the bias receives, in float64.
+    def delta(
+        self,
+        push: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        """Return what the parameter receives, in float64 and its shape.
 
         push: (hidden_size,). weight: (out, hidden_size), or (hidden_size, out) when transposed.
+        shape: the parameter's, needed where the slot is a matrix.
         """
         vector = push.double()
+        if self.axis is not None and shape is not None:
+            return self._spread(vector / self.scale, self.axis, shape)
         if self.weight is None:
             return vector / self.scale
         if weight is None:
             raise UnsupportedError(f"slot {self.bias} needs the matrix {self.weight} to fold W·v")
         matrix = weight.double()
         return vector @ matrix if self.transposed else matrix @ vector
+
+    def _spread(self, vector: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Lay the vector along `axis` of a zero matrix, in the rows or columns of the span."""
+        start, stop = self.span or (0, shape[1 - axis])
+        found = vector.new_zeros(shape)
+        if axis == 1:
+            found[start:stop] = vector
+        else:
+            found[:, start:stop] = vector[:, None]
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`."""

@@ -37,6 +37,7 @@ from bake.pipeline import (
 from bake.plan import Plan, make_plan
 from bake.recipe import Recipe
 from bake.resources import find_direction
+from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
 from bake.writer import copy_companions, write_config, write_new_weights
@@ -151,11 +152,12 @@ def check_route(anatomy: Anatomy, route: SiteRoute) -> None:
     """Raise UnsupportedError where the slots are not new, or need weights to be computed."""
     if is_thin(route):
         return
-    reason = (
-        "it is folded through a weight matrix"
-        if any(slot.weight for slot in route.slots)
-        else "its bias exists already, so a base shard has to be patched"
-    )
+    if route.rewriter is not None:
+        reason = f"the weights are rewritten ({route.route}: {route.rewriter.name})"
+    elif any(slot.weight for slot in _slots(route)):
+        reason = "it is folded through a weight matrix"
+    else:
+        reason = "its bias exists already, so a base shard has to be patched"
     possible = ", ".join(f"--site {entry.site}" for entry in anatomy.routes if is_thin(entry))
     raise UnsupportedError(
         f"{route.site} of {anatomy.model_type} cannot be baked thin: {reason}; "
@@ -165,5 +167,13 @@ def check_route(anatomy: Anatomy, route: SiteRoute) -> None:
 
 def is_thin(route: SiteRoute) -> bool:
     """Tell whether a route needs no byte of the base: every slot is new and takes the push itself."""
-    biases = {slot.bias for slot in route.slots_of(0)}
-    return not any(slot.weight for slot in route.slots) and biases <= set(route.new_parameters)
+    slots = _slots(route)
+    return (
+        route.rewriter is None
+        and not any(slot.weight for slot in slots)
+        and {slot.bias for slot in slots} <= set(route.new_parameters)
+    )
+
+
+def _slots(route: SiteRoute) -> list[Slot]:
+    return [slot for slots in route.slots.values() for slot in slots]

@@ -1,5 +1,6 @@
 """Anatomy: which sites are exact by which route, why others are refused, and that the twin can fail."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -39,14 +40,14 @@ def twin_of(model_type, **options):
 
 
 def short(name):
-    return name.partition("{layer}.")[2]
+    return re.split(r"\.\d+\.", name, maxsplit=1)[1]
 
 
 def routes(found):
     """{site: [(flags, names of the slots inside the layer)]} of an anatomy."""
     table = {}
     for route in found.routes:
-        entry = (" ".join(route.flags), " ".join(short(slot.bias) for slot in route.slots))
+        entry = (" ".join(route.flags), " ".join(short(slot.bias) for slot in route.slots_of(0)))
         table.setdefault(route.site, []).append(entry)
     return table
 
@@ -149,7 +150,7 @@ def test_attention_of_a_sequential_block_is_a_residual_write():
 @pytest.mark.parametrize("multiplier", [0.5, 0.22])
 def test_residual_multiplier_becomes_the_slots_scale(multiplier):
     found = anatomy("granite", residual_multiplier=multiplier)
-    scales = {route.site: {slot.scale for slot in route.slots} for route in found.routes}
+    scales = {route.site: {slot.scale for slot in route.slots_of(0)} for route in found.routes}
     assert scales == {
         "mlp_out": {multiplier},
         "attn_out": {multiplier},
@@ -195,7 +196,7 @@ def test_slots_of_a_layer_have_its_index():
     assert slot.bias == "transformer.h.7.attn.c_attn.bias"
     assert slot.weight == "transformer.h.7.attn.c_attn.weight"
     assert slot.transposed
-    assert not any(slot.transposed for slot in anatomy("llama").choose("attn_in").slots)
+    assert not any(slot.transposed for slot in anatomy("llama").choose("attn_in").slots_of(0))
 
 
 @pytest.mark.parametrize(
@@ -210,15 +211,15 @@ def test_slots_of_a_layer_have_its_index():
 def test_inert_part_of_a_key_bias(family, expected):
     route = anatomy(family).choose("attn_in", kind="projection")
     assert {
-        short(slot.bias): pytest.approx(slot.inert) for slot in route.slots if slot.inert
+        short(slot.bias): pytest.approx(slot.inert) for slot in route.slots_of(0) if slot.inert
     } == expected
-    assert len(route.slots) >= 1
+    assert len(route.slots_of(0)) >= 1
 
 
 def test_inert_part_of_a_real_model_with_one_key_head():
     """StarCoder's fused bias is 6 parts query, 1 key, 1 value here, and 4, 1, 1 on the twin."""
     config = CONFIG_MAPPING["gpt_bigcode"](n_embd=48, n_head=6, n_layer=2, vocab_size=96)
-    slot = examine(config).choose("attn_in", kind="projection").slots[0]
+    slot = examine(config).choose("attn_in", kind="projection").slots_of(0)[0]
     assert parameter_shapes(build_on_meta(config))["transformer.h.0.attn.c_attn.bias"] == (64,)
     assert slot.inert is None or slot.inert == pytest.approx((48 / 64, 56 / 64))
 
@@ -239,8 +240,8 @@ def test_auto_considers_only_sites_that_suit_the_direction():
 
 def test_kind_of_slot_can_be_chosen():
     found = anatomy("gpt2")
-    assert short(found.choose("mlp_in", kind="norm").slots[0].bias) == "ln_2.bias"
-    assert short(found.choose("mlp_in", kind="projection").slots[0].bias) == "mlp.c_fc.bias"
+    assert short(found.choose("mlp_in", kind="norm").slots_of(0)[0].bias) == "ln_2.bias"
+    assert short(found.choose("mlp_in", kind="projection").slots_of(0)[0].bias) == "mlp.c_fc.bias"
     with pytest.raises(UnsupportedError, match="no norm slot"):
         anatomy("llama").choose("attn_in", kind="norm")
 
@@ -666,4 +667,4 @@ def test_proposals_for_an_input_site():
     found = anatomy("gpt2").structure
     kinds = {p.kind: p for p in propose_slots(twin, twin.model, found, "attn_in")}
     assert sorted(kinds) == ["norm", "projection"]
-    assert [short(slot.bias) for slot in kinds["norm"].slots] == ["ln_1.bias"]
+    assert [short(slot.bias) for slot in kinds["norm"].slots_of(0)] == ["ln_1.bias"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from bake.anatomy.flags import (
     find_bias_flags,
     parameter_shapes,
 )
+from bake.anatomy.rewriting import Rewriter
 from bake.anatomy.slots import (
     Proposal,
     SlotKind,
@@ -40,35 +41,33 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-RouteName = Literal["native", "flag"]
+RouteName = Literal["native", "flag", "host", "insert"]
 
 
 @dataclass(frozen=True)
 class SiteRoute:
     """One exact way to put a push at a site.
 
-    flags: config keys that are set. slots: name templates, see `slots_of`. new_parameters: {name:
-    shape} of everything that the flags create on the whole model; what no push goes to is zero.
+    flags: config keys that are set. slots: {decoder layer of the base: its slots}; layers that the
+    route cannot push are not in it. new_parameters: {name: shape} of everything that the flags create
+    on the whole model; what no push goes to is zero. rewriter: what turns the base into another stock
+    model first (routes `host` and `insert`); the slots are then known when the layers are, and come
+    with the rewritten checkpoint.
     """
 
     site: str
     route: RouteName
     kind: SlotKind
     flags: Mapping[str, Any]
-    slots: tuple[Slot, ...]
+    slots: Mapping[int, tuple[Slot, ...]]
     new_parameters: Mapping[str, tuple[int, ...]]
     twin: TwinVerdict
+    layers: tuple[int, ...]
+    rewriter: Rewriter | None = None
 
     def slots_of(self, layer: int) -> tuple[Slot, ...]:
-        """Return the slots of decoder layer `layer`, with its index in their names."""
-        return tuple(
-            replace(
-                slot,
-                bias=slot.bias.format(layer=layer),
-                weight=slot.weight.format(layer=layer) if slot.weight else None,
-            )
-            for slot in self.slots
-        )
+        """Return the slots of decoder layer `layer` of the base."""
+        return self.slots[layer]
 
     @property
     def added_values(self) -> int:
@@ -83,9 +82,21 @@ class SiteRoute:
 
     def describe(self) -> str:
         """Say in a phrase how the route works, for `bake inspect` and announcements."""
-        names = ", ".join(slot.bias.partition("{layer}.")[2] for slot in self.slots)
+        if self.rewriter is not None:
+            return self.rewriter.describe()
+        names = dict.fromkeys(slot.bias.partition("{layer}.")[2] for slot in self._templates())
         how = "already there" if self.route == "native" else f"created by {' + '.join(self.flags)}"
-        return f"{names} ({how})"
+        return f"{', '.join(names)} ({how})"
+
+    def _templates(self) -> list[Slot]:
+        """Return the slots with "{layer}" for the layer's index, each once."""
+        found: dict[Slot, None] = {}
+        for layer, slots in self.slots.items():
+            mark, place = f".{layer}.", ".{layer}."
+            for slot in slots:
+                weight = slot.weight and slot.weight.replace(mark, place, 1)
+                found[replace(slot, bias=slot.bias.replace(mark, place, 1), weight=weight)] = None
+        return list(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json` and `--json`."""
@@ -94,7 +105,8 @@ class SiteRoute:
             "route": self.route,
             "kind": self.kind,
             "flags": dict(self.flags),
-            "slots": [slot.to_dict() for slot in self.slots],
+            "slots": [slot.to_dict() for slot in self._templates()],
+            "layers": list(self.layers),
             "added_values": self.added_values,
             "twin": self.twin.to_dict(),
         }
@@ -112,6 +124,7 @@ class Anatomy:
     prefix: str
     routes: tuple[SiteRoute, ...]
     refusals: Mapping[str, str]
+    config: PreTrainedConfig = field(repr=False, compare=False)
 
     def choose(
         self, site: str, *, kind: str | None = None, found_at: str | None = None
@@ -235,6 +248,7 @@ class _Examination:
             prefix=f"{getattr(self.real, 'base_model_prefix', '')}.",
             routes=tuple(routes),
             refusals=refusals,
+            config=self.config,
         )
 
     @cached_property
@@ -284,18 +298,18 @@ class _Examination:
 
     def _prove(self, site: str, proposal: Proposal) -> SiteRoute:
         flags = self._flags_for(proposal)
-        route = SiteRoute(
+        layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
+        slots = {layer: proposal.slots_of(layer) for layer in layers}
+        return SiteRoute(
             site=site,
             route="flag" if flags else "native",
             kind=proposal.kind,
             flags=flags,
-            slots=proposal.slots,
+            slots={layer: proposal.slots_of(layer) for layer in range(self.layer_count)},
             new_parameters=added_parameters(self.config, flags) if flags else {},
-            twin=TwinVerdict(0.0, 0.0, 0.0, False),
+            twin=self.twin.prove(self.structure, site, flags, slots),
+            layers=tuple(range(self.layer_count)),
         )
-        layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
-        slots = {layer: route.slots_of(layer) for layer in layers}
-        return replace(route, twin=self.twin.prove(self.structure, site, flags, slots))
 
     def _lacking(self, route: SiteRoute) -> str | None:
         """Return a slot that some layer of the real model lacks; a small twin cannot show all layers."""

@@ -6,7 +6,7 @@ A proposal is cheap and may be wrong (the bias may feed something else too); `Tw
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.errors import UnsupportedError
@@ -36,6 +36,17 @@ class Proposal:
     kind: SlotKind
     slots: tuple[Slot, ...]
     missing: tuple[str, ...] = ()
+
+    def slots_of(self, layer: int) -> tuple[Slot, ...]:
+        """Return the slots of decoder layer `layer`, with its index in their names."""
+        return tuple(
+            replace(
+                slot,
+                bias=slot.bias.format(layer=layer),
+                weight=slot.weight.format(layer=layer) if slot.weight else None,
+            )
+            for slot in self.slots
+        )
 
 
 def measure_attention_scale(twin: Twin, structure: LayerStructure) -> float | None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from bake.anatomy.rewriting import Rewriter, Rewritten
+    from bake.checkpoint import Checkpoint
+
 MAX_PARAMETERS = 5_000_000
 ZERO_PUSH_TOLERANCE = 1e-6  # relative to the largest logit, float32
 PUSH_TOLERANCE = 1e-4  # relative to the largest effect, float32
@@ -145,21 +148,60 @@ class Twin:
             reload_clean=clean_before and clean_after,
         )
 
+    def prove_rewriting(
+        self, structure: LayerStructure, site: str, rewriter: Rewriter, layers: Sequence[int]
+    ) -> TwinVerdict:
+        """Write the twin to disk, rewrite it as the real checkpoint would be, and compare with the hook.
+
+        Raises what the rewriter, the writer and transformers raise for a rewriting that does not fit.
+        """
+        import torch
+
+        from bake.checkpoint import open_checkpoint
+
+        generator = torch.Generator().manual_seed(7)
+        push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in layers}
+        hooked = self.run(self.model, steered(self.model, structure, site, push))
+        effect = (hooked - self.logits).abs().max().item()
+        with tempfile.TemporaryDirectory() as directory:
+            with quiet_transformers():
+                self.model.save_pretrained(Path(directory) / "twin")  # type: ignore[operator]
+            checkpoint = open_checkpoint(str(Path(directory) / "twin"))
+            rewritten = rewriter.rewrite(checkpoint, self.config, layers)
+            results = []
+            for name, vectors in (("unpushed", {}), ("pushed", push)):
+                target = Path(directory) / name
+                _write_rewritten(checkpoint, rewritten, vectors, target)
+                results.append(self._load(target))
+        (unpushed, clean_before), (baked, clean_after) = results
+        return TwinVerdict(
+            zero_push_error=_largest(unpushed - self.logits) / _largest(self.logits),
+            push_error=_largest(baked - hooked) / max(effect, 1e-12),
+            effect=effect / self.logits.std().item(),
+            reload_clean=clean_before and clean_after,
+        )
+
     @property
     def hidden_size(self) -> int:
         """The width of the twin's residual stream."""
         return int(self.config.get_text_config().hidden_size)
 
     def _reload(self, model: nn.Module) -> tuple[torch.Tensor, bool]:
+        with tempfile.TemporaryDirectory() as directory:
+            with quiet_transformers():
+                model.save_pretrained(Path(directory))  # type: ignore[operator]
+            return self._load(Path(directory))
+
+    def _load(self, directory: Path) -> tuple[torch.Tensor, bool]:
+        """Return the logits of what transformers loads, and whether it loads without a remark."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        with tempfile.TemporaryDirectory() as directory, quiet_transformers():
-            model.save_pretrained(Path(directory))  # type: ignore[operator]
-            reloaded, report = AutoModelForCausalLM.from_pretrained(
+        with quiet_transformers():
+            loaded, report = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, output_loading_info=True
             )
-        return self.run(reloaded.eval()), not any(load_report(report).values())
+        return self.run(loaded.eval()), not any(load_report(report).values())
 
 
 def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
@@ -199,7 +241,23 @@ def fold(
             for slot in layer_slots:
                 weight = model.get_parameter(slot.weight) if slot.weight else None
                 bias = model.get_parameter(slot.bias)
-                bias.copy_(bias.double() + slot.delta(push[layer], weight))
+                bias.copy_(bias.double() + slot.delta(push[layer], weight, tuple(bias.shape)))
+
+
+def _write_rewritten(
+    checkpoint: Checkpoint,
+    rewritten: Rewritten,
+    push: Mapping[int, torch.Tensor],
+    target: Path,
+) -> None:
+    """Write a checkpoint as the writer would the real one, with the push folded in."""
+    from bake.plan import fold_push, place_push
+    from bake.writer import write_config, write_weights
+
+    target.mkdir()
+    edits = tuple(place_push(rewritten, fold_push(rewritten, push)))
+    write_weights(checkpoint, edits, target)
+    write_config(checkpoint, rewritten.config_changes, target)
 
 
 def _largest(values: torch.Tensor) -> float:
