@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_publish(commands)
+    _add_prompts(commands)
     _add_demo(commands)
     for name in ("direction", "calibrate", "verify"):
         _add_placement(commands.choices[name])
@@ -122,7 +123,12 @@ def _add_direction(commands: Any) -> None:
     command = commands.add_parser("direction", help="find a direction from contrast pairs")
     command.set_defaults(run=_run_direction)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
-    command.add_argument("--pairs", required=True, metavar="FILE", help="JSONL pairs or a set")
+    command.add_argument(
+        "--pairs",
+        required=True,
+        metavar="FILE",
+        help="JSONL pairs or a set (see bake prompts list)",
+    )
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="safetensors file")
     command.add_argument("--method", choices=("mean",), default="mean", help="difference of means")
     command.add_argument("--token", choices=("last", "mean", "all"), default="last")
@@ -135,7 +141,9 @@ def _add_calibrate(commands: Any) -> None:
     command.set_defaults(run=_run_calibrate)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="JSON file")
-    command.add_argument("--prompts", default="neutral", metavar="FILE", help="(neutral)")
+    command.add_argument(
+        "--prompts", default="neutral", metavar="FILE", help="text, JSONL or a set (neutral)"
+    )
     command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
     command.add_argument("--statistic", choices=("mean", "median"), default="mean", help="(mean)")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
@@ -174,6 +182,22 @@ def _add_publish(commands: Any) -> None:
     command.add_argument("directory", metavar="DIR")
     command.add_argument("repo_id", metavar="REPO_ID")
     command.add_argument("--public", action="store_true", help="make the repo public")
+
+
+def _add_prompts(commands: Any) -> None:
+    command = commands.add_parser("prompts", help="list or show the prompt sets and contrast pairs")
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="every set that ships: name, kind, count, purpose")
+    listing.set_defaults(run=_run_prompts_list)
+    showing = actions.add_parser("show", help="print a set: texts, or pairs as two lines + and -")
+    showing.set_defaults(run=_run_prompts_show)
+    showing.add_argument("name", metavar="NAME", help="a name from bake prompts list")
+    showing.add_argument("--limit", type=int, metavar="N", help="only the first N (all)")
+    for action in (listing, showing):
+        # Suppressed, or the default here would undo a --json that was given before the action.
+        action.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object"
+        )
 
 
 def _add_demo(commands: Any) -> None:
@@ -276,6 +300,22 @@ def _run_publish(parsed: argparse.Namespace) -> int:
 
     publication = api.publish(parsed.directory, parsed.repo_id, public=parsed.public)
     _print(parsed, publication.to_dict(), f"published as {publication.url}")
+    return 0
+
+
+def _run_prompts_list(parsed: argparse.Namespace) -> int:
+    from bake import prompt_sets, report
+
+    sets = prompt_sets.list_sets()
+    _print(parsed, {"sets": [found.to_dict() for found in sets]}, report.describe_sets(sets))
+    return 0
+
+
+def _run_prompts_show(parsed: argparse.Namespace) -> int:
+    from bake import prompt_sets, report
+
+    shown = prompt_sets.show_set(parsed.name, parsed.limit)
+    _print(parsed, shown.to_dict(), report.describe_set(shown))
     return 0
 
 

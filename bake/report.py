@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bake.equivalence import Equivalence
     from bake.norms import ActivationNorms
     from bake.pipeline import Export
+    from bake.prompt_sets import PromptSet, ShownSet
     from bake.thin import ThinExport
 
 SHOWN_SHARDS = 4
@@ -210,3 +211,22 @@ def describe_anatomy(anatomy: Anatomy) -> str:
         if site in anatomy.refusals:
             lines.append(f"  no: {anatomy.refusals[site]}")
     return "\n".join(lines)
+
+
+def describe_sets(sets: Sequence[PromptSet]) -> str:
+    """Return the table of the shipped sets; the purpose stands last, because it is a sentence."""
+    table = format_table(
+        ("name", "kind", "count"), [(found.name, found.kind, str(found.count)) for found in sets]
+    )
+    purposes = ("what it is for", *[found.description for found in sets])
+    return "\n".join(
+        f"{line}  {purpose}" for line, purpose in zip(table.splitlines(), purposes, strict=True)
+    )
+
+
+def describe_set(shown: ShownSet) -> str:
+    """Return a set's texts, or its pairs as a line with + and one with -; a gap where lines are many."""
+    if shown.about.kind == "pairs":
+        return "\n\n".join(f"+ {positive}\n- {negative}" for positive, negative in shown.entries)
+    texts = [text for (text,) in shown.entries]
+    return ("\n\n" if any("\n" in text for text in texts) else "\n").join(texts)
