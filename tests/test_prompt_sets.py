@@ -146,9 +146,7 @@ def test_the_two_texts_have_the_axis_s_lengths(name):
 
 # Not first-third-person, where pronouns are the axis, nor concise-wordy, whose long texts share words
 # that the short ones have no room for.
-@pytest.mark.parametrize(
-    "name", ["formal-casual", "confident-hedging", "cheerful-gloomy-everyday"]
-)
+@pytest.mark.parametrize("name", ["formal-casual", "confident-hedging", "cheerful-gloomy-everyday"])
 def test_no_single_word_carries_the_axis(name):
     """A direction should not be the direction of one word: none is in most of one side only."""
     pairs = read_pairs(name)
