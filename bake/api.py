@@ -13,6 +13,7 @@ from bake.checkpoint import open_description
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
+from bake.formats.objects import given_as_file
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.processes import divide, is_main
@@ -31,10 +32,15 @@ def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export
     """Bake a direction into `model` and write the checkpoint to `output`.
 
     options: the fields of `bake.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
+    direction: a path, `FILE:TENSOR[INDEX]`, or an object: a `Direction`, a steering-vectors
+    `SteeringVector`, {layer: vector}, a tensor or an array.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
     """
-    recipe = make_recipe({"model": model, "output": str(output), **_as_text(options)})
-    return thin.export_thin(recipe) if recipe.thin else pipeline.export(recipe)
+    with given_as_file(options.pop("direction", None)) as direction:
+        recipe = make_recipe(
+            {"model": model, "output": str(output), "direction": direction, **_as_text(options)}
+        )
+        return thin.export_thin(recipe) if recipe.thin else pipeline.export(recipe)
 
 
 def estimate(model: str, **options: Any) -> Estimate:

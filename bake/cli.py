@@ -71,7 +71,17 @@ def _add_export(commands: Any) -> None:
     option(
         "--recipe", metavar="FILE", help="YAML with any of these options; options given here win"
     )
-    option("--direction", metavar="FILE", help="direction file, or bake-demo")
+    option(
+        "--direction",
+        metavar="FILE",
+        help="a direction: safetensors, .gguf, .npy, .npz, .pt, a rotalabs-steer folder, "
+        "FILE:TENSOR[INDEX] of an autoencoder's decoder, or bake-demo",
+    )
+    option("--layer-offset", type=int, metavar="N", help="added to the layers the file names (0)")
+    option(
+        "--direction-site", choices=SITES[1:], help="where a file's direction was found (mlp_out)"
+    )
+    option("--keep-scale", action="store_true", help="α = m·‖v‖, the vector's own length, no law")
     option("--pairs", metavar="FILE", help="find the direction from contrast pairs: JSONL or a set")
     option("--output", "-o", metavar="DIR", help="directory to write; must not exist")
     option("--overwrite", action="store_true", help="replace the output directory when done")
