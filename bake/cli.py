@@ -6,15 +6,14 @@ Nothing heavy is imported until a command runs, so `bake --help` is instant.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bake import __version__
+from bake import __version__, direction_commands
 from bake.errors import BakeError
-from bake.processes import is_main
+from bake.results import print_result as _print
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
@@ -45,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 1 a known error, 2 usage, 3 not equivalent."""
-    parsed = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if direction_commands.is_command(words):
+        parsed = direction_commands.build_parser(words[1]).parse_args(words[2:])
+    else:
+        parsed = build_parser().parse_args(words)
     try:
         return int(parsed.run(parsed))
     except BakeError as error:
@@ -130,7 +133,12 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_direction(commands: Any) -> None:
-    command = commands.add_parser("direction", help="find a direction from contrast pairs")
+    command = commands.add_parser(
+        "direction",
+        help="find a direction from contrast pairs, or convert one",
+        epilog="bake direction convert FILE --output FILE writes one in another tool's format; see "
+        "bake direction convert --help",
+    )
     command.set_defaults(run=_run_direction)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
     command.add_argument(
@@ -335,11 +343,6 @@ def _run_demo(parsed: argparse.Namespace) -> int:
     result = showcase.run(Path(parsed.output) if parsed.output else None, parsed.overwrite)
     _print(parsed, result.to_dict(), showcase.describe(result))
     return 0
-
-
-def _print(parsed: argparse.Namespace, values: dict[str, Any], text: str) -> None:
-    if is_main():
-        print(json.dumps(values, indent=2, ensure_ascii=False) if parsed.json else text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import GivenVectors, from_mapping, from_tensor
+from bake.formats.given import GivenVectors, from_mapping, from_tensor, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ def npz_names(path: Path) -> list[str]:
 
 def read_npz_array(path: Path, name: str) -> torch.Tensor:
     """Read one array of an archive."""
-    origin = f"{path.name}: {name[:60]}"
+    origin = f"{path.name}: {shorten(name)}"
     try:
         with zipfile.ZipFile(path) as archive:
             entry = archive.getinfo(f"{name}.npy")

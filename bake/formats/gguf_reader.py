@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import MAX_LAYERS, GivenVectors
+from bake.formats.given import MAX_LAYERS, GivenVectors, printable
 from bake.safetensors_file import decode_tensor, read_range
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def read_gguf(path: Path) -> GivenVectors:
         raise DirectionError(
             f"{path.name} holds no tensor; a control vector has direction.1 and on"
         )
-    hint = str(file.metadata.get("controlvector.model_hint", ""))[:60]
+    hint = printable(file.metadata.get("controlvector.model_hint", ""))
     vectors = {layer: vectors[layer] for layer in sorted(vectors, key=lambda layer: layer or 0)}
     return GivenVectors(
         f"{FORMAT} for {hint}" if hint else FORMAT,

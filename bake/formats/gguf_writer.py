@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_gguf(path: Path, vectors: Mapping[int, torch.Tensor], model_hint: str) -> None:
-    """Write `direction.{l}`, F32, in the order of the layers, and the three keys that readers expect.
+def write_gguf(vectors: Mapping[int, torch.Tensor], model_hint: str) -> bytes:
+    """Return a file with `direction.{l}`, F32, by layer, and the three keys that readers expect.
 
     vectors: {0-based layer ≥ 1: (hidden_size,)}; llama.cpp takes none for layer 0, which is refused.
     model_hint: llama.cpp's name of the architecture; it and repeng only show it. The same vectors give
@@ -28,13 +29,16 @@ def write_gguf(path: Path, vectors: Mapping[int, torch.Tensor], model_hint: str)
         ) from None
     if not vectors or min(vectors) < 1:
         raise DirectionError("a control vector has layers from 1 on; llama.cpp takes none for 0")
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
-    # uint32, as repeng writes it: cvector-generator's int32 is how its other numbering is recognised.
-    writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vectors))
-    for layer in sorted(vectors):
-        writer.add_tensor(f"direction.{layer}", vectors[layer].float().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with tempfile.TemporaryDirectory(prefix="bake-gguf-") as folder:
+        path = Path(folder) / "vectors.gguf"  # The package writes to paths only.
+        writer = gguf.GGUFWriter(path, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
+        # uint32, as repeng has it: cvector-generator's int32 is how its other numbering is recognised.
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(vectors))
+        for layer in sorted(vectors):
+            writer.add_tensor(f"direction.{layer}", vectors[layer].float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()

@@ -171,3 +171,8 @@ def shorten(name: Any) -> str:
     """Return a key for a message: at most 60 characters, one line."""
     text = repr(name)
     return text if len(text) <= 60 else text[:57] + "…'"
+
+
+def printable(value: Any) -> str:
+    """Return what a file says of itself as one short line of text."""
+    return "".join(character for character in str(value)[:200] if character.isprintable())

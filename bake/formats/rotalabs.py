@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import GivenVectors, from_tensor, layer_number
+from bake.formats.given import GivenVectors, from_tensor, layer_number, printable
 from bake.formats.pickles import load_tensors
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _read_vector(described: Path) -> tuple[int, torch.Tensor, dict[str, str]]:
         "method": values.get("extraction_method"),
         "behavior": values.get("behavior"),
     }
-    return layer, vector, {k: v[:200] for k, v in known.items() if isinstance(v, str) and v}
+    return layer, vector, {k: printable(v) for k, v in known.items() if isinstance(v, str) and v}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
