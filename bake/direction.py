@@ -204,7 +204,8 @@ def read_vectors(path: Path) -> tuple[dict[int | None, torch.Tensor], dict[str, 
                     data, entry.dtype, entry.shape
                 )
     except CheckpointError as error:
-        raise DirectionError(f"{path} is not a safetensors file of a direction: {error}") from None
+        reason = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
+        raise DirectionError(f"{path} is not a safetensors file of a direction: {reason}") from None
     if not vectors:
         raise DirectionError(
             f"{path} holds no tensor named direction or direction.<layer>; is it a direction file?"

@@ -14,10 +14,11 @@ from bake.coefficients import OWN_LENGTH_LAW, compute_push
 from bake.direction import Direction, direction_bytes, load_direction
 from bake.errors import BakeError, DirectionError
 from bake.formats import fit_direction, read_direction
-from bake.formats.given import layer_number, name_layers
 from bake.formats.gguf_writer import write_gguf
+from bake.formats.given import layer_number, name_layers
 from bake.formats.objects import given_as_file, read_object
 from bake.hidden_sizes import describe_width, models_by_width
+from bake.pipeline import open_direction
 from bake.recipe import Recipe
 
 
@@ -142,9 +143,9 @@ def test_layers_are_named_shortly():
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
-    with pytest.raises(DirectionError, match="no direction file .*nowhere.gguf"):
+    with pytest.raises(DirectionError, match=r"no direction file .*nowhere\.gguf"):
         read_direction(tmp_path / "nowhere.gguf")
-    with pytest.raises(DirectionError, match="holds no layer_N.json"):
+    with pytest.raises(DirectionError, match=r"holds no layer_N\.json"):
         read_direction(tmp_path)
 
 
@@ -164,7 +165,9 @@ def test_wrong_width_names_both_numbers_and_models_of_that_width(tmp_path):
 def test_layer_that_the_model_lacks_is_refused(last, words):
     direction = Direction(vectors([2, last]), "mlp_out")
     direction.check_layers(last + 1)
-    with pytest.raises(DirectionError, match=f"layer {last} and the model has layers 0 to 5; .*{words}"):
+    with pytest.raises(
+        DirectionError, match=f"layer {last} and the model has layers 0 to 5; .*{words}"
+    ):
         direction.check_layers(6)
 
 
@@ -174,9 +177,10 @@ def test_assumed_site_is_announced(tmp_path):
     save_file({"direction": torch.ones(8)}, unnamed)
     fit = {"hidden_size": 8, "layer_count": 2}
     assert fit_direction(read_direction(named), named, **fit)[1] == []
-    assert "names no site; mlp_out is assumed" in fit_direction(
-        read_direction(unnamed), unnamed, **fit
-    )[1][0]
+    assert (
+        "names no site; mlp_out is assumed"
+        in fit_direction(read_direction(unnamed), unnamed, **fit)[1][0]
+    )
 
 
 # Python objects.
@@ -246,45 +250,39 @@ def test_export_of_a_control_vector_keeps_its_scale(llama, prompts_file, tmp_pat
     given = vectors(range(1, LAYERS), HIDDEN, scale=0.2)
     path = tmp_path / "v.gguf"
     path.write_bytes(write_gguf(given, "llama"))
-    out = {}
-    for keep in (True, False):
-        out[keep] = api.export(
-            str(llama),
-            direction=path,
-            output=tmp_path / f"out{keep}",
-            prompts=prompts_file,
-            keep_scale=keep,
-            multiplier=2.0,
-        )
-        assert "understood as GGUF control vector for llama" in capsys.readouterr().err
-    for entry in out[True].push.layers:
+    options = {"direction": path, "prompts": prompts_file, "keep_scale": True, "multiplier": 2.0}
+    result = api.export(str(llama), output=tmp_path / "out", **options)
+    assert "understood as GGUF control vector for llama" in capsys.readouterr().err
+    for entry in result.push.layers:
         assert entry.coefficient == pytest.approx(2.0 * float(given[entry.layer].norm()))
-        assert entry.coefficient != pytest.approx(
-            next(e.coefficient for e in out[False].push.layers if e.layer == entry.layer)
-        )
-        torch.testing.assert_close(out[True].push.vectors[entry.layer], 2.0 * given[entry.layer])
-    recorded = json.loads((out[True].output / "bake.json").read_text())
+        assert entry.coefficient != pytest.approx(2.0 * entry.activation_norm / HIDDEN**0.5)
+        torch.testing.assert_close(result.push.vectors[entry.layer], 2.0 * given[entry.layer])
+    recorded = json.loads((tmp_path / "out" / "bake.json").read_text())
     assert recorded["law"] == "own-length"
     assert recorded["direction"]["metadata"]["format"] == "GGUF control vector for llama"
-    card = (out[True].output / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
     assert "α_l = m·‖v_l‖" in card
     assert "read from another tool's file: GGUF control vector" in card
-    assert recorded["law"] != json.loads((out[False].output / "bake.json").read_text())["law"]
 
 
-def test_object_through_the_api_is_what_its_file_is(llama, prompts_file, tmp_path):
-    given = vectors(range(LAYERS), HIDDEN)
-    torch.save(given, tmp_path / "v.pt")
-    options = {"prompts": prompts_file, "band": "40:60"}
-    from_file = api.export(
-        str(llama), direction=tmp_path / "v.pt", output=tmp_path / "a", **options
-    )
-    from_object = api.export(
-        str(llama), direction=SteeringVector(given), output=tmp_path / "b", **options
-    )
-    assert from_file.push.vectors
-    for layer, vector in from_file.push.vectors.items():
-        torch.testing.assert_close(from_object.push.vectors[layer], vector, rtol=1e-5, atol=0)
+def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(api.pipeline, "export", lambda recipe: seen.append(open_direction(recipe)))
+    given = vectors([1, 4])
+    for direction in (SteeringVector(given), given, read_direction(given)):
+        api.export("model", direction=direction, output=tmp_path / "out", keep_scale=True)
+    assert len(seen) == 3
+    for found in seen:
+        assert_same_lines(found, given)
+    monkeypatch.setattr(api, "estimate_cost", lambda recipe: open_direction(recipe))
+    assert_same_lines(api.estimate("model", direction=SteeringVector(given)), given)
+
+
+def test_band_beyond_the_layers_of_the_file_is_refused(llama, tmp_path):
+    torch.save(vectors([1, 2], HIDDEN), tmp_path / "v.pt")
+    with pytest.raises(DirectionError, match="no vector for layer 3; it has layers 1, 2"):
+        api.export(str(llama), direction=tmp_path / "v.pt", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ def make(path, tensors, *, architecture="controlvector", count=("uint32", None),
         writer.add_string("controlvector.model_hint", hint)
     kind, value = count
     number = len(tensors) if value is None else value
-    (writer.add_uint32 if kind == "uint32" else writer.add_int32)("controlvector.layer_count", number)
+    (writer.add_uint32 if kind == "uint32" else writer.add_int32)(
+        "controlvector.layer_count", number
+    )
     writer.add_array("general.tags", ["one", "two"])
     writer.add_array("numbers", [1, 2, 3])
     for name, tensor in tensors.items():
@@ -87,7 +89,11 @@ def test_dtypes(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("tensors", "options", "message"),
     [
-        ({"direction.1": torch.ones(8)}, {"architecture": "llama"}, "'llama' and no control vector"),
+        (
+            {"direction.1": torch.ones(8)},
+            {"architecture": "llama"},
+            "'llama' and no control vector",
+        ),
         ({"blk.0.ffn_up.weight": torch.ones(8)}, {}, "a control vector's are direction.N"),
         ({"direction.x": torch.ones(8)}, {}, "a control vector's are direction.N"),
         ({"direction.1": torch.ones(8), "direction.2": torch.ones(9)}, {}, r"widths: \[8, 9\]"),
@@ -120,7 +126,7 @@ def test_written_file_is_what_llama_cpp_loads(tmp_path):
         assert tensor.shape.tolist() == [8]
         assert tensor.data.tolist() == vector.tolist()
     assert write_gguf(given, "qwen2") == path.read_bytes()
-    with pytest.raises(DirectionError, match="llama.cpp takes none for 0"):
+    with pytest.raises(DirectionError, match=r"llama\.cpp takes none for 0"):
         write_gguf(rows([0, 1]), "llama")
 
 

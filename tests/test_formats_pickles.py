@@ -101,15 +101,14 @@ def test_code_is_never_run(tmp_path, container):
     assert mark.exists()  # So it would have.
 
 
-def test_steering_vectors_pickle_says_how_to_save_it(tmp_path):
+def test_steering_vectors_pickle_says_how_to_save_it(tmp_path, monkeypatch):
     module = types.ModuleType("steering_vectors.steering_vector")
     source = "class SteeringVector:\n    def __init__(self, a): self.layer_activations = a\n"
     exec(source, vars(module))
-    sys.modules[module.__name__] = module
-    try:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "steering_vectors", types.ModuleType("steering_vectors"))
+        patched.setitem(sys.modules, module.__name__, module)
         path = save(tmp_path / "v.pt", module.SteeringVector({3: V}))
-    finally:
-        del sys.modules[module.__name__]
     assert "torch.save(steering_vector.layer_activations, FILE)" in refused(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import GivenVectors, from_mapping, from_tensor, layer_number, shorten
+from bake.formats.given import (
+    GivenVectors,
+    from_mapping,
+    from_tensor,
+    layer_number,
+    printable,
+    shorten,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +34,20 @@ FORMAT = "PyTorch file"
 NESTS = ("layer_activations", "directions", "vectors", "steering_vectors")
 DEPTH = 2  # containers in each other that are looked into
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
-_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
+# What torch's reader lets through from a damaged pickle: it checks types, not lengths.
+_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def read_pt(path: Path) -> GivenVectors:
@@ -72,12 +93,13 @@ def _refuse_code(path: Path, message: str) -> DirectionError:
     found = _GLOBAL.search(message)
     if not found:
         return DirectionError(f"{path.name} is no sound PyTorch file; save it again")
-    if found[1].rstrip(".").startswith("steering_vectors."):
+    code = printable(found[1]).rstrip(".")
+    if code.startswith("steering_vectors."):
         remedy = "torch.save(steering_vector.layer_activations, FILE) saves the same without code"
     else:
         remedy = "save the tensors alone: torch.save({layer: tensor, …}, FILE)"
     return DirectionError(
-        f"{path.name} holds pickled code ({found[1][:80].rstrip('.')}), which bake never runs; {remedy}"
+        f"{path.name} holds pickled code ({code}), which bake never runs; {remedy}"
     )
 
 
