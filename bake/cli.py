@@ -19,6 +19,7 @@ DESCRIPTION = "Turn a steering direction into ordinary weights: plain transforme
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 SHARDS = ("copy", "hardlink", "symlink")
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -111,6 +112,12 @@ def _add_export(commands: Any) -> None:
     option("--coefficients", metavar="L=α,…", help="explicit α per layer instead of a law")
     option("--site", choices=SITES, help="where the push is added (auto)")
     option("--slot", choices=("norm", "projection"), help="which bias takes it where both can")
+    option(
+        "--target",
+        choices=ENGINES,
+        help="only a route that is known to survive in this engine (default: any; it is announced where "
+        "the chosen one survives)",
+    )
     option("--convert-site", action="store_true", help="use a residual direction at an input site")
     option("--method", choices=("mean",), help="with --pairs: how the direction is found (mean)")
     option("--token", choices=("last", "mean", "all"), help="with --pairs: tokens read (last)")

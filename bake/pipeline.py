@@ -15,6 +15,7 @@ from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
 from bake.contrast import find_direction, read_pairs
 from bake.direction import Direction, convert_to_input, direction_bytes
+from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError
 from bake.formats import fit_direction, read_direction
@@ -237,11 +238,12 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
 
 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
-    """Choose the site's route, and announce what was chosen where the user left it open."""
+    """Choose the site's route; announce it where the user left it open, and where it survives."""
     found_at = given.site if given else None
-    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at)
+    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at, target=recipe.target)
     if recipe.site == "auto":
         announce(f"site {route.site}: {route.describe()}")
+    announce(describe_survivals(anatomy.survivals(route)))
     if found_at is not None:
         note = check_direction_site(found_at, route.site, convert=recipe.convert_site)
         if note:
@@ -394,6 +396,7 @@ def describe_bake(
         "calibration": norms.to_dict(),
         "direction": direction.to_dict(),
         "plan": plan.to_dict(),
+        "survives": to_values(survivals(plan.outline(base.anatomy.model_type))),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from bake.coefficients import DEFAULT_LAW, LAWS
 from bake.copying import SHARDS
+from bake.engines import check_engine
 from bake.errors import BakeError
 from bake.sites import check_site
 
@@ -26,7 +27,8 @@ class Recipe:
     """Everything that decides an export. Paths are as the user gave them.
 
     band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
-    "projection" where a site has both, else None. coefficients: "6=0.5,8=1.0" replaces the law.
+    "projection" where a site has both, else None. target: an engine that the bake has to survive in.
+    coefficients: "6=0.5,8=1.0" replaces the law.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
     calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
     direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
@@ -47,6 +49,7 @@ class Recipe:
     coefficients: str | None = None
     site: str = "auto"
     slot: str | None = None
+    target: str | None = None
     convert_site: bool = False
     method: str = "mean"
     token: str = "last"
@@ -87,6 +90,8 @@ class Recipe:
         self._check_direction()
         if self.shards not in SHARDS:
             raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
+        if self.target is not None:
+            check_engine(self.target)
         if self.thin:
             self._check_thin()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bake.engines import describe_survivals
 from bake.sites import DESCRIPTIONS, SITES
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ def describe_anatomy(anatomy: Anatomy) -> str:
                 f"  exact, {route.route}: {route.describe()}",
                 f"    config: {changes or 'unchanged'}; adds {route.added_values:,} values, "
                 f"no compute to speak of; on the twin {route.twin.push_error:.0e} from the hook",
+                f"    {describe_survivals(anatomy.survivals(route), brief=True)}",
             ]
         if site in anatomy.refusals:
             lines.append(f"  no: {anatomy.refusals[site]}")
