@@ -113,10 +113,10 @@ def survival(
         return Survival(engine, engine, version(engine), "kept", "proven by loading it", "run")
     facts = read_facts()[engine]
     verdict, reason = _judge(facts, model_type, _in_layer(slots), _in_layer(new_parameters))
-    family = facts["reads"].get(model_type, {})
-    seen = f"{family.get('checked', facts['checked'])}: {family.get('file', facts['source'])}"
-    if verdict == "unknown":
-        seen = "not checked"
+    family = facts["reads"].get(model_type)
+    seen = f"read: {facts['source']}" if verdict != "unknown" else "not checked"
+    if family is not None:
+        seen = f"{family.get('checked', facts['checked'])}: {family['file']}"
     return Survival(engine, facts["name"], facts["version"], verdict, reason, seen)
 
 
@@ -181,7 +181,7 @@ def _judge(
     verdict: Verdict = family.get("unread", facts["unread"])
     if unread or (beside and verdict == "error"):
         how = family.get("how", facts["how"])
-        return verdict, f"no slot for {', '.join(unread or beside)}: {how}"
+        return verdict, f"no slot for {', '.join(unread or beside)}, {how}"
     return "kept", f"reads {', '.join(pushed)}"
 
 

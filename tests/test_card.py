@@ -41,7 +41,7 @@ VALUES = {
             "name": "SGLang",
             "version": "0.5.23",
             "verdict": "dropped",
-            "reason": "no slot for mlp.down_proj.bias: dropped silently",
+            "reason": "no slot for mlp.down_proj.bias, not told in any log",
             "seen": "read: llama.py",
         },
     },
@@ -151,7 +151,7 @@ def test_every_engine_is_a_row_with_its_verdict_and_how_it_is_known():
         [
             "SGLang 0.5.23",
             "dropped",
-            "no slot for mlp.down_proj.bias: dropped silently",
+            "no slot for mlp.down_proj.bias, not told in any log",
             "read: llama.py",
         ],
     ]
