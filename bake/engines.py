@@ -35,13 +35,13 @@ class Outline:
     """What an engine sees of a baked checkpoint: its architecture and the parameters that are new to it.
 
     model_type: the output's, which is a host's where one is used. pushed: names of the parameters that
-    hold the push. zeros: names of the zero biases that a config flag brings along. Names may be whole
+    hold the push. created: all that the bake creates; what no push goes to is zero. Names may be whole
     or begin inside the decoder layer.
     """
 
     model_type: str
     pushed: tuple[str, ...]
-    zeros: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def survivals(outline: Outline | None) -> tuple[Survival, ...]:
 def survival_of(engine: str, outline: Outline | None) -> Survival:
     """Say what one engine does with a checkpoint; None: not known before the base is rewritten."""
     if outline is not None:
-        return survival(engine, outline.model_type, outline.pushed, outline.zeros)
+        return survival(engine, outline.model_type, outline.pushed, outline.created)
     if engine == _PROVEN_IN:
         return survival(engine, "", ())
     facts = read_facts()[engine]

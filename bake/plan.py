@@ -83,7 +83,7 @@ class Plan:
         return Outline(
             self.config_changes.get("model_type", model_type),
             pushed=tuple(edit.parameter for edit in self.slot_edits),
-            zeros=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
+            created=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {**COMMON, "partial_rotary_factor": 0.5},
     "starcoder2": {**COMMON, "sliding_window": None},
 }
-# MLX computes the GELU of these in another way, which moves their base by as much.
+# Here one of the two takes the exact GELU and the other its tanh form, which moves the base by as much.
 COARSE = {"gpt_bigcode", "gpt_neox", "starcoder2"}
 
 
