@@ -34,6 +34,30 @@ def read_remote_headers(
         return dict(zip(files, headers, strict=True))
 
 
+def read_remote_range(
+    model_id: str, revision: str | None, file: str, start: int, stop: int
+) -> bytes:
+    """Bytes [start, stop) of a file in a repository on the Hub.
+
+    Raises CheckpointError where the Hub refuses or sends something else than was asked for.
+    """
+    data = bytearray()
+    if stop > start:
+        with _opened(model_id, revision, file, start, stop) as response:
+            if response.status_code != 206 and start:
+                raise CheckpointError(
+                    f"{model_id}/{file}: the Hub answers with the whole file instead of a range: "
+                    "download the model and give its directory."
+                )
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= stop - start:
+                    break
+    if len(data) < stop - start:
+        raise CheckpointError(f"{model_id}/{file} ended early on the Hub: try again.")
+    return bytes(data[: stop - start])
+
+
 def _read_remote_header(model_id: str, revision: str | None, file: str) -> Header:
     origin = f"{model_id}/{file}"
     start, size = _read_start(model_id, revision, file, _FIRST_BYTES)
@@ -46,7 +70,7 @@ def _read_remote_header(model_id: str, revision: str | None, file: str) -> Heade
 def _read_start(model_id: str, revision: str | None, file: str, count: int) -> tuple[bytes, int]:
     """The first `count` bytes of a file, or all of a shorter one, and its size."""
     data = bytearray()
-    with _opened(model_id, revision, file, count) as response:
+    with _opened(model_id, revision, file, 0, count) as response:
         size = _file_size(response)
         if size is None:
             raise CheckpointError(
@@ -61,14 +85,14 @@ def _read_start(model_id: str, revision: str | None, file: str, count: int) -> t
 
 
 @contextmanager
-def _opened(model_id: str, revision: str | None, file: str, count: int) -> Iterator[Any]:
-    """The Hub's answer to a request for the first `count` bytes."""
+def _opened(model_id: str, revision: str | None, file: str, start: int, stop: int) -> Iterator[Any]:
+    """The Hub's answer to a request for bytes [start, stop)."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     headers = {
         **build_hf_headers(library_name="bake-steering"),
-        "Range": f"bytes=0-{count - 1}",
+        "Range": f"bytes={start}-{stop - 1}",
         "Accept-Encoding": "identity",
     }
     with (

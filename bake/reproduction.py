@@ -1,0 +1,167 @@
+"""`bake reproduce`: build a bake again from its `bake.json` and its base, and compare every file.
+
+The recorded coefficients and directions decide, so nothing is measured and no model runs; what a fresh
+calibration would give is said on request.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.card import render_card
+from bake.checkpoint import open_checkpoint
+from bake.errors import EquivalenceError
+from bake.hashing import hash_files
+from bake.norms import measure_norms
+from bake.pipeline import (
+    CARD_FILE,
+    DIRECTION_FILE,
+    RESULT_FILE,
+    Base,
+    encode_result,
+    load_base,
+    open_base,
+)
+from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.streaming import Placement
+from bake.verification import (
+    base_name,
+    base_revision,
+    read_result,
+    rebuild_plan,
+    rebuild_push,
+    words_of,
+)
+from bake.writer import copy_companions, write_config, write_weights
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What building again gave: files whose bytes are the same, and those that are not.
+
+    fresh_norms: {layer: (recorded μ, measured again)} where that was asked for.
+    """
+
+    directory: Path
+    base: str
+    same: tuple[str, ...]
+    differing: tuple[str, ...]
+    fresh_norms: Mapping[int, tuple[float, float]] | None = None
+
+    @property
+    def identical(self) -> bool:
+        """Whether every file came out byte for byte."""
+        return not self.differing
+
+    @property
+    def drift(self) -> float | None:
+        """The largest relative difference between recorded and fresh norms."""
+        if self.fresh_norms is None:
+            return None
+        return max(abs(fresh - old) / old for old, fresh in self.fresh_norms.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "directory": str(self.directory),
+            "base": self.base,
+            "identical": self.identical,
+            "same": list(self.same),
+            "differing": list(self.differing),
+            "drift": self.drift,
+        }
+
+    def raise_if_different(self) -> None:
+        """Raise EquivalenceError naming the first file that came out differently."""
+        if self.differing:
+            more = f" and {len(self.differing) - 1} more" if len(self.differing) > 1 else ""
+            raise EquivalenceError(
+                f"not reproduced: {self.differing[0]}{more} came out with other bytes than in "
+                f"{self.directory.name}; was the base another one, or the directory changed?"
+            )
+
+
+def reproduce(
+    model: str,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    calibrate: str | None = None,
+    placement: Placement | None = None,
+) -> Reproduction:
+    """Build a baked directory or Hub id again in a temporary directory, and compare the files.
+
+    base: path or Hub id; as recorded where it is left out. calibrate: a prompt set to measure the
+    norms on once more, to say whether a fresh calibration would differ. Raises CheckpointError where
+    the bake or its base cannot be read.
+    """
+    directory = open_checkpoint(model, revision=revision).source
+    recorded = read_result(directory)
+    opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
+    push = rebuild_push(recorded, directory)
+    plan = rebuild_plan(recorded, opened, push)
+    with tempfile.TemporaryDirectory(prefix="bake-reproduce-", dir=_roomy(directory)) as folder:
+        again = Path(folder)
+        write_weights(opened.checkpoint, plan.edits, again)
+        write_config(opened.checkpoint, plan.config_changes, again)
+        copy_companions(opened.checkpoint, again)
+        (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
+        story = {key: value for key, value in recorded.items() if key != "files"}
+        card = render_card({**story, **words_of(recorded, opened, plan)})
+        (again / CARD_FILE).write_text(card, encoding="utf-8")
+        built = hash_files(again)
+        text = encode_result({**story, "files": built})
+    expected = recorded["files"]
+    names = sorted({*expected, *built})
+    wrong = [
+        name
+        for name in names
+        if name not in built
+        or name not in expected
+        or built[name]["sha256"] != expected[name]["sha256"]
+    ]
+    if text != (directory / RESULT_FILE).read_text(encoding="utf-8"):
+        wrong.append(RESULT_FILE)
+    same = [name for name in (*names, RESULT_FILE) if name not in wrong]
+    fresh = _measure(opened, recorded, calibrate, placement) if calibrate else None
+    return Reproduction(directory, opened.checkpoint.model_id, tuple(same), tuple(wrong), fresh)
+
+
+def _roomy(directory: Path) -> Path | None:
+    """Return where to build: beside the bake where that can be written, so that clones cost nothing."""
+    import os
+
+    return directory.parent if os.access(directory.parent, os.W_OK) else None
+
+
+def _measure(
+    opened: Base, recorded: Mapping[str, Any], prompts: str, placement: Placement | None
+) -> dict[int, tuple[float, float]]:
+    layers = {int(entry["layer"]): float(entry["activation_norm"]) for entry in recorded["layers"]}
+    tokenizer = load_tokenizer(opened.checkpoint.directory)
+    norms = measure_norms(
+        load_base(opened.checkpoint, placement),
+        opened.anatomy.structure,
+        recorded["site"],
+        make_batches(encode(tokenizer, read_prompts(prompts))),
+        sorted(layers),
+        statistic=recorded["calibration"].get("statistic", "mean"),
+    ).values()
+    return {layer: (mu, norms[layer]) for layer, mu in layers.items()}
+
+
+def describe(found: Reproduction) -> str:
+    """Return what a person reads."""
+    lines = [f"{found.directory.name}, built again from {found.base}:"]
+    lines += [f"  same bytes: {name}" for name in found.same]
+    lines += [f"  DIFFERENT: {name}" for name in found.differing]
+    if found.drift is not None:
+        lines.append(
+            f"a fresh calibration differs from the recorded norms by {found.drift:.2%} at most; the "
+            f"recorded ones were used"
+        )
+    return "\n".join(lines)
