@@ -69,15 +69,7 @@ def verify(
     check_shards(directory, recorded)
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
-    route = opened.anatomy.choose(recorded["site"], kind=recorded["slot"]["kind"])
-    stored_as = recorded["plan"]["dtype"]
-    plan = make_plan(
-        opened.checkpoint,
-        opened.anatomy,
-        route,
-        push,
-        dtype=None if stored_as == "as the base" else stored_as,
-    )
+    plan = rebuild_plan(recorded, opened, push)
     baked = open_checkpoint(str(directory))
     found = prove(
         opened,
@@ -97,6 +89,19 @@ def verify(
         record_proof(directory, recorded, found, words_of(recorded, opened, plan))
         announce(f"{directory} is complete: bake.json and the card record the proof")
     return Verification(directory, opened.checkpoint.model_id, found)
+
+
+def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
+    """Return the plan of a bake: its site, slots and dtype, on its base, with a push."""
+    route = opened.anatomy.choose(recorded["site"], kind=recorded["slot"]["kind"])
+    stored_as = recorded["plan"]["dtype"]
+    return make_plan(
+        opened.checkpoint,
+        opened.anatomy,
+        route,
+        push,
+        dtype=None if stored_as == "as the base" else stored_as,
+    )
 
 
 def words_of(recorded: Mapping[str, Any], base: Base, plan: Plan) -> dict[str, Any]:
