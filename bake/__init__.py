@@ -14,12 +14,16 @@ __version__ = "0.1.0"
 __all__ = [
     "calibrate",
     "convert_direction",
+    "diff",
     "estimate",
     "export",
     "extract_direction",
     "inspect",
     "publish",
     "read_direction",
+    "reproduce",
+    "rescale",
+    "undo",
     "verify",
 ]
 
@@ -27,12 +31,16 @@ if TYPE_CHECKING:
     from bake.api import (
         calibrate,
         convert_direction,
+        diff,
         estimate,
         export,
         extract_direction,
         inspect,
         publish,
         read_direction,
+        reproduce,
+        rescale,
+        undo,
         verify,
     )
 

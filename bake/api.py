@@ -28,7 +28,10 @@ from bake.verification import Verification
 from bake.verification import verify as verify_directory
 
 if TYPE_CHECKING:
+    from bake.compare import Difference
     from bake.hub import Publication
+    from bake.reproduction import Reproduction
+    from bake.restoration import Rescaled, Undone
 
 
 def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export | thin.ThinExport:
@@ -169,6 +172,48 @@ def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Pub
     return hub.publish(Path(directory), repo_id, private=not public)
 
 
+def diff(
+    base: str | Path,
+    baked: str | Path,
+    *,
+    base_revision: str | None = None,
+    revision: str | None = None,
+) -> Difference:
+    """Say which tensors, config keys and files of two checkpoints differ, and by how much."""
+    from bake import compare
+
+    return compare.diff(str(base), str(baked), base_revision=base_revision, revision=revision)
+
+
+def reproduce(
+    model: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    calibrate: str | None = None,
+) -> Reproduction:
+    """Build a bake again from its bake.json and its base, and compare every file."""
+    from bake import reproduction
+
+    return reproduction.reproduce(str(model), base=base, revision=revision, calibrate=calibrate)
+
+
+def rescale(directory: str | Path, *, multiplier: float) -> Rescaled:
+    """Give a baked directory another strength, in place."""
+    from bake import restoration
+
+    return restoration.rescale(Path(directory), multiplier)
+
+
+def undo(
+    model: str | Path, *, output: str | Path, overwrite: bool = False, revision: str | None = None
+) -> Undone:
+    """Write the base of a bake, from the bake alone."""
+    from bake import restoration
+
+    return restoration.undo(str(model), Path(output), overwrite=overwrite, revision=revision)
+
+
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
     paths = ("pairs", "prompts", "calibration", "output")
@@ -190,11 +235,15 @@ def _write_file(path: Path, data: bytes) -> None:
 __all__ = [
     "calibrate",
     "convert_direction",
+    "diff",
     "estimate",
     "export",
     "extract_direction",
     "inspect",
     "publish",
     "read_direction",
+    "reproduce",
+    "rescale",
+    "undo",
     "verify",
 ]

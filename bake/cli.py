@@ -35,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_publish(commands)
     _add_prompts(commands)
+    _add_diff(commands)
+    _add_reproduce(commands)
+    _add_rescale(commands)
+    _add_undo(commands)
     _add_demo(commands)
     for name in ("direction", "calibrate", "verify"):
         _add_placement(commands.choices[name])
@@ -225,6 +229,54 @@ def _add_prompts(commands: Any) -> None:
         )
 
 
+def _add_diff(commands: Any) -> None:
+    command = commands.add_parser(
+        "diff",
+        help="which tensors, config keys and files differ, and by how much",
+        description="Compare two checkpoints byte for byte; of those on the Hub, headers and the bytes of "
+        "files whose hash differs.",
+    )
+    command.set_defaults(run=_run_diff)
+    command.add_argument("base", metavar="BASE", help="path, Hub id, or bake-demo")
+    command.add_argument("baked", metavar="BAKED", help="path or Hub id")
+    command.add_argument("--base-revision", metavar="REV", help="of a base on the Hub")
+    command.add_argument("--revision", metavar="REV", help="of a baked model on the Hub")
+
+
+def _add_reproduce(commands: Any) -> None:
+    command = commands.add_parser(
+        "reproduce", help="build a bake again from its bake.json and compare every file"
+    )
+    command.set_defaults(run=_run_reproduce)
+    command.add_argument("model", metavar="DIR|REPO_ID")
+    command.add_argument("--base", metavar="MODEL", help="the base (as bake.json names it)")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    command.add_argument(
+        "--calibrate", metavar="SET", help="also measure the norms again and say how they differ"
+    )
+
+
+def _add_rescale(commands: Any) -> None:
+    command = commands.add_parser(
+        "rescale",
+        help="give a baked directory another strength",
+        description="New bytes for the slots, in place; nothing else moves. Not verified until bake verify "
+        "has run again.",
+    )
+    command.set_defaults(run=_run_rescale)
+    command.add_argument("directory", metavar="DIR")
+    command.add_argument("--multiplier", "-m", type=float, required=True, metavar="M")
+
+
+def _add_undo(commands: Any) -> None:
+    command = commands.add_parser("undo", help="write the base of a bake, from the bake alone")
+    command.set_defaults(run=_run_undo)
+    command.add_argument("model", metavar="DIR|REPO_ID")
+    command.add_argument("--output", "-o", required=True, metavar="DIR", help="must not exist")
+    command.add_argument("--overwrite", action="store_true", help="replace what is there")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+
+
 def _add_demo(commands: Any) -> None:
     command = commands.add_parser(
         "demo", help="the whole pipeline on the small model that ships in the package"
@@ -341,6 +393,57 @@ def _run_prompts_show(parsed: argparse.Namespace) -> int:
 
     shown = prompt_sets.show_set(parsed.name, parsed.limit)
     _print(parsed, shown.to_dict(), report.describe_set(shown))
+    return 0
+
+
+def _run_diff(parsed: argparse.Namespace) -> int:
+    from bake import api, compare
+
+    found = api.diff(
+        parsed.base,
+        parsed.baked,
+        base_revision=parsed.base_revision,
+        revision=parsed.revision,
+    )
+    _print(parsed, found.to_dict(), compare.describe(found))
+    return 0
+
+
+def _run_reproduce(parsed: argparse.Namespace) -> int:
+    from bake import api, reproduction
+
+    found = api.reproduce(
+        parsed.model, base=parsed.base, revision=parsed.revision, calibrate=parsed.calibrate
+    )
+    _print(parsed, found.to_dict(), reproduction.describe(found))
+    found.raise_if_different()
+    return 0
+
+
+def _run_rescale(parsed: argparse.Namespace) -> int:
+    from bake import api
+
+    found = api.rescale(parsed.directory, multiplier=parsed.multiplier)
+    text = (
+        f"{found.directory}: m = {found.before:g} is now m = {found.multiplier:g}; new bytes in "
+        f"{', '.join(found.files)}\nnot verified at this strength: bake verify {found.directory}"
+    )
+    _print(parsed, found.to_dict(), text)
+    return 0
+
+
+def _run_undo(parsed: argparse.Namespace) -> int:
+    from bake import api
+
+    found = api.undo(
+        parsed.model, output=parsed.output, overwrite=parsed.overwrite, revision=parsed.revision
+    )
+    text = (
+        f"{found.output}: {found.base} with its {found.tensors} tensors; {found.dropped} of the bake's "
+        f"dropped, {len(found.restored)} patched ones restored; "
+        f"{len(found.whole_files)} weight files as they were, byte for byte"
+    )
+    _print(parsed, found.to_dict(), text)
     return 0
 
 

@@ -60,6 +60,11 @@ def is_thin(recorded: Mapping[str, Any]) -> bool:
     return _KEY in recorded
 
 
+def is_unproven(recorded: Mapping[str, Any]) -> bool:
+    """Tell whether a bake says of itself that it was not verified: a thin or a rescaled one."""
+    return recorded["equivalence"].get("verified") is False
+
+
 def check_shards(directory: Path, recorded: Mapping[str, Any]) -> None:
     """Raise CheckpointError naming the base shards that a thin bake still lacks, and their base."""
     if not is_thin(recorded):
@@ -94,7 +99,7 @@ def record_proof(
     equivalence: Equivalence,
     words: Mapping[str, Any],
 ) -> None:
-    """Replace a thin bake's card and `bake.json` by those of a proven one.
+    """Replace an unproven bake's card and `bake.json` by those of a proven one.
 
     words: what the card needs beside `bake.json` (see `pipeline.card_words`). The result is what a
     whole export would have written. Raises OutputError where the directory cannot be written.

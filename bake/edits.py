@@ -63,12 +63,15 @@ class Transform:
     `function` takes the decoded tensor `name` and returns {new name: tensor}; what it returns
     must have the names and shapes of `outputs` (new name → shape) and the dtype that `dtype`
     names, so that headers can be planned without weights. An output may keep the input's name.
+    `splits` says that the outputs, one after another along the first axis, are the input, which is
+    what undoing a bake needs to know.
     """
 
     name: str
     outputs: Mapping[str, tuple[int, ...]]
     function: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
     dtype: str | None = None  # safetensors dtype of the outputs ("F32", …); None: the input's dtype
+    splits: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
+from bake.restoration import describe_undo
 from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
@@ -167,6 +168,7 @@ def export(recipe: Recipe) -> Export:
             )
             equivalence.raise_if_failed()
         story = describe_bake(base, push, plan, norms, direction)
+        story["undo"] = describe_undo(base.checkpoint, plan, written.sources)
         story["equivalence"] = equivalence.to_dict()
         with clock.stage("describe"):
             kept = Direction(
@@ -175,7 +177,7 @@ def export(recipe: Recipe) -> Export:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            card = render_card({**story, **card_words(base, plan, direction)})
+            card = render_card({**story, **words_for(plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
         with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
             files = hash_files(staging, known=written.known_sha256, progress=progress)
@@ -400,10 +402,12 @@ def describe_bake(
     }
 
 
-def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
+def card_words(
+    site: str, slots: str, config_changes: Mapping[str, Any], direction: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the phrases that the card needs beside the values of `bake.json`."""
-    known = direction.metadata
-    story = f"found at {direction.site}"
+    known = direction["metadata"]
+    story = f"found at {direction['site']}"
     if known.get("method") == "mean":
         story += (
             f" as the difference of mean activations over {known.get('pairs', '?')} contrast pairs "
@@ -412,11 +416,17 @@ def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
     if "understood" in known:
         story += f"; read from another tool's file: {known['understood']}"
     return {
-        "site_description": DESCRIPTIONS[plan.route.site],
-        "slots": plan.route.describe(),
-        "config_changes": dict(plan.config_changes),
+        "site_description": DESCRIPTIONS[site],
+        "slots": slots,
+        "config_changes": dict(config_changes),
         "direction_story": story,
     }
+
+
+def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
+    """Return the card's phrases for a bake that is being made."""
+    route = plan.route
+    return card_words(route.site, route.describe(), plan.config_changes, direction.to_dict())
 
 
 def encode_result(result: Mapping[str, Any]) -> str:

@@ -31,7 +31,8 @@ FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 class SlotEdit:
     """One slot of one layer: what it held, what it is pushed by, and what is stored.
 
-    parameter: its name in the model; name: on disk. old and delta: float64, in the slot's shape; old is
+    parameter: its name in the model; name: on disk; weight: the name on disk of the matrix that W·v is
+    made with. old and delta: float64, in the slot's shape; old is
     zero for a new slot. stored: cast(old + delta) in the stored dtype.
     """
 
@@ -43,6 +44,26 @@ class SlotEdit:
     old: torch.Tensor
     delta: torch.Tensor
     stored: torch.Tensor
+    weight: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: what another strength needs to be folded into the same slot.
+
+        old: the value that a new slot has without a push, where it is the same everywhere.
+        """
+        first = float(self.old.flatten()[0]) if self.is_new and self.old.numel() else 0.0
+        uniform = self.is_new and bool((self.old == first).all())
+        return {
+            "layer": self.layer,
+            "name": self.name,
+            "weight": self.weight,
+            "is_new": self.is_new,
+            "old": first if uniform else None,
+            "scale": self.slot.scale,
+            "transposed": self.slot.transposed,
+            "axis": self.slot.axis,
+            "span": list(self.slot.span) if self.slot.span else None,
+        }
 
     @property
     def representation_error(self) -> float:
@@ -93,6 +114,7 @@ class Plan:
             "patched": sorted(edit.name for edit in self.slot_edits if not edit.is_new),
             "config_changes": dict(self.config_changes),
             "dtype": self.dtype,
+            "slots": [edit.to_dict() for edit in self.slot_edits],
         }
 
 
@@ -266,7 +288,15 @@ def _edit_slot(
         )
     target = torch_dtype(FLOAT_DTYPES[dtype] if dtype else code)
     return SlotEdit(
-        layer, slot, slot.bias, name, found is None, old, delta, (old + delta).to(target)
+        layer,
+        slot,
+        slot.bias,
+        name,
+        found is None,
+        old,
+        delta,
+        (old + delta).to(target),
+        names.existing(slot.weight) if slot.weight else None,
     )
 
 

@@ -111,7 +111,7 @@ def reproduce(
         copy_companions(opened.checkpoint, again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
         story = {key: value for key, value in recorded.items() if key != "files"}
-        card = render_card({**story, **words_of(recorded, opened, plan)})
+        card = render_card({**story, **words_of(recorded)})
         (again / CARD_FILE).write_text(card, encoding="utf-8")
         built = hash_files(again)
         text = encode_result({**story, "files": built})

@@ -26,7 +26,6 @@ from bake.pipeline import (
     DIRECTION_FILE,
     RESULT_FILE,
     Base,
-    card_words,
     choose_layers,
     choose_route,
     describe_bake,
@@ -35,9 +34,11 @@ from bake.pipeline import (
     open_base,
     open_direction,
     saved_norms,
+    words_for,
 )
 from bake.plan import Plan, make_plan
 from bake.recipe import Recipe
+from bake.restoration import describe_undo
 from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
@@ -121,9 +122,9 @@ def export_thin(recipe: Recipe) -> ThinExport:
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
             story = describe_bake(base, push, plan, norms, direction)
-            card = render_card(
-                {**story, "equivalence": equivalence, **card_words(base, plan, direction)}
-            )
+            sources = {shard.name: shard.base_file for shard in needs}
+            story["undo"] = describe_undo(checkpoint, plan, sources)
+            card = render_card({**story, "equivalence": equivalence, **words_for(plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
             files = hash_files(staging)
             result = {**story, **describe_needs(needs), "equivalence": equivalence, "files": files}

@@ -15,8 +15,8 @@ from typing import Any
 
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import LayerPush, Push
-from bake.completion import check_shards, is_thin, record_proof
-from bake.direction import Direction, load_direction
+from bake.completion import check_shards, is_unproven, record_proof
+from bake.direction import load_direction
 from bake.equivalence import Equivalence
 from bake.errors import CheckpointError
 from bake.hashing import hash_files
@@ -60,7 +60,7 @@ def verify(
 ) -> Verification:
     """Prove a baked directory again. The result's failures say what is wrong.
 
-    A thin bake whose base shards have been added is recorded as proven when it is.
+    A thin or rescaled bake is recorded as proven when it is.
 
     base: path or Hub id; the Hub id in bake.json where it is left out. Raises CheckpointError where
     the directory was not made by bake, cannot be read, or its base is not named.
@@ -85,9 +85,9 @@ def verify(
         *compare_files(directory, recorded),
     ]
     found = replace(found, failures=(*found.failures, *differences))
-    if is_thin(recorded) and found.passed:
-        record_proof(directory, recorded, found, words_of(recorded, opened, plan))
-        announce(f"{directory} is complete: bake.json and the card record the proof")
+    if is_unproven(recorded) and found.passed:
+        record_proof(directory, recorded, found, words_of(recorded))
+        announce(f"{directory} is proven: bake.json and the card say so now")
     return Verification(directory, opened.checkpoint.model_id, found)
 
 
@@ -104,10 +104,14 @@ def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
     )
 
 
-def words_of(recorded: Mapping[str, Any], base: Base, plan: Plan) -> dict[str, Any]:
-    """Return the card's phrases, from what `bake.json` says of the direction."""
-    direction = recorded["direction"]
-    return card_words(base, plan, Direction({}, direction["site"], direction["metadata"]))
+def words_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the card's phrases, from `bake.json`."""
+    return card_words(
+        recorded["site"],
+        recorded["slot"]["description"],
+        recorded["plan"]["config_changes"],
+        recorded["direction"],
+    )
 
 
 def read_result(directory: Path) -> dict[str, Any]:
@@ -202,8 +206,8 @@ def _same_bytes(base: Checkpoint, baked: Checkpoint, name: str) -> bool:
 def compare_files(directory: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
     """Yield a phrase for files that are not what `bake.json` says."""
     found = hash_files(directory, exclude=(RESULT_FILE,))
-    # The card of a thin bake is about to be replaced, and may have been by a run that died then.
-    skipped = {CARD_FILE} if is_thin(recorded) else set()
+    # The card of an unproven bake is about to be replaced, and may have been by a run that died then.
+    skipped = {CARD_FILE} if is_unproven(recorded) else set()
     for name, expected in recorded["files"].items():
         if name in skipped:
             continue

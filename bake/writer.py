@@ -59,6 +59,15 @@ class WrittenWeights:
         return sum(file.size for file in self.files)
 
     @property
+    def sources(self) -> dict[str, str]:
+        """{file: the base's file that it holds the tensors of}; new files are not in it."""
+        return {
+            file.name: file.base_file
+            for file in self.files
+            if file.base_file is not None and file.action != "originals"
+        }
+
+    @property
     def known_sha256(self) -> dict[str, str]:
         """Hashes that the Hub's cache knows of files kept whole: for `hash_files`."""
         return {file.name: file.known_sha256 for file in self.files if file.known_sha256}

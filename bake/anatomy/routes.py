@@ -123,6 +123,7 @@ class SiteRoute:
             "site": self.site,
             "route": self.route,
             "kind": self.kind,
+            "description": self.describe(),
             "flags": dict(self.flags),
             "slots": [slot.to_dict() for slot in self._templates()],
             "layers": list(self.layers),

@@ -1,0 +1,390 @@
+"""Back to the base, and to another strength: `bake undo` and `bake rescale`.
+
+A bake keeps every weight of its base: unchanged, patched with the old value in `originals.safetensors`,
+renamed, or split. Undoing is editing a bake back; rescaling is folding the recorded push into its slots
+once more. Both need nothing but the bake's own directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.checkpoint import Checkpoint, open_checkpoint
+from bake.config_text import edit_json
+from bake.copying import sync, write_all
+from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
+from bake.errors import BakeError, CheckpointError, OutputError
+from bake.layout import ORIGINALS_FILE
+from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
+from bake.sites import Slot
+from bake.staging import staged_directory
+from bake.weight_files import INDEX_FILE
+from bake.writer import copy_companions, write_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from bake.coefficients import Push
+    from bake.plan import Plan
+
+
+def describe_undo(checkpoint: Checkpoint, plan: Plan, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Return the part of `bake.json` that says how to get from the bake back to its base.
+
+    sources: {file of the bake: file of the base}. config: {key: [old value], or [] where the base
+    has no such key}.
+    """
+    transforms = [edit for edit in plan.edits if isinstance(edit, Transform)]
+    return {
+        "files": dict(sources),
+        "indexed": checkpoint.index_metadata is not None,
+        "config": {key: _lookup(checkpoint.config, key) for key in plan.config_changes},
+        "renamed": {edit.new_name: edit.name for edit in plan.edits if isinstance(edit, Rename)},
+        "joined": {
+            edit.name: {
+                "parts": list(edit.outputs),
+                "shape": list(checkpoint.tensors[edit.name].shape),
+            }
+            for edit in transforms
+            if edit.splits
+        },
+        "lost": sorted(
+            edit.name
+            for edit in plan.edits
+            if isinstance(edit, Drop) or (isinstance(edit, Transform) and not edit.splits)
+        ),
+    }
+
+
+def _lookup(config: Mapping[str, Any], key: str) -> list[Any]:
+    """Return [value] of a dotted key, [] where there is none."""
+    if key in config:
+        return [config[key]]
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return []
+        value = value[part]
+    return [value]
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What `bake undo` wrote."""
+
+    output: Path
+    base: str
+    tensors: int
+    restored: tuple[str, ...]
+    dropped: int
+    whole_files: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "output": str(self.output),
+            "base": self.base,
+            "tensors": self.tensors,
+            "restored": list(self.restored),
+            "dropped": self.dropped,
+            "whole_files": list(self.whole_files),
+        }
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Read `bake.json`; raise CheckpointError where it does not say how the bake is undone."""
+    from bake.verification import read_result
+
+    recorded = read_result(directory)
+    if "undo" not in recorded:
+        raise CheckpointError(
+            f"{directory.name} was made by a version of bake that did not record how to undo it; "
+            f"its base is {recorded['base']['id']}"
+        )
+    return recorded
+
+
+def undo(
+    model: str, output: Path, *, revision: str | None = None, overwrite: bool = False
+) -> Undone:
+    """Write the base of a baked directory or Hub id: its weights, config and tokenizer.
+
+    Tensors come back byte for byte; so do the weight files, unless the bake rewrote them. Raises
+    CheckpointError where the bake cannot be read or a tensor of the base is not in it any more.
+    """
+    from bake.completion import check_shards
+
+    checkpoint = open_checkpoint(model, revision=revision)
+    recorded = read_record(checkpoint.source)
+    check_shards(checkpoint.source, recorded)
+    _check_nothing_lost(recorded)
+    how = recorded["undo"]
+    originals = _read_originals(checkpoint)
+    edits = _undoing_edits(checkpoint, recorded, originals)
+    with staged_directory(output, overwrite=overwrite, base_directory=checkpoint.source) as staging:
+        written = write_weights(checkpoint, edits, staging)
+        (staging / ORIGINALS_FILE).unlink(missing_ok=True)
+        names = {
+            file.name: how["files"][file.base_file]
+            for file in written.files
+            if file.base_file in how["files"]
+        }
+        _rename_files(staging, names)
+        _write_index(staging, checkpoint, names, indexed=how["indexed"])
+        (staging / "config.json").write_text(base_config_text(checkpoint, recorded), "utf-8")
+        copy_companions(checkpoint, staging)
+        whole = tuple(
+            names[file.name]
+            for file in written.files
+            if file.name in names and file.action in ("kept", "patched")
+        )
+    dropped = sum(isinstance(edit, Drop) for edit in edits)
+    tensors = len(checkpoint.tensors) - dropped
+    return Undone(output, recorded["base"]["id"], tensors, tuple(originals), dropped, whole)
+
+
+def _check_nothing_lost(recorded: Mapping[str, Any]) -> None:
+    lost = recorded["undo"]["lost"]
+    if lost:
+        base = recorded["base"]
+        at = f" at revision {base['revision']}" if base.get("revision") else ""
+        raise CheckpointError(
+            f"{lost[0]} (and {len(lost) - 1} more) cannot be undone: the bake changed its values "
+            f"(route {recorded['route']}, dtype {recorded['plan']['dtype']}); take the base itself, "
+            f"{base['id']}{at}"
+        )
+
+
+def _read_originals(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
+    path = checkpoint.directory / ORIGINALS_FILE
+    if not path.is_file():
+        return {}
+    return {entry.name: entry for entry in read_header(path, ORIGINALS_FILE).tensors}
+
+
+def _undoing_edits(
+    checkpoint: Checkpoint, recorded: Mapping[str, Any], originals: Mapping[str, TensorEntry]
+) -> list[Edit]:
+    how = recorded["undo"]
+    old = replace(checkpoint, tensors=dict(originals))
+    edits: list[Edit] = [Drop(name) for name in recorded["plan"]["added"]]
+    edits += [Patch(name, old.read(name)) for name in originals]
+    edits += [Rename(new, base) for new, base in how["renamed"].items()]
+    for base, joined in how["joined"].items():
+        first, *others = joined["parts"]
+        edits.append(_join(checkpoint, base, first, others, tuple(joined["shape"])))
+        edits += [Drop(name) for name in others]
+    return edits
+
+
+def _join(
+    checkpoint: Checkpoint, base: str, first: str, others: Sequence[str], shape: tuple[int, ...]
+) -> Transform:
+    def function(tensor: Any) -> dict[str, Any]:
+        import torch
+
+        return {base: torch.cat([tensor, *(checkpoint.read(name) for name in others)])}
+
+    return Transform(first, {base: shape}, function)
+
+
+def _rename_files(folder: Path, names: Mapping[str, str]) -> None:
+    """Rename files, by way of names that nothing has."""
+    for name in names:
+        (folder / name).rename(folder / f".{name}.renaming")
+    for name, wanted in names.items():
+        (folder / wanted).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f".{name}.renaming").rename(folder / wanted)
+
+
+def _write_index(
+    folder: Path, checkpoint: Checkpoint, names: Mapping[str, str], *, indexed: bool
+) -> None:
+    path = folder / INDEX_FILE
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if not indexed:
+        path.unlink()
+        return
+    index["weight_map"] = {
+        tensor: names.get(file, file) for tensor, file in index["weight_map"].items()
+    }
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def base_config_text(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> str:
+    """Return the base's config.json, from the bake's and the record of what was changed."""
+    changes = {
+        key: before[0] if before else REMOVED for key, before in recorded["undo"]["config"].items()
+    }
+    return edit_json(checkpoint.config_text, changes)
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """What `bake rescale` did: which files have new bytes."""
+
+    directory: Path
+    multiplier: float
+    before: float
+    files: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "directory": str(self.directory),
+            "multiplier": self.multiplier,
+            "before": self.before,
+            "files": list(self.files),
+        }
+
+
+def rescale(directory: Path, multiplier: float) -> Rescaled:
+    """Give a baked directory another strength: new bytes for the slots, and nothing else is moved.
+
+    The weights are those of a fresh export at that multiplier, bit for bit. The proof was of another
+    strength, so the directory says "not verified" until `bake verify` has run. Raises CheckpointError
+    where the bake cannot be read, OutputError where a patched shard is shared with another directory.
+    """
+    from bake.card import render_card
+    from bake.completion import unproven
+    from bake.hashing import hash_files
+    from bake.pipeline import CARD_FILE, RESULT_FILE, encode_result
+    from bake.verification import words_of
+
+    checkpoint = open_checkpoint(str(directory))
+    recorded = read_record(directory)
+    strength = plan_strength(checkpoint, recorded, multiplier)
+    files = [*_patch_shards(checkpoint, strength), *_replace_extra(checkpoint, recorded, strength)]
+    story = {key: value for key, value in recorded.items() if key not in ("files", "equivalence")}
+    story |= strength.push.to_dict()
+    allowed = bool(recorded["equivalence"].get("rounding_allowed"))
+    reason = f"rescaled from m = {recorded['multiplier']:g}; bake verify proves it again"
+    story["equivalence"] = {**unproven(rounding_allowed=allowed), "reason": reason}
+    _write_whole(directory / CARD_FILE, render_card({**story, **words_of(recorded)}))
+    known = {
+        name: entry["sha256"]
+        for name, entry in recorded["files"].items()
+        if name not in files and name != CARD_FILE
+    }
+    hashes = hash_files(directory, known=known, exclude=(RESULT_FILE,))
+    _write_whole(directory / RESULT_FILE, encode_result({**story, "files": hashes}))
+    return Rescaled(directory, multiplier, float(recorded["multiplier"]), tuple(files))
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A bake's push and slots at another multiplier. slots: {name on disk: what it holds}."""
+
+    push: Push
+    new: Mapping[str, torch.Tensor]
+    patched: Mapping[str, torch.Tensor]
+
+
+def plan_strength(
+    checkpoint: Checkpoint, recorded: Mapping[str, Any], multiplier: float
+) -> Strength:
+    """Fold a bake's push again at another multiplier, from its own files alone."""
+    import torch
+
+    from bake.coefficients import compute_push
+    from bake.verification import rebuild_push
+
+    before = rebuild_push(recorded, checkpoint.directory)
+    push = compute_push(
+        {entry.layer: entry.activation_norm for entry in before.layers},
+        before.directions,
+        hidden_size=before.hidden_size,
+        multiplier=multiplier,
+        law=before.law,
+        explicit=_explicit(recorded),
+    )
+    view = replace(checkpoint, tensors={**checkpoint.tensors, **_read_originals(checkpoint)})
+    vectors = push.vectors
+    new: dict[str, torch.Tensor] = {}
+    patched: dict[str, torch.Tensor] = {}
+    for entry in recorded["plan"]["slots"]:
+        name, stored = entry["name"], checkpoint.read(entry["name"])
+        slot = Slot(
+            name,
+            entry["weight"],
+            entry["transposed"],
+            entry["scale"],
+            axis=entry["axis"],
+            span=tuple(entry["span"]) if entry["span"] else None,
+        )
+        weight = view.read(slot.weight) if slot.weight else None
+        if entry["is_new"] and entry["old"] is None:
+            raise BakeError(f"{name} does not say what it holds without a push; export again")
+        old = (
+            torch.full_like(stored, entry["old"], dtype=torch.float64)
+            if entry["is_new"]
+            else view.read(name).double()
+        )
+        delta = slot.delta(vectors[entry["layer"]], weight, tuple(stored.shape))
+        (new if entry["is_new"] else patched)[name] = (old + delta).to(stored.dtype)
+    return Strength(push, new, patched)
+
+
+def _explicit(recorded: Mapping[str, Any]) -> dict[int, float] | None:
+    """Return the coefficients at m = 1 that a user gave; None where a law made them."""
+    given = recorded.get("explicit_coefficients")
+    if given is None and recorded["law"] == "explicit":
+        raise BakeError(
+            "the coefficients at m = 1 are not recorded, so they cannot be rescaled; export again"
+        )
+    return None if given is None else {int(layer): float(value) for layer, value in given.items()}
+
+
+def _patch_shards(checkpoint: Checkpoint, strength: Strength) -> list[str]:
+    """Write the patched slots' new bytes where the old ones lie; return the shards' names."""
+    by_file: dict[str, list[str]] = {}
+    for name in strength.patched:
+        by_file.setdefault(checkpoint.entry(name).file, []).append(name)
+    for file in by_file:
+        path = checkpoint.directory / file
+        if path.is_symlink() or path.stat().st_nlink > 1:
+            raise OutputError(
+                f"{file} is a link to a file that another directory has too, and its slots would be "
+                f"changed there as well: copy it, or export again"
+            )
+    for file, names in by_file.items():
+        with (checkpoint.directory / file).open("r+b", buffering=0) as stream:
+            for name in names:
+                stream.seek(checkpoint.entry(name).start)
+                write_all(stream, encode_tensor(strength.patched[name]))
+            os.fsync(stream.fileno())
+    return list(by_file)
+
+
+def _replace_extra(
+    checkpoint: Checkpoint, recorded: Mapping[str, Any], strength: Strength
+) -> list[str]:
+    """Write the shards of the new tensors again, each whole or not at all; return their names."""
+    added = recorded["plan"]["added"]
+    files = dict.fromkeys(checkpoint.entry(name).file for name in added)
+    for file in files:
+        header = checkpoint.headers[file]
+        data = bytearray(encode_header(header.tensors, header.metadata))
+        for entry in header.tensors:
+            changed = strength.new.get(entry.name)
+            data += checkpoint.read_bytes(entry.name) if changed is None else encode_tensor(changed)
+        _write_whole(checkpoint.directory / file, bytes(data))
+    return list(files)
+
+
+def _write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
