@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError
@@ -62,7 +62,8 @@ class LayerPush:
 class Push:
     """{layer: α_l·û_l}, what plan, hooks and twin take, with the numbers it came from.
 
-    vectors: {0-based layer: (hidden_size,) float32 tensor}. directions: the unit vectors û_l.
+    vectors: {0-based layer: (hidden_size,) float32 tensor}. directions: the unit vectors û_l. given: the
+    coefficients at m = 1 where the user or the direction's file gave them instead of a law.
     """
 
     law: str
@@ -71,6 +72,7 @@ class Push:
     hidden_size: int
     layers: tuple[LayerPush, ...]
     directions: Mapping[int, torch.Tensor]
+    given: Mapping[int, float] | None = None
 
     @property
     def vectors(self) -> dict[int, torch.Tensor]:
@@ -88,7 +90,18 @@ class Push:
             "band": list(self.band),
             "hidden_size": self.hidden_size,
             "layers": [entry.to_dict() for entry in self.layers],
+            "given_coefficients": self.given
+            and {str(layer): value for layer, value in sorted(self.given.items())},
         }
+
+    def at(self, multiplier: float) -> Push:
+        """Return the same push at another multiplier, bit for bit as `compute_push` would make it."""
+        norms = {entry.layer: entry.activation_norm for entry in self.layers}
+        unit = self.given or LAWS[self.law](norms, self.hidden_size)
+        layers = tuple(
+            replace(entry, coefficient=multiplier * unit[entry.layer]) for entry in self.layers
+        )
+        return replace(self, multiplier=multiplier, layers=layers)
 
 
 def band_layers(layer_count: int, band: tuple[float, float] = DEFAULT_BAND) -> range:
@@ -188,4 +201,5 @@ def compute_push(
         hidden_size=hidden_size,
         layers=layers,
         directions={entry.layer: directions[entry.layer] for entry in layers},
+        given=unit if law not in LAWS else None,
     )

@@ -8,6 +8,7 @@ once more. Both need nothing but the bake's own directory.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -263,7 +264,7 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
     story = {key: value for key, value in recorded.items() if key not in ("files", "equivalence")}
     story |= strength.push.to_dict()
     allowed = bool(recorded["equivalence"].get("rounding_allowed"))
-    reason = f"rescaled from m = {recorded['multiplier']:g}; bake verify proves it again"
+    reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
     story["equivalence"] = {**unproven(rounding_allowed=allowed), "reason": reason}
     _write_whole(directory / CARD_FILE, render_card({**story, **words_of(recorded)}))
     known = {
@@ -291,18 +292,9 @@ def plan_strength(
     """Fold a bake's push again at another multiplier, from its own files alone."""
     import torch
 
-    from bake.coefficients import compute_push
     from bake.verification import rebuild_push
 
-    before = rebuild_push(recorded, checkpoint.directory)
-    push = compute_push(
-        {entry.layer: entry.activation_norm for entry in before.layers},
-        before.directions,
-        hidden_size=before.hidden_size,
-        multiplier=multiplier,
-        law=before.law,
-        explicit=_explicit(recorded),
-    )
+    push = _check_multiplier(rebuild_push(recorded, checkpoint.directory), multiplier)
     view = replace(checkpoint, tensors={**checkpoint.tensors, **_read_originals(checkpoint)})
     vectors = push.vectors
     new: dict[str, torch.Tensor] = {}
@@ -330,14 +322,13 @@ def plan_strength(
     return Strength(push, new, patched)
 
 
-def _explicit(recorded: Mapping[str, Any]) -> dict[int, float] | None:
-    """Return the coefficients at m = 1 that a user gave; None where a law made them."""
-    given = recorded.get("explicit_coefficients")
-    if given is None and recorded["law"] == "explicit":
+def _check_multiplier(push: Push, multiplier: float) -> Push:
+    if multiplier == 0 or not math.isfinite(multiplier):
         raise BakeError(
-            "the coefficients at m = 1 are not recorded, so they cannot be rescaled; export again"
+            f"multiplier {multiplier:g} steers nothing; bake undo gives the base back, any other number "
+            f"another strength"
         )
-    return None if given is None else {int(layer): float(value) for layer, value in given.items()}
+    return push.at(multiplier)
 
 
 def _patch_shards(checkpoint: Checkpoint, strength: Strength) -> list[str]:

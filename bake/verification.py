@@ -155,6 +155,7 @@ def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
     try:
         layers = tuple(LayerPush(**entry) for entry in recorded["layers"])
         start, stop = recorded["band"]
+        given = recorded.get("given_coefficients")
         return Push(
             law=recorded["law"],
             multiplier=float(recorded["multiplier"]),
@@ -164,6 +165,7 @@ def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
             directions=direction.select(
                 [entry.layer for entry in layers], int(recorded["hidden_size"])
             ),
+            given={int(layer): float(value) for layer, value in given.items()} if given else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"bake.json in {directory} is damaged: {error!r}") from None

@@ -1,0 +1,190 @@
+"""Back to the base and to another strength: undo, rescale, reproduce and diff of what bake wrote."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import HIDDEN, TinyModel, build_model
+from safetensors.torch import load_file, save_file
+
+from bake import diff, export, reproduce, rescale, undo, verify
+from bake.cli import main
+from bake.errors import BakeError, CheckpointError, EquivalenceError, OutputError
+from bake.hashing import hash_files
+
+RECIPES = {
+    "flag": ("llama", {"site": "mlp_out"}),
+    "native": ("gpt2", {"site": "mlp_out"}),
+    "projection": ("llama", {"site": "attn_in", "convert_site": True}),
+    "fused": ("gpt2", {"site": "attn_in", "convert_site": True, "slot": "projection"}),
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def baked(request, tmp_path_factory):
+    """(base, bake, options) of one way to bake, at m = 1."""
+    family, options = RECIPES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    base = build_model(folder / "base", TinyModel(family, sharded=family == "llama"))
+    direction = folder / "direction.safetensors"
+    save_file(
+        {"direction": torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3))},
+        direction,
+        {"site": "mlp_out"},
+    )
+    options = {**options, "direction": str(direction)}
+    export(str(base), output=folder / "bake", **options)
+    return base, folder / "bake", options
+
+
+def tensors(directory):
+    found = {}
+    for path in directory.glob("model*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def weights(directory):
+    """{file: SHA-256} of what a model is loaded from."""
+    names = [path.name for path in directory.glob("model*")] + ["config.json"]
+    return {name: hash_files(directory)[name]["sha256"] for name in names}
+
+
+def test_undo_gives_the_base_back(baked, tmp_path):
+    base, bake, _ = baked
+    assert not diff(base, bake).is_empty
+    found = undo(bake, output=tmp_path / "back")
+    assert diff(base, tmp_path / "back").is_empty
+    before, after = tensors(base), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "back/config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert set(found.whole_files) == {path.name for path in base.glob("model*.safetensors")}
+    for name in found.whole_files:
+        assert (tmp_path / "back" / name).read_bytes() == (base / name).read_bytes()
+    assert not (tmp_path / "back/originals.safetensors").exists()
+
+
+def test_diff_lists_exactly_the_plan(baked):
+    base, bake, _ = baked
+    found, plan = diff(base, bake), json.loads((bake / "bake.json").read_text())["plan"]
+    kinds = {}
+    for change in found.tensors:
+        kinds.setdefault(change.kind, set()).add(change.name)
+    assert kinds.get("added", set()) == set(plan["added"])
+    assert kinds.get("changed", set()) == set(plan["patched"])
+    assert kinds.keys() <= {"added", "changed"}
+    assert set(found.config) == set(plan["config_changes"])
+    pushed = [c for c in found.tensors if c.norm]
+    assert len(pushed) >= 1
+    assert found.same_tensors == len(tensors(base)) - len(plan["patched"])
+
+
+def test_rescale_is_a_fresh_export_bit_for_bit(baked, tmp_path):
+    base, bake, options = baked
+    export(str(base), output=tmp_path / "fresh", multiplier=-1.75, **options)
+    shutil.copytree(bake, tmp_path / "rescaled")
+    assert weights(tmp_path / "rescaled") != weights(tmp_path / "fresh")
+    found = rescale(tmp_path / "rescaled", multiplier=-1.75)
+    assert weights(tmp_path / "rescaled") == weights(tmp_path / "fresh")
+    assert found.before == 1.0
+    result = json.loads((tmp_path / "rescaled/bake.json").read_text())
+    fresh = json.loads((tmp_path / "fresh/bake.json").read_text())
+    assert result["layers"] == fresh["layers"]
+    assert result["equivalence"]["verified"] is False
+    card = (tmp_path / "rescaled/README.md").read_text()
+    assert "**Not verified here**: the strength was changed from m = 1 after the proof. Run" in card
+
+
+def test_a_rescaled_bake_is_proven_by_verify(baked, tmp_path):
+    base, bake, options = baked
+    shutil.copytree(bake, tmp_path / "it")
+    rescale(tmp_path / "it", multiplier=1.5)
+    assert verify(tmp_path / "it", base=str(base)).equivalence.passed
+    export(str(base), output=tmp_path / "fresh", multiplier=1.5, **options)
+    recorded = json.loads((tmp_path / "it/bake.json").read_text())
+    assert recorded["equivalence"]["passed"]
+    assert weights(tmp_path / "it") == weights(tmp_path / "fresh")
+
+
+def test_reproduce_is_byte_identical(baked):
+    base, bake, _ = baked
+    found = reproduce(bake, base=str(base), calibrate="neutral")
+    assert found.identical
+    assert found.drift == pytest.approx(0, abs=1e-6)
+    assert set(found.same) == set(hash_files(bake))
+
+
+def test_reproduce_names_what_came_out_differently(baked, tmp_path):
+    base, bake, _ = baked
+    shutil.copytree(base, tmp_path / "other")
+    name = next((tmp_path / "other").glob("model*.safetensors"))
+    changed = load_file(name)
+    first = sorted(changed)[0]
+    changed[first] = changed[first] + 1
+    save_file(changed, name, {"format": "pt"})
+    found = reproduce(bake, base=str(tmp_path / "other"))
+    assert not found.identical
+    assert any(entry.startswith("model") for entry in found.differing)
+    with pytest.raises(EquivalenceError, match="not reproduced: "):
+        found.raise_if_different()
+
+
+def test_given_coefficients_rescale_too(tmp_path):
+    base = build_model(tmp_path / "base", TinyModel("llama"))
+    given = {"direction": torch.arange(HIDDEN).float(), "coefficients": "1=0.3,2=0.7"}
+    export(str(base), output=tmp_path / "a", **given)
+    export(str(base), output=tmp_path / "b", multiplier=0.1, **given)
+    rescale(tmp_path / "a", multiplier=0.1)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_converted_bake_cannot_be_undone(tmp_path, capsys):
+    base = build_model(tmp_path / "base", TinyModel("llama", "bfloat16"))
+    given = {"direction": torch.arange(HIDDEN).float(), "dtype": "float32"}
+    export(str(base), output=tmp_path / "bake", **given)
+    with pytest.raises(CheckpointError, match="cannot be undone: the bake changed its values"):
+        undo(tmp_path / "bake", output=tmp_path / "back")
+    capsys.readouterr()
+    assert main(["undo", str(tmp_path / "bake"), "-o", str(tmp_path / "back")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_shared_shard_is_not_patched(tmp_path):
+    base = build_model(tmp_path / "base", TinyModel("gpt2"))
+    export(str(base), output=tmp_path / "bake", direction=torch.arange(HIDDEN).float())
+    shard = next((tmp_path / "bake").glob("model*.safetensors"))
+    (tmp_path / "elsewhere").hardlink_to(shard)
+    before = hash_files(tmp_path / "bake")
+    with pytest.raises(OutputError, match="is a link to a file that another directory has too"):
+        rescale(tmp_path / "bake", multiplier=2)
+    assert hash_files(tmp_path / "bake") == before
+
+
+def test_a_strength_of_zero_is_refused(tmp_path):
+    base = build_model(tmp_path / "base", TinyModel("llama"))
+    export(str(base), output=tmp_path / "bake", direction=torch.arange(HIDDEN).float())
+    with pytest.raises(BakeError, match="steers nothing; bake undo gives the base back"):
+        rescale(tmp_path / "bake", multiplier=0)
+
+
+def test_diff_says_what_a_rename_is(tmp_path, capsys):
+    base = build_model(tmp_path / "base", TinyModel("llama"))
+    shutil.copytree(base, tmp_path / "other")
+    name = next((tmp_path / "other").glob("model*.safetensors"))
+    values = load_file(name)
+    old = next(entry for entry in values if "q_proj" in entry)
+    values["renamed.weight"] = values.pop(old)
+    save_file(values, name, {"format": "pt"})
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    found = diff(base, tmp_path / "other")
+    assert [(c.kind, c.name, c.base_name) for c in found.tensors] == [
+        ("renamed", "renamed.weight", old)
+    ]
+    assert found.config["rms_norm_eps"][1] == 0.5
+    assert main(["diff", str(base), str(tmp_path / "other")]) == 0
+    assert f"was {old}, same bytes" in capsys.readouterr().out
