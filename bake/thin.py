@@ -124,10 +124,11 @@ def export_thin(recipe: Recipe) -> ThinExport:
             story = describe_bake(base, push, plan, norms, direction)
             sources = {shard.name: shard.base_file for shard in needs}
             story["undo"] = describe_undo(checkpoint, plan, sources)
+            story |= describe_needs(needs)
             card = render_card({**story, "equivalence": equivalence, **words_for(plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
             files = hash_files(staging)
-            result = {**story, **describe_needs(needs), "equivalence": equivalence, "files": files}
+            result = {**story, "equivalence": equivalence, "files": files}
             (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
     return ThinExport(
         output,
