@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from bake.anatomy import TwinVerdict, examine
 from bake.anatomy.flags import added_parameters, build_on_meta, find_bias_flags, parameter_shapes
 from bake.anatomy.shrink import shrink
-from bake.anatomy.slots import measure_attention_scale, propose_slots
+from bake.anatomy.residual import trace_residual
+from bake.anatomy.slots import propose_slots
 from bake.anatomy.structure import find_decoder_layers, find_structure
 from bake.anatomy.twin import Twin, build_random, fold
 from bake.errors import UnsupportedError
@@ -421,8 +422,12 @@ def test_post_norm_makes_the_output_bias_of_attention_no_residual_write():
     structure = replace(LLAMA_PARTS, before_mlp="pre_feedforward_layernorm")
     slot = Slot("model.layers.{layer}.self_attn.o_proj.bias")
     assert verdict(twin, "attn_out", ATTENTION, slot, structure=structure).passed
-    assert measure_attention_scale(twin, structure) is None
-    assert measure_attention_scale(twin_of("llama"), LLAMA_PARTS) == 1.0
+    found, reason = trace_residual(twin, structure, layer=1)
+    assert found.before_mlp is None
+    assert "post_attention_layernorm normalises it first" in reason
+    found, reason = trace_residual(twin_of("llama"), LLAMA_PARTS, layer=1)
+    assert (found.before_mlp, found.attention_scale) == ("post_attention_layernorm", 1.0)
+    assert reason is None
 
 
 def test_layer_that_gets_no_slot_fails():
@@ -444,7 +449,9 @@ def test_layer_that_gets_no_slot_fails():
     ],
 )
 def test_verdict_fails_for_each_reason(changes, reason):
-    sound = TwinVerdict(zero_push_error=0.0, push_error=1e-7, effect=2.0, reload_clean=True)
+    sound = TwinVerdict(
+        zero_push_error=0.0, push_error=1e-7, effect=2.0, reload_clean=True, greedy_equal=True
+    )
     assert sound.passed
     found = replace(sound, **changes)
     assert not found.passed
