@@ -11,10 +11,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["calibrate", "estimate", "export", "extract_direction", "inspect", "publish", "verify"]
+__all__ = [
+    "calibrate",
+    "estimate",
+    "export",
+    "extract_direction",
+    "inspect",
+    "inspect_all",
+    "publish",
+    "verify",
+]
 
 if TYPE_CHECKING:
-    from bake.api import calibrate, estimate, export, extract_direction, inspect, publish, verify
+    from bake.api import (
+        calibrate,
+        estimate,
+        export,
+        extract_direction,
+        inspect,
+        inspect_all,
+        publish,
+        verify,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,8 @@ class LayerStructure:
 class Slot:
     """A parameter that absorbs a constant at a site exactly.
 
-    `weight` names the matrix that stands between the site and the bias: the bias receives W·v. With
+    `weight` names the matrix that stands between the site and the bias: the bias receives W·v; where
+    it is a vector, which multiplies the bias channel by channel, the bias receives v / W. With
     `weight` None the bias receives v / scale. `transposed` marks matrices stored as (in, out), as
     GPT-2's Conv1D does. `inert` is the part of the bias, as fractions of its length, that no output
     depends on: a key bias without rotary positions cancels in the softmax. `axis` is for slots that
@@ -109,6 +110,8 @@ class Slot:
         if weight is None:
             raise UnsupportedError(f"slot {self.bias} needs the matrix {self.weight} to fold W·v")
         matrix = weight.double()
+        if matrix.ndim == 1:
+            return vector / matrix
         return vector @ matrix if self.transposed else matrix @ vector
 
     def _spread(self, vector: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:

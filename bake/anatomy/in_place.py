@@ -110,6 +110,20 @@ class InPlaceSearch:
         self, site: str, chosen: Mapping[LayerKind, Proposal], reasons: list[str]
     ) -> InPlace | None:
         flags = self._flags_for(chosen)
+        everything = {effect.path: effect.value for effect in self.effects}
+        proven = self._prove_with(flags, site, chosen, reasons)
+        if proven is None and flags and flags != everything:
+            # Some configurations are valid only with several flags at once.
+            proven = self._prove_with(everything, site, chosen, [])
+        return proven
+
+    def _prove_with(
+        self,
+        flags: Mapping[str, Any],
+        site: str,
+        chosen: Mapping[LayerKind, Proposal],
+        reasons: list[str],
+    ) -> InPlace | None:
         try:
             verdict = self.twin.prove(
                 self.twin_structure,

@@ -65,7 +65,8 @@ def _per_layer_entries(config: PreTrainedConfig, count: int) -> Mapping[str, Seq
         if isinstance(value, list | tuple)
         and len(value) == count
         and key not in SIZES
-        and all(isinstance(entry, str | bool | int | float | None) for entry in value)
+        # Other whole numbers are indices of layers, of which there may be as many.
+        and all(isinstance(entry, str | float | None) or entry in (0, 1) for entry in value)
     }
 
 

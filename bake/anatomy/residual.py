@@ -65,11 +65,13 @@ def trace_residual(
         return replace(proposed, before_mlp=name, attention_scale=scale), None
     return proposed, (
         "attention's output is not simply added to the residual stream: "
-        f"{_how_else(before, after, push)}"
+        f"{_how_else(before, after, push, alone=proposed.mlp is None)}"
     )
 
 
-def _how_else(before: Seen, after: Seen, push: torch.Tensor) -> str:
+def _how_else(before: Seen, after: Seen, push: torch.Tensor, *, alone: bool) -> str:
+    if alone:
+        return "the layer has one block only, whose write is at mlp_out"
     was, now = _tensor(before, "", output=True), _tensor(after, "", output=True)
     if was is not None and now is not None and uniform_ratio(now - was, push) is not None:
         return "it is added together with the MLP's (a parallel block), where mlp_out is the site"

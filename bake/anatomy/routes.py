@@ -255,7 +255,10 @@ class _Examination:
             if not found.strangers:
                 break
         if best is None:
-            raise failure or UnsupportedError(f"{self.config.model_type}: it has no layers")
+            raise failure or UnsupportedError(
+                f"{self.config.model_type}: its {self.layer_count} layers are of "
+                f"{len(set(real))} kinds, too many for a small twin to hold them all"
+            )
         return best
 
     def _trace(self, kind: LayerKind) -> tuple[LayerStructure, str | None]:

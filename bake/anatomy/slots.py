@@ -27,6 +27,7 @@ SlotKind = Literal["write", "norm", "projection"]
 PROBED_LAYER = 1
 _LAYER = "{layer}"
 _WAY_BACK = re.compile(r"down|out|w2")
+_RAW_MATRICES = re.compile(r"expert|router|gate|moe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,16 @@ def propose_slots(
     search = _Search(twin, flagged, structure, site, layer)
     kind: SlotKind = "norm" if site in INPUT_SITES else "write"
     proposals = [
-        Proposal(kind, (replace(slot, bias=search.template(slot.bias)),))
+        Proposal(
+            kind,
+            (
+                replace(
+                    slot,
+                    bias=search.template(slot.bias),
+                    weight=slot.weight and search.template(slot.weight),
+                ),
+            ),
+        )
         for slot in search.constant_slots()
     ]
     if site in INPUT_SITES:
@@ -119,6 +129,23 @@ class _Search:
             scale = uniform_ratio(after - before, push)
             if scale is not None:
                 yield Slot(name, scale=scale, axis=axis)
+            elif axis is None and (weight := self._channel_scale(name, after - before, push)):
+                yield Slot(name, weight)
+
+    def _channel_scale(self, name: str, moved: torch.Tensor, push: torch.Tensor) -> str | None:
+        """Return the vector beside a bias that multiplies each channel of it; None if none does."""
+        import torch
+
+        if not moved.any():
+            return None
+        expected = moved.reshape(-1, push.shape[0]) / push
+        owner, _, _ = name.rpartition(".")
+        for key, parameter in self.flagged.get_submodule(owner).named_parameters(recurse=False):
+            if "bias" in key or parameter.shape != push.shape:
+                continue
+            if torch.allclose(expected, parameter.expand_as(expected), rtol=1e-3, atol=1e-4):
+                return f"{owner}.{key}"
+        return None
 
     def immovable_writes(self) -> list[str]:
         """Return biases of the site's own block that do not move its activation by a constant."""
@@ -236,6 +263,8 @@ def _matrices(name: str, module: nn.Module, width: int) -> Iterator[_Reader]:
     if isinstance(module, nn.Linear | Conv1D):
         yield _Reader(module, f"{name}.weight", f"{name}.bias", isinstance(module, Conv1D))
         return
+    if not _RAW_MATRICES.search(type(module).__name__):
+        return  # A recurrent block's parameters are shaped like matrices too.
     for key, parameter in module.named_parameters(recurse=False):
         bias_key = "bias" if key == "weight" else f"{key}_bias"
         names = (f"{name}.{key}", f"{name}.{bias_key}")

@@ -57,7 +57,15 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, int]:
         raise UnsupportedError(
             f"{type(model).__name__} keeps no list of decoder layers; bake needs one to push layer by layer"
         )
-    name = max(outermost, key=lambda key: sum(p.numel() for p in outermost[key].parameters()))
+    sizes = {key: sum(p.numel() for p in found.parameters()) for key, found in outermost.items()}
+    name = max(sizes, key=lambda key: sizes[key])
+    for other, found in outermost.items():
+        beside = other != name and other.rpartition(".")[0] == name.rpartition(".")[0]
+        if beside and len(found) == len(outermost[name]) and sizes[other] > sizes[name] / 10:
+            raise UnsupportedError(
+                f"{type(model).__name__} keeps the parts of its layers in separate lists ({name}, "
+                f"{other}); no module's output is the residual stream after a layer"
+            )
     return name, len(outermost[name])
 
 

@@ -32,7 +32,8 @@ SIZES: dict[str, int] = {
     **_each("encoder_layers num_encoder_layers", 2),
     **_each("hidden_size n_embd d_model n_embed word_embed_proj_dim dim dim_model", HIDDEN),
     **_each(
-        "embedding_size d_embed emb_dim attention_hidden_size lru_width hidden_size_global", HIDDEN
+        "embedding_size d_embed emb_dim attention_hidden_size lru_width hidden_size_global adapter_in_dim",
+        HIDDEN,
     ),
     **_each("num_attention_heads n_head n_heads num_heads num_encoder_attention_heads", HEADS),
     **_each("decoder_attention_heads encoder_attention_heads num_decoder_attention_heads", HEADS),
@@ -108,6 +109,7 @@ LAYER_INDICES = (
     "attn_layer_indices",
     "full_attn_idxs",
     "hybrid_layer_ids",
+    "moe_layers",
     "cross_attention_layers",
     "mlp_only_layers",
 )
