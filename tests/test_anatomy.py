@@ -85,6 +85,7 @@ FAMILIES = {
             ("", "self_attn_layer_norm.bias"),
             ("", QKV),
         ],
+        "mlp_in": [("", "final_layer_norm.bias"), ("", "fc1.bias")],
     },
     "gpt_neox": {
         "mlp_out": [("", "mlp.dense_4h_to_h.bias")],
@@ -135,7 +136,6 @@ def test_every_route_is_proven_on_the_twin(family):
         ("gemma2", "mlp_out", "mlp has no bias that moves only this activation"),
         ("gpt_neox", "attn_out", "attention's output is not simply added to the residual stream"),
         ("falcon", "attn_out", "attention's output is not simply added to the residual stream"),
-        ("opt", "mlp_in", "no module whose activation is the MLP's normalised input"),
     ],
 )
 def test_refusal_says_why(family, site, reason):
@@ -408,7 +408,7 @@ def test_gate_in_place_of_down_fails(monkeypatch):
         num_attention_heads=4,
         vocab_size=96,
     )
-    monkeypatch.setattr("bake.anatomy.twin.shrink", lambda given: given)
+    monkeypatch.setattr("bake.anatomy.twin.shrink", lambda given, _keep: given)
     twin = Twin(config)
     assert verdict(twin, "mlp_out", MLP_FLAG, DOWN).passed
     found = verdict(twin, "mlp_out", MLP_FLAG, Slot("model.layers.{layer}.mlp.gate_proj.bias"))
@@ -578,9 +578,9 @@ def test_flag_that_is_on_is_no_effect():
         ("gpt2", LayerStructure("transformer.h", "attn", "mlp", "ln_2"), "ln_1", "ln_2"),
         (
             "opt",
-            LayerStructure("model.decoder.layers", "self_attn", None, "final_layer_norm"),
+            LayerStructure("model.decoder.layers", "self_attn", "fc1", "final_layer_norm"),
             "self_attn_layer_norm",
-            None,
+            "final_layer_norm",
         ),
         (
             "gpt_neox",

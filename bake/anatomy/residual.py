@@ -86,7 +86,8 @@ def _children_after(twin: Twin, structure: LayerStructure, layer: int, seen: See
         for name in seen
         if name in children
         and name != structure.attention
-        and (is_norm(name, children[name]) or name == structure.mlp)
+        # A norm may hold an MLP of its own, as AXK2's do.
+        and (is_norm(name, children[name]) or "layernorm" in name or name == structure.mlp)
     ]
 
 

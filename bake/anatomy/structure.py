@@ -73,7 +73,7 @@ def find_structure(model: nn.Module, layers: str, layer: int = 0) -> LayerStruct
     """Propose the names of attention, MLP and the norm before the MLP in decoder layer `layer`."""
     children = dict(model.get_submodule(f"{layers}.{layer}").named_children())
     norms = [name for name, child in children.items() if is_norm(name, child)]
-    blocks = [name for name in children if name not in norms]
+    blocks = [name for name in children if name not in norms and "layernorm" not in name]
 
     def named(pattern: re.Pattern[str]) -> str | None:
         matches = [
