@@ -1,4 +1,4 @@
-"""The golden file of every architecture: how entries become its rows. `python tests/golden.py` rewrites it."""
+"""The golden file of every architecture: how entries become its rows. Run as a script, it is rewritten."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ together, on all layers of the twin that it covers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +58,9 @@ class InPlaceSearch:
             proven = self._choose(site, options, reasons)
             if proven is not None:
                 found.append(proven)
-        return found, list(dict.fromkeys(reasons))
+        # Kinds of layers fail alike: measured errors aside, each reason is said once.
+        distinct = {re.sub(r"\d", "", reason): reason for reason in reversed(reasons)}
+        return found, list(reversed(distinct.values()))
 
     @cached_property
     def flagged(self) -> nn.Module:

@@ -299,7 +299,12 @@ def _moved(parameter: torch.Tensor, push: torch.Tensor) -> Iterator[None]:
 def explain_no_slot(
     twin: Twin, flagged: nn.Module, structure: LayerStructure, site: str, layer: int
 ) -> str | None:
-    """Say of a bias that looks like the slot why it is none; None where there is no such bias."""
+    """Say of a bias that looks like the slot why it is none; None where there is no such bias.
+
+    Only of the MLP's: there is one width in it that is not the residual stream's own.
+    """
+    if site != "mlp_out":
+        return None
     names = _Search(twin, flagged, structure, site, layer).immovable_writes()
     if not names:
         return None

@@ -39,7 +39,7 @@ SIZES: dict[str, int] = {
     **_each("decoder_attention_heads encoder_attention_heads num_decoder_attention_heads", HEADS),
     **_each("swa_num_attention_heads linear_num_heads mamba_n_heads mamba_num_heads", HEADS),
     **_each("linear_num_key_heads index_n_heads", HEADS // 2),
-    **_each("adapter_in_dim adapter_input_size", HIDDEN),
+    **_each("adapter_in_dim adapter_out_dim adapter_input_size", HIDDEN),
     "linear_num_value_heads": HEADS,
     **_each("head_dim attention_head_dim dim_head d_kv kv_channels global_head_dim", HEAD_SIZE),
     **_each("swa_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim", HEAD_SIZE),
