@@ -13,24 +13,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "calibrate",
+    "convert_direction",
     "estimate",
     "export",
     "extract_direction",
     "inspect",
     "inspect_all",
     "publish",
+    "read_direction",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from bake.api import (
         calibrate,
+        convert_direction,
         estimate,
         export,
         extract_direction,
         inspect,
         inspect_all,
         publish,
+        read_direction,
         verify,
     )
 

@@ -14,10 +14,13 @@ from bake.checkpoint import open_description
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
+from bake.formats import conversion, read_direction
+from bake.formats.conversion import ConvertedDirection
+from bake.formats.objects import given_as_file
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.processes import divide, is_main
-from bake.progress import track
+from bake.progress import announce, track
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import make_recipe
 from bake.resources import find_model
@@ -34,15 +37,22 @@ def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export
     """Bake a direction into `model` and write the checkpoint to `output`.
 
     options: the fields of `bake.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
+    direction: a path, `FILE:TENSOR[INDEX]`, or an object: a `Direction`, a steering-vectors
+    `SteeringVector`, {layer: vector}, a tensor or an array.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
     """
-    recipe = make_recipe({"model": model, "output": str(output), **_as_text(options)})
-    return thin.export_thin(recipe) if recipe.thin else pipeline.export(recipe)
+    with given_as_file(options.pop("direction", None)) as direction:
+        recipe = make_recipe(
+            {"model": model, "output": str(output), "direction": direction, **_as_text(options)}
+        )
+        return thin.export_thin(recipe) if recipe.thin else pipeline.export(recipe)
 
 
 def estimate(model: str, **options: Any) -> Estimate:
     """Say what `export` with the same options would cost, from headers alone; writes nothing."""
-    return estimate_cost(make_recipe({"model": model, **_as_text(options)}, without_output=True))
+    with given_as_file(options.pop("direction", None)) as direction:
+        values = {"model": model, "direction": direction, **_as_text(options)}
+        return estimate_cost(make_recipe(values, without_output=True))
 
 
 def inspect(model: str, *, revision: str | None = None) -> Anatomy:
@@ -120,6 +130,38 @@ def extract_direction(
     return direction
 
 
+def convert_direction(
+    direction: Any,
+    *,
+    output: str | Path,
+    layer_offset: int | None = None,
+    site: str | None = None,
+    model_hint: str | None = None,
+    layers: int | None = None,
+    model: str | None = None,
+) -> ConvertedDirection:
+    """Write a direction in another tool's format, which the suffix of `output` names.
+
+    direction: whatever `export` takes. layers: how many the model has; model: the model itself, whose
+    config says so, and the width. A GGUF control vector has layers 1 and on, as llama.cpp's.
+    """
+    anatomy = inspect(model) if model is not None else None
+    converted = conversion.convert(
+        direction,
+        Path(output),
+        layer_offset=layer_offset,
+        site=site,
+        model_hint=model_hint,
+        model_type=anatomy.model_type if anatomy else None,
+        layer_count=anatomy.layer_count if anatomy else layers,
+        hidden_size=anatomy.hidden_size if anatomy else None,
+    )
+    for sentence in (f"direction understood as {converted.understood}", *converted.notes):
+        announce(sentence)
+    _write_file(converted.output, converted.content)
+    return converted
+
+
 def verify(
     directory: str | Path,
     *,
@@ -140,7 +182,7 @@ def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Pub
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
-    paths = ("direction", "pairs", "prompts", "calibration", "output")
+    paths = ("pairs", "prompts", "calibration", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
 
 
@@ -158,10 +200,12 @@ def _write_file(path: Path, data: bytes) -> None:
 
 __all__ = [
     "calibrate",
+    "convert_direction",
     "estimate",
     "export",
     "extract_direction",
     "inspect",
     "publish",
+    "read_direction",
     "verify",
 ]

@@ -6,20 +6,20 @@ Nothing heavy is imported until a command runs, so `bake --help` is instant.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bake import __version__
+from bake import __version__, direction_commands
 from bake.errors import BakeError
-from bake.processes import is_main
+from bake.results import print_result as _print
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 SHARDS = ("copy", "hardlink", "symlink")
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_publish(commands)
+    _add_prompts(commands)
     _add_demo(commands)
     for name in ("direction", "calibrate", "verify"):
         _add_placement(commands.choices[name])
@@ -44,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 1 a known error, 2 usage, 3 not equivalent."""
-    parsed = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if direction_commands.is_command(words):
+        parsed = direction_commands.build_parser(words[1]).parse_args(words[2:])
+    else:
+        parsed = build_parser().parse_args(words)
     try:
         return int(parsed.run(parsed))
     except BakeError as error:
@@ -70,7 +75,17 @@ def _add_export(commands: Any) -> None:
     option(
         "--recipe", metavar="FILE", help="YAML with any of these options; options given here win"
     )
-    option("--direction", metavar="FILE", help="direction file, or bake-demo")
+    option(
+        "--direction",
+        metavar="FILE",
+        help="a direction: safetensors, .gguf, .npy, .npz, .pt, a rotalabs-steer folder, "
+        "FILE:TENSOR[INDEX] of an autoencoder's decoder, or bake-demo",
+    )
+    option("--layer-offset", type=int, metavar="N", help="added to the layers the file names (0)")
+    option(
+        "--direction-site", choices=SITES[1:], help="where a file's direction was found (mlp_out)"
+    )
+    option("--keep-scale", action="store_true", help="α = m·‖v‖, the vector's own length, no law")
     option("--pairs", metavar="FILE", help="find the direction from contrast pairs: JSONL or a set")
     option("--output", "-o", metavar="DIR", help="directory to write; must not exist")
     option("--overwrite", action="store_true", help="replace the output directory when done")
@@ -97,6 +112,12 @@ def _add_export(commands: Any) -> None:
     option("--coefficients", metavar="L=α,…", help="explicit α per layer instead of a law")
     option("--site", choices=SITES, help="where the push is added (auto)")
     option("--slot", choices=("norm", "projection"), help="which bias takes it where both can")
+    option(
+        "--target",
+        choices=ENGINES,
+        help="only a route that is known to survive in this engine (default: any; it is announced where "
+        "the chosen one survives)",
+    )
     option("--convert-site", action="store_true", help="use a residual direction at an input site")
     option("--method", choices=("mean",), help="with --pairs: how the direction is found (mean)")
     option("--token", choices=("last", "mean", "all"), help="with --pairs: tokens read (last)")
@@ -119,10 +140,20 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_direction(commands: Any) -> None:
-    command = commands.add_parser("direction", help="find a direction from contrast pairs")
+    command = commands.add_parser(
+        "direction",
+        help="find a direction from contrast pairs, or convert one",
+        epilog="bake direction convert FILE --output FILE writes one in another tool's format; see "
+        "bake direction convert --help",
+    )
     command.set_defaults(run=_run_direction)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
-    command.add_argument("--pairs", required=True, metavar="FILE", help="JSONL pairs or a set")
+    command.add_argument(
+        "--pairs",
+        required=True,
+        metavar="FILE",
+        help="JSONL pairs or a set (see bake prompts list)",
+    )
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="safetensors file")
     command.add_argument("--method", choices=("mean",), default="mean", help="difference of means")
     command.add_argument("--token", choices=("last", "mean", "all"), default="last")
@@ -135,7 +166,9 @@ def _add_calibrate(commands: Any) -> None:
     command.set_defaults(run=_run_calibrate)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="JSON file")
-    command.add_argument("--prompts", default="neutral", metavar="FILE", help="(neutral)")
+    command.add_argument(
+        "--prompts", default="neutral", metavar="FILE", help="text, JSONL or a set (neutral)"
+    )
     command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
     command.add_argument("--statistic", choices=("mean", "median"), default="mean", help="(mean)")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
@@ -180,6 +213,22 @@ def _add_publish(commands: Any) -> None:
     command.add_argument("directory", metavar="DIR")
     command.add_argument("repo_id", metavar="REPO_ID")
     command.add_argument("--public", action="store_true", help="make the repo public")
+
+
+def _add_prompts(commands: Any) -> None:
+    command = commands.add_parser("prompts", help="list or show the prompt sets and contrast pairs")
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="every set that ships: name, kind, count, purpose")
+    listing.set_defaults(run=_run_prompts_list)
+    showing = actions.add_parser("show", help="print a set: texts, or pairs as two lines + and -")
+    showing.set_defaults(run=_run_prompts_show)
+    showing.add_argument("name", metavar="NAME", help="a name from bake prompts list")
+    showing.add_argument("--limit", type=int, metavar="N", help="only the first N (all)")
+    for action in (listing, showing):
+        # Suppressed, or the default here would undo a --json that was given before the action.
+        action.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object"
+        )
 
 
 def _add_demo(commands: Any) -> None:
@@ -290,17 +339,28 @@ def _run_publish(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _run_prompts_list(parsed: argparse.Namespace) -> int:
+    from bake import prompt_sets, report
+
+    sets = prompt_sets.list_sets()
+    _print(parsed, {"sets": [found.to_dict() for found in sets]}, report.describe_sets(sets))
+    return 0
+
+
+def _run_prompts_show(parsed: argparse.Namespace) -> int:
+    from bake import prompt_sets, report
+
+    shown = prompt_sets.show_set(parsed.name, parsed.limit)
+    _print(parsed, shown.to_dict(), report.describe_set(shown))
+    return 0
+
+
 def _run_demo(parsed: argparse.Namespace) -> int:
     from bake.demo import showcase
 
     result = showcase.run(Path(parsed.output) if parsed.output else None, parsed.overwrite)
     _print(parsed, result.to_dict(), showcase.describe(result))
     return 0
-
-
-def _print(parsed: argparse.Namespace, values: dict[str, Any], text: str) -> None:
-    if is_main():
-        print(json.dumps(values, indent=2, ensure_ascii=False) if parsed.json else text)
 
 
 if __name__ == "__main__":

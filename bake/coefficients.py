@@ -33,6 +33,7 @@ LAWS: dict[str, Law] = {
 }
 DEFAULT_LAW = "inverse-sqrt-d"
 EXPLICIT_LAW = "explicit"
+OWN_LENGTH_LAW = "own-length"  # α_l = m·‖v_l‖: the given vectors as long as they are (--keep-scale)
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,13 @@ def compute_push(
     multiplier: float = 1.0,
     law: str = DEFAULT_LAW,
     explicit: Mapping[int, float] | None = None,
+    lengths: Mapping[int, float] | None = None,
 ) -> Push:
     """Return the push of a band.
 
     norms: {layer: μ_l} for the band's layers. directions: {layer: unit (hidden_size,) tensor} for at
     least these. explicit: per-layer coefficients that replace the law; m still multiplies them.
+    lengths: {layer: ‖v_l‖} of the vectors as they were given, which replace the law likewise.
     Raises BakeError for an unknown law, a multiplier of zero, or a norm that is not a positive number.
     """
     if multiplier == 0 or not math.isfinite(multiplier):
@@ -166,6 +169,9 @@ def compute_push(
                 f"the coefficient of layer {wrong[0]} is {explicit[wrong[0]]}, not a finite number"
             )
         unit = {layer: explicit[layer] for layer in norms}
+    elif lengths is not None:
+        law = OWN_LENGTH_LAW
+        unit = {layer: lengths[layer] for layer in norms}
     elif law in LAWS:
         unit = LAWS[law](norms, hidden_size)
     else:

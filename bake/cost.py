@@ -16,15 +16,21 @@ from typing import Any
 
 from bake.checkpoint import Checkpoint
 from bake.contrast import read_pairs
-from bake.direction import load_direction
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.layout import Layout, plan_layout
 from bake.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
-from bake.pipeline import EQUIVALENCE_PROMPTS, Base, choose_layers, choose_route, open_base
+from bake.pipeline import (
+    EQUIVALENCE_PROMPTS,
+    Base,
+    choose_layers,
+    choose_route,
+    hold_against,
+    open_base,
+    open_direction,
+)
 from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe
-from bake.resources import find_direction
 from bake.safetensors_file import TensorEntry
 from bake.thin import check_base, check_route
 from bake.writer import check_links
@@ -111,8 +117,9 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     Raises a BakeError for what the export itself would refuse, as far as headers tell.
     """
     recipe.check_choices()
-    given = load_direction(find_direction(recipe.direction)) if recipe.direction else None
+    given = open_direction(recipe)
     base = open_base(recipe.model, recipe.revision, headers_only=True)
+    given = given and hold_against(base, given, recipe)
     checkpoint = base.checkpoint
     check_links(checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)

@@ -2,19 +2,29 @@
 
 A direction file is safetensors: one tensor `direction` of shape (hidden_size,) for all layers, or
 `direction.{l}` for 0-based decoder layer l; metadata strings `site`, `model`, `method`, `token` and
-what else is known. How directions are found is `bake.contrast`'s business.
+what else is known. How directions are found is `bake.contrast`'s business; what other tools write is
+read by `bake.formats`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.errors import DirectionError
-from bake.safetensors_file import encode_header, encode_tensor, spec_of
+from bake.errors import CheckpointError, DirectionError
+from bake.hidden_sizes import describe_width
+from bake.safetensors_file import (
+    decode_tensor,
+    encode_header,
+    encode_tensor,
+    read_header,
+    read_range,
+    spec_of,
+)
 from bake.sites import SITES, LayerStructure
 from bake.steering import submodule
 
@@ -22,17 +32,22 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_LAYER_KEY = re.compile(r"direction\.(\d+)")
+_LAYER_KEY = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 DEFAULT_SITE = "mlp_out"
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Unit vectors û_l, float32, (hidden_size,) each; key None holds one vector for all layers."""
+    """Unit vectors û_l, float32, (hidden_size,) each; key None holds one vector for all layers.
+
+    lengths: ‖v_l‖ of the vectors as they were given, by the same keys; empty where they were unit
+    vectors all along. Only `--keep-scale` asks for them.
+    """
 
     vectors: Mapping[int | None, torch.Tensor]
     site: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    lengths: Mapping[int | None, float] = field(default_factory=dict)
 
     @property
     def hidden_size(self) -> int:
@@ -55,11 +70,31 @@ class Direction:
     def select(self, layers: Iterable[int], hidden_size: int) -> dict[int, torch.Tensor]:
         """Return {layer: û_l}; raise DirectionError where the width is not the model's."""
         if self.hidden_size != hidden_size:
+            origin = self.metadata.get("model") or describe_width(self.hidden_size)
             raise DirectionError(
                 f"the direction is {self.hidden_size} wide and the model's hidden size is "
-                f"{hidden_size}; it was found on {self.metadata.get('model', 'another model')}"
+                f"{hidden_size}; it was found on {origin}"
             )
         return {layer: self.layer(layer) for layer in layers}
+
+    def own_lengths(self, layers: Iterable[int]) -> dict[int, float]:
+        """Return {layer: ‖v_l‖} of the vectors as they were given; 1 where nothing is recorded."""
+        shared = self.lengths.get(None, 1.0)
+        return {layer: self.lengths.get(layer, shared) for layer in layers}
+
+    def check_layers(self, layer_count: int) -> None:
+        """Raise DirectionError for a vector of a layer that a model of `layer_count` does not have."""
+        last = max((layer for layer in self.vectors if layer is not None), default=0)
+        if last >= layer_count:
+            remedy = (
+                "if its file counts layers from 1, pass a --layer-offset one lower (-1)"
+                if last == layer_count
+                else "give one that was found on this model"
+            )
+            raise DirectionError(
+                f"the direction has a vector for layer {last} and the model has layers 0 to "
+                f"{layer_count - 1}; {remedy}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, without the vectors."""
@@ -79,13 +114,20 @@ def normalise(vector: torch.Tensor, name: str) -> torch.Tensor:
         raise DirectionError(
             f"{name} has shape {tuple(vector.shape)}; a direction is one vector of shape (hidden_size,)"
         )
+    return (vector.double() / measure_length(vector, name)).float()
+
+
+def measure_length(vector: torch.Tensor, name: str) -> float:
+    """Return ‖v‖ in float64; raise DirectionError for zeros, NaN, or a length that is no number."""
     wide = vector.double()
     if not bool(wide.isfinite().all()):
         raise DirectionError(f"{name} holds NaN or infinite values; find it again in float32")
     length = float(wide.norm())
     if length == 0:
         raise DirectionError(f"{name} is all zeros, which points nowhere")
-    return (wide / length).float()
+    if not math.isfinite(length):
+        raise DirectionError(f"{name} holds values too large to measure; find it again in float32")
+    return length
 
 
 def convert_to_input(
@@ -137,42 +179,74 @@ def effective_weight(norm: nn.Module, hidden_size: int) -> torch.Tensor:
 
 def load_direction(path: Path) -> Direction:
     """Read a direction file. Raises DirectionError naming the file and what is wrong with it."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise DirectionError(f"no direction file {path}; make one with bake direction")
+    vectors, metadata = read_vectors(path)
+    site = metadata.pop("site", DEFAULT_SITE)
+    if site not in SITES:
+        raise DirectionError(f"{path} names an unknown site {site!r}; one of {', '.join(SITES)}")
+    return normalise_all(vectors, site, metadata, path.name)
+
+
+def read_vectors(path: Path) -> tuple[dict[int | None, torch.Tensor], dict[str, str]]:
+    """Return a direction file's vectors as they are stored, and its metadata with its site, if any.
+
+    Raises DirectionError for what is no direction file; the vectors themselves are not looked at.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DirectionError(f"{path} is not a safetensors file: {error}") from None
-    vectors: dict[int | None, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        match = _LAYER_KEY.fullmatch(name)
-        if name == "direction":
-            vectors[None] = normalise(tensor, f"{path.name}: {name}")
-        elif match:
-            vectors[int(match[1])] = normalise(tensor, f"{path.name}: {name}")
-    return _checked(vectors, metadata, path)
-
-
-def _checked(
-    vectors: dict[int | None, torch.Tensor], metadata: dict[str, str], path: Path
-) -> Direction:
+        header = read_header(path, path.name)
+        vectors: dict[int | None, torch.Tensor] = {}
+        for entry in header.tensors:
+            match = _LAYER_KEY.fullmatch(entry.name)
+            if entry.name == "direction" or match:
+                data = read_range(path, entry.start, entry.end)
+                vectors[int(match[1]) if match else None] = decode_tensor(
+                    data, entry.dtype, entry.shape
+                )
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
+        raise DirectionError(f"{path} is not a safetensors file of a direction: {reason}") from None
     if not vectors:
         raise DirectionError(
             f"{path} holds no tensor named direction or direction.<layer>; is it a direction file?"
         )
     if None in vectors and len(vectors) > 1:
         raise DirectionError(f"{path} holds both one direction for all layers and some per layer")
-    widths = {int(vector.shape[0]) for vector in vectors.values()}
+    return vectors, dict(header.metadata)
+
+
+def normalise_all(
+    vectors: Mapping[int | None, torch.Tensor],
+    site: str,
+    metadata: Mapping[str, str],
+    origin: str,
+) -> Direction:
+    """Return the direction of vectors of any length, which it remembers; `origin` is for messages.
+
+    vectors: (hidden_size,) of any real dtype. Raises DirectionError, naming the vector, for a dtype
+    that is no real number's, a wrong shape, zeros, NaN, and for vectors of different widths.
+    """
+    names = {
+        layer: f"{origin}: direction" + (f".{layer}" if layer is not None else "")
+        for layer in vectors
+    }
+    for layer, vector in vectors.items():
+        check_dtype(vector, names[layer])
+    units = {layer: normalise(vector, names[layer]) for layer, vector in vectors.items()}
+    widths = {int(vector.shape[0]) for vector in units.values()}
     if len(widths) > 1:
-        raise DirectionError(f"{path} holds vectors of different widths: {sorted(widths)}")
-    site = metadata.pop("site", DEFAULT_SITE)
-    if site not in SITES:
-        raise DirectionError(f"{path} names an unknown site {site!r}; one of {', '.join(SITES)}")
-    return Direction(vectors, site, metadata)
+        raise DirectionError(f"{origin} holds vectors of different widths: {sorted(widths)}")
+    lengths = {layer: measure_length(vector, names[layer]) for layer, vector in vectors.items()}
+    return Direction(units, site, metadata, lengths)
+
+
+def check_dtype(vector: torch.Tensor, name: str) -> None:
+    """Raise DirectionError for a dtype that no direction has: integers, booleans, complex numbers."""
+    if not vector.dtype.is_floating_point:
+        kind = str(vector.dtype).removeprefix("torch.")
+        raise DirectionError(
+            f"{name} holds {kind} values; a direction is of real numbers (float32)"
+        )
 
 
 def direction_bytes(direction: Direction) -> bytes:

@@ -14,9 +14,11 @@ from bake.card import render_card
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
 from bake.contrast import find_direction, read_pairs
-from bake.direction import Direction, convert_to_input, direction_bytes, load_direction
+from bake.direction import Direction, convert_to_input, direction_bytes
+from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
 from bake.model import LoadedModel, load_model, read_config
 from bake.norms import ActivationNorms, measure_norms
@@ -25,7 +27,6 @@ from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
-from bake.resources import find_direction as find_direction_file
 from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
@@ -125,9 +126,10 @@ def export(recipe: Recipe) -> Export:
         with clock.stage("hub"):
             hub.check_access(recipe.push_to_hub, private=not recipe.public)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
-    given = load_direction(find_direction_file(recipe.direction)) if recipe.direction else None
+    given = open_direction(recipe)
     prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
+    given = given and hold_against(base, given, recipe)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
     check_links(base.checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
@@ -151,6 +153,7 @@ def export(recipe: Recipe) -> Export:
         multiplier=recipe.multiplier,
         law=recipe.law,
         explicit=explicit,
+        lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
     )
     with clock.stage("plan"):
         plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
@@ -201,6 +204,30 @@ def export(recipe: Recipe) -> Export:
     )
 
 
+def open_direction(recipe: Recipe) -> Direction | None:
+    """Read the recipe's direction, if it has one, before anything is fetched for it."""
+    if recipe.direction is None:
+        return None
+    return read_direction(
+        recipe.direction, layer_offset=recipe.layer_offset, site=recipe.direction_site
+    )
+
+
+def hold_against(base: Base, given: Direction, recipe: Recipe) -> Direction:
+    """Hold a given direction against the model, and announce how it was understood."""
+    direction, notes = fit_direction(
+        given,
+        recipe.direction,
+        hidden_size=base.anatomy.hidden_size,
+        layer_count=base.anatomy.layer_count,
+        layer_offset=recipe.layer_offset,
+        site=recipe.direction_site,
+    )
+    for note in notes:
+        announce(note)
+    return direction
+
+
 def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
     """Write weights, config and companions into the staging directory."""
     checkpoint = base.checkpoint
@@ -212,11 +239,12 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
 
 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
-    """Choose the site's route, and announce what was chosen where the user left it open."""
+    """Choose the site's route; announce it where the user left it open, and where it survives."""
     found_at = given.site if given else None
-    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at)
+    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at, target=recipe.target)
     if recipe.site == "auto":
         announce(f"site {route.site}: {route.describe()}")
+    announce(describe_survivals(anatomy.survivals(route)))
     if found_at is not None:
         note = check_direction_site(found_at, route.site, convert=recipe.convert_site)
         if note:
@@ -397,6 +425,7 @@ def describe_bake(
         "calibration": norms.to_dict(),
         "direction": direction.to_dict(),
         "plan": plan.to_dict(),
+        "survives": to_values(survivals(plan.outline(base.anatomy.model_type))),
     }
 
 
@@ -409,6 +438,8 @@ def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
             f" as the difference of mean activations over {known.get('pairs', '?')} contrast pairs "
             f"(token position: {known.get('token', '?')})"
         )
+    if "understood" in known:
+        story += f"; read from another tool's file: {known['understood']}"
     return {
         "site_description": DESCRIPTIONS[plan.route.site],
         "slots": plan.route.describe(),

@@ -16,6 +16,7 @@ from bake.anatomy.rewriting import Rewritten
 from bake.checkpoint import Checkpoint
 from bake.coefficients import Push
 from bake.edits import Add, Edit, Patch, Transform
+from bake.engines import Outline
 from bake.errors import CheckpointError, UnsupportedError
 from bake.safetensors_file import torch_dtype
 from bake.sites import Slot
@@ -76,6 +77,14 @@ class Plan:
     def slots_are_new(self) -> bool:
         """Whether every slot is created by the bake, so that it holds the push and nothing else."""
         return all(edit.is_new for edit in self.slot_edits)
+
+    def outline(self, model_type: str) -> Outline:
+        """Return what an engine sees of the output; model_type: the base's."""
+        return Outline(
+            self.config_changes.get("model_type", model_type),
+            pushed=tuple(edit.parameter for edit in self.slot_edits),
+            created=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`: names and config keys, not vectors."""

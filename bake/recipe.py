@@ -10,9 +10,16 @@ from typing import Any
 
 from bake.coefficients import DEFAULT_LAW, LAWS
 from bake.copying import SHARDS
+from bake.engines import check_engine
 from bake.errors import BakeError
+from bake.sites import check_site
 
-_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "float": (float, int), "bool": (bool,)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "float": (float, int),
+    "bool": (bool,),
+    "int": (int,),
+}
 
 
 @dataclass(frozen=True)
@@ -20,15 +27,21 @@ class Recipe:
     """Everything that decides an export. Paths are as the user gave them.
 
     band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
-    "projection" where a site has both, else None. coefficients: "6=0.5,8=1.0" replaces the law.
+    "projection" where a site has both, else None. target: an engine that the bake has to survive in.
+    coefficients: "6=0.5,8=1.0" replaces the law.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
     calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
+    direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
+    it names, direction_site overrides its site, keep_scale uses its vectors as long as they are.
     """
 
     model: str
     output: str
     direction: str | None = None
     pairs: str | None = None
+    layer_offset: int | None = None
+    direction_site: str | None = None
+    keep_scale: bool = False
     revision: str | None = None
     multiplier: float = 1.0
     band: str = "40:90"
@@ -36,6 +49,7 @@ class Recipe:
     coefficients: str | None = None
     site: str = "auto"
     slot: str | None = None
+    target: str | None = None
     convert_site: bool = False
     method: str = "mean"
     token: str = "last"
@@ -73,10 +87,36 @@ class Recipe:
             )
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
+        self._check_direction()
         if self.shards not in SHARDS:
             raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
+        if self.target is not None:
+            check_engine(self.target)
         if self.thin:
             self._check_thin()
+
+    def _check_direction(self) -> None:
+        """Raise BakeError where options on a given direction have none, or contradict each other."""
+        for option, given in (
+            ("--keep-scale", self.keep_scale),
+            ("--layer-offset", self.layer_offset is not None),
+            ("--direction-site", self.direction_site is not None),
+        ):
+            if given and self.direction is None:
+                raise BakeError(
+                    f"{option} is about a given direction; give --direction FILE with it"
+                )
+        if self.direction_site is not None:
+            check_site(self.direction_site)
+        if self.keep_scale and self.coefficients is not None:
+            raise BakeError("give one of --keep-scale and --coefficients; both say how far to push")
+        if self.keep_scale and self.law != DEFAULT_LAW:
+            raise BakeError(f"--keep-scale takes the place of a law; leave --law {self.law} out")
+        if self.keep_scale and self.convert_site:
+            raise BakeError(
+                "--keep-scale cannot go with --convert-site: a converted direction has no length of "
+                "its own"
+            )
 
     def _check_thin(self) -> None:
         """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""

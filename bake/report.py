@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bake.engines import describe_survivals
 from bake.sites import DESCRIPTIONS, SITES
 from bake.wording import list_numbers
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from bake.equivalence import Equivalence
     from bake.norms import ActivationNorms
     from bake.pipeline import Export
+    from bake.prompt_sets import PromptSet, ShownSet
     from bake.thin import ThinExport
 
 SHOWN_SHARDS = 4
@@ -215,6 +217,7 @@ def describe_anatomy(anatomy: Anatomy) -> str:
                 f"  exact, {route.route}: {route.describe()}{where}",
                 f"    config: {changes or 'unchanged'}; adds {route.added_values:,} values, "
                 f"no compute to speak of; on the twin {route.twin.push_error:.0e} from the hook",
+                f"    {describe_survivals(anatomy.survivals(route), brief=True)}",
             ]
         if site in anatomy.refusals:
             lines.append(f"  no: {anatomy.refusals[site]}")
@@ -249,3 +252,22 @@ def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
 
 def _shortened(reason: str, length: int = 90) -> str:
     return reason if len(reason) <= length else f"{reason[: length - 1]}…"
+
+
+def describe_sets(sets: Sequence[PromptSet]) -> str:
+    """Return the table of the shipped sets; the purpose stands last, because it is a sentence."""
+    table = format_table(
+        ("name", "kind", "count"), [(found.name, found.kind, str(found.count)) for found in sets]
+    )
+    purposes = ("what it is for", *[found.description for found in sets])
+    return "\n".join(
+        f"{line}  {purpose}" for line, purpose in zip(table.splitlines(), purposes, strict=True)
+    )
+
+
+def describe_set(shown: ShownSet) -> str:
+    """Return a set's texts, or its pairs as a line with + and one with -; a gap where lines are many."""
+    if shown.about.kind == "pairs":
+        return "\n\n".join(f"+ {positive}\n- {negative}" for positive, negative in shown.entries)
+    texts = [text for (text,) in shown.entries]
+    return ("\n\n" if any("\n" in text for text in texts) else "\n").join(texts)

@@ -17,7 +17,7 @@ from bake.anatomy import Anatomy, SiteRoute
 from bake.card import render_card
 from bake.coefficients import Push, compute_push
 from bake.completion import NeededShard, describe_needs, unproven
-from bake.direction import Direction, direction_bytes, load_direction
+from bake.direction import Direction, direction_bytes
 from bake.errors import CheckpointError, UnsupportedError
 from bake.hashing import hash_files
 from bake.norms import ActivationNorms
@@ -31,12 +31,13 @@ from bake.pipeline import (
     choose_route,
     describe_bake,
     encode_result,
+    hold_against,
     open_base,
+    open_direction,
     saved_norms,
 )
 from bake.plan import Plan, make_plan
 from bake.recipe import Recipe
-from bake.resources import find_direction
 from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
@@ -80,8 +81,10 @@ def export_thin(recipe: Recipe) -> ThinExport:
     recipe.check()
     clock = Stopwatch()
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
-    direction = load_direction(find_direction(str(recipe.direction)))
+    direction = open_direction(recipe)
+    assert direction is not None  # Recipe.check has seen to it.
     base = open_base(recipe.model, recipe.revision, clock, headers_only=True)
+    direction = hold_against(base, direction, recipe)
     checkpoint = base.checkpoint
     check_output(output, overwrite=recipe.overwrite, base_directory=checkpoint.source)
     check_base(base)
@@ -97,6 +100,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
         multiplier=recipe.multiplier,
         law=recipe.law,
         explicit=explicit,
+        lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
     )
     with clock.stage("plan"):
         plan = make_plan(checkpoint, base.anatomy, route, push)

@@ -58,6 +58,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "sliding_window": 8,
     },
+    "qwen3": {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 88,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    },
 }
 
 PAIRS = [

@@ -29,6 +29,22 @@ VALUES = {
     "site_description": "the residual stream after the MLP's add",
     "slots": "mlp.down_proj.bias (created by mlp_bias)",
     "config_changes": {"mlp_bias": True},
+    "survives": {
+        "vllm": {
+            "name": "vLLM",
+            "version": "0.33.0",
+            "verdict": "kept",
+            "reason": "reads mlp.down_proj.bias",
+            "seen": "read: llama.py",
+        },
+        "sglang": {
+            "name": "SGLang",
+            "version": "0.5.23",
+            "verdict": "dropped",
+            "reason": "no slot for mlp.down_proj.bias, not told in any log",
+            "seen": "read: llama.py",
+        },
+    },
     "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
     "equivalence": {
         "mechanism_error": 3.1e-7,
@@ -127,6 +143,18 @@ def test_formula_is_only_given_where_it_was_used():
 def test_unchanged_config_is_said():
     assert "`config.json` is unchanged" in render_card(values(config_changes={}))
     assert "`config.json` is unchanged" not in render_card(values())
+
+
+def test_every_engine_is_a_row_with_its_verdict_and_how_it_is_known():
+    assert rows(render_card(values()), "| engine |") == [
+        ["vLLM 0.33.0", "kept", "reads mlp.down_proj.bias", "read: llama.py"],
+        [
+            "SGLang 0.5.23",
+            "dropped",
+            "no slot for mlp.down_proj.bias, not told in any log",
+            "read: llama.py",
+        ],
+    ]
 
 
 def test_canary_is_shown_where_there_is_one():

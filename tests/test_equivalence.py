@@ -230,8 +230,8 @@ def test_rounding_can_be_accepted_knowingly(loud_gpt2, options):
 def test_a_wrong_matrix_is_a_mechanism_error(loud_gpt2, options, monkeypatch, tmp_path):
     real = Slot.delta
 
-    def wrong(self, push, weight):
-        return real(self, push, None if weight is None else weight.flip(0))
+    def wrong(self, push, weight=None, shape=None):
+        return real(self, push, None if weight is None else weight.flip(0), shape)
 
     monkeypatch.setattr(Slot, "delta", wrong)
     # The twin would refuse the route; here the mistake is to be found by the proof alone.

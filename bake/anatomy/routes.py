@@ -16,6 +16,16 @@ from bake.anatomy.shrink import shrink
 from bake.anatomy.slots import SlotKind
 from bake.anatomy.structure import combine, find_decoder_layers, find_structure
 from bake.anatomy.twin import TWIN_ERRORS, Twin, TwinVerdict, one_line
+from bake.engines import (
+    Outline,
+    Survival,
+    check_engine,
+    describe_survivals,
+    known_types,
+    survival_of,
+    survivals,
+    to_values,
+)
 from bake.errors import UnsupportedError
 from bake.loading import build_on_meta, single_thread
 from bake.sites import SITES, LayerStructure, Slot, check_site, suits
@@ -34,7 +44,8 @@ class SiteRoute:
     route cannot push are not in it. new_parameters: {name: shape} of everything that the flags create
     on the whole model; what no push goes to is zero. rewriter: what turns the base into another stock
     model first (routes `host` and `insert`); the slots are then known when the layers are, and come
-    with the rewritten checkpoint.
+    with the rewritten checkpoint. rewritten: what an engine will see of that, for `--target`; where a
+    route does not say, it is unknown until it is planned.
     """
 
     site: str
@@ -46,10 +57,18 @@ class SiteRoute:
     twin: TwinVerdict
     layers: tuple[int, ...]
     rewriter: Rewriter | None = None
+    rewritten: Outline | None = None
 
     def slots_of(self, layer: int) -> tuple[Slot, ...]:
         """Return the slots of decoder layer `layer` of the base."""
         return self.slots[layer]
+
+    def outline(self, model_type: str) -> Outline | None:
+        """Return what an engine will see of the output; model_type: the base's."""
+        if self.rewriter is not None:
+            return self.rewritten
+        pushed = (slot.bias for slots in self.slots.values() for slot in slots)
+        return Outline(model_type, tuple(pushed), tuple(self.new_parameters))
 
     @property
     def added_values(self) -> int:
@@ -109,14 +128,21 @@ class Anatomy:
     config: PreTrainedConfig = field(repr=False, compare=False)
 
     def choose(
-        self, site: str, *, kind: str | None = None, found_at: str | None = None
+        self,
+        site: str,
+        *,
+        kind: str | None = None,
+        found_at: str | None = None,
+        target: str | None = None,
     ) -> SiteRoute:
         """Return the route for a site, or for `auto` the first exact site in the order of preference.
 
         kind: "norm" or "projection" where a site has both. found_at: the site of a given direction;
-        `auto` considers only sites that suit it. Raises UnsupportedError with the reason and what
-        works instead.
+        `auto` considers only sites that suit it. target: only routes that are known to survive in that
+        engine. Raises UnsupportedError with the reason and what works instead.
         """
+        if target is not None:
+            check_engine(target)
         if site != "auto":
             check_site(site)
         candidates = [
@@ -127,12 +153,41 @@ class Anatomy:
             and (site != "auto" or found_at is None or suits(found_at, route.site))
         ]
         if candidates:
+            if target is not None:
+                candidates = self._surviving(candidates, target)
             return min(candidates, key=lambda route: _PREFERENCE.index(route.site))
         instead = ", ".join(dict.fromkeys(route.site for route in self.routes)) or NO_SITE
         wanted = "the direction at any site" if site == "auto" else site
         reason = self.refusals.get(site, f"no {kind or 'such'} slot suits")
         raise UnsupportedError(
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
+        )
+
+    def survivals(self, route: SiteRoute) -> tuple[Survival, ...]:
+        """Say what every engine does with a bake by one of the routes."""
+        return survivals(route.outline(self.model_type))
+
+    def _surviving(self, candidates: list[SiteRoute], target: str) -> list[SiteRoute]:
+        """Keep the routes that survive in an engine; raise UnsupportedError where none is known to."""
+        judged = [
+            (route, survival_of(target, route.outline(self.model_type))) for route in self.routes
+        ]
+        kept = [route for route, found in judged if found.verdict == "kept"]
+        asked = [(route, found) for route, found in judged if route in candidates]
+        if any(route in kept for route in candidates):
+            return [route for route in candidates if route in kept]
+        first, found = asked[0]
+        if all(other.verdict == "unknown" for _, other in asked):
+            raise UnsupportedError(
+                f"whether a bake of {self.model_type} survives in {found.label} is not known "
+                f"({found.reason}); checked there: {', '.join(known_types(target))}"
+            )
+        told = dict.fromkeys(f"{route.site} {found.describe()}" for route, found in asked)
+        instead = dict.fromkeys(f"--site {route.site}" for route in kept)
+        raise UnsupportedError(
+            f"{self.model_type} cannot be baked for {found.label} so: {'; '.join(told)}. What survives "
+            f"there: {', '.join(instead) or 'no route that is known'}; "
+            f"{first.site} {describe_survivals(self.survivals(first), brief=True)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +198,10 @@ class Anatomy:
             "layer_count": self.layer_count,
             "hidden_size": self.hidden_size,
             "structure": asdict(self.structure),
-            "routes": [route.to_dict() for route in self.routes],
+            "routes": [
+                {**route.to_dict(), "survives": to_values(self.survivals(route))}
+                for route in self.routes
+            ],
             "refusals": dict(self.refusals),
         }
 

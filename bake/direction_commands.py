@@ -1,0 +1,63 @@
+"""What `bake direction` does with directions that exist: `bake direction convert FILE`.
+
+`bake direction MODEL --pairs FILE` finds one and is `bake.cli`'s; a first word that is in COMMANDS is a
+command of its own. A model that lies in a folder of that name is `./convert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from bake.results import print_result
+from bake.sites import SITES
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Tell whether the command line, without the program's name, is one of these commands."""
+    return len(words) > 1 and words[0] == "direction" and words[1] in COMMANDS
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of one of the commands, for the words after its name."""
+    parser = argparse.ArgumentParser(prog=f"bake direction {name}")
+    COMMANDS[name](parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _build_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a direction in another tool's format, with its own lengths: .gguf for llama.cpp's "
+        "--control-vector and repeng, .npy and .npz for numpy, .safetensors for bake."
+    )
+    parser.set_defaults(run=_run_convert)
+    parser.add_argument("file", metavar="FILE", help="any direction that bake export takes")
+    parser.add_argument("--output", "-o", required=True, metavar="FILE", help="its name decides")
+    parser.add_argument("--layer-offset", type=int, metavar="N", help="added to FILE's layers (0)")
+    parser.add_argument("--direction-site", choices=SITES, help="where FILE was found (mlp_out)")
+    parser.add_argument(
+        "--model-hint", metavar="NAME", help="GGUF: the architecture, such as llama"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--layers", type=int, metavar="N", help="how many the model has")
+    size.add_argument("--model", metavar="MODEL", help="the model, whose config says how many")
+
+
+def _run_convert(parsed: argparse.Namespace) -> int:
+    from bake import api
+
+    converted = api.convert_direction(
+        parsed.file,
+        output=parsed.output,
+        layer_offset=parsed.layer_offset,
+        site=parsed.direction_site,
+        model_hint=parsed.model_hint,
+        layers=parsed.layers,
+        model=parsed.model,
+    )
+    print_result(parsed, converted.to_dict(), converted.describe())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"convert": _build_convert}
