@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test lint bench format wheel clean
+.PHONY: setup demo test test-architectures architectures lint bench format wheel clean
 
 setup: $(READY)
 
@@ -27,6 +27,14 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Every architecture of transformers; not part of `make test`, because it takes minutes.
+test-architectures: $(READY)
+	$(BIN)/python -m pytest -m architectures tests/test_architectures.py
+
+# Write tests/data/architectures.csv anew; look at its difference before committing it.
+architectures: $(READY)
+	PYTHONPATH=. $(BIN)/python tests/golden.py
 
 # Both sides of every comparison in one run; needs 7 GB of disk under build/.
 bench: $(READY)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake import contrast, pipeline, thin
 from bake.anatomy import Anatomy, examine
+from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
 from bake.checkpoint import open_description
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
@@ -19,10 +20,11 @@ from bake.formats.objects import given_as_file
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.processes import divide, is_main
-from bake.progress import announce
+from bake.progress import announce, track
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.recipe import make_recipe
 from bake.resources import find_model
+from bake.sites import layers_with
 from bake.streaming import choose_placement
 from bake.verification import Verification
 from bake.verification import verify as verify_directory
@@ -61,6 +63,13 @@ def inspect(model: str, *, revision: str | None = None) -> Anatomy:
     return examine(read_config(open_description(find_model(model), revision=revision)))
 
 
+def inspect_all() -> list[CatalogueEntry]:
+    """Say of every architecture of the installed transformers what `inspect` says of a model."""
+    names = list_model_types()
+    examined = zip(track(names, "architectures"), examine_all(names), strict=True)
+    return [entry for _, entries in examined for entry in entries]
+
+
 def calibrate(
     model: str,
     *,
@@ -81,7 +90,7 @@ def calibrate(
         base.anatomy.structure,
         site,
         make_batches(encode(tokenizer, divide(texts))),
-        range(base.anatomy.layer_count),
+        layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )
     if output is not None and is_main():
@@ -112,7 +121,9 @@ def extract_direction(
         site,
         load_tokenizer(base.checkpoint.directory),
         read,
-        layers if layers is not None else range(base.anatomy.layer_count),
+        layers
+        if layers is not None
+        else layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         method=method,
         token=token,
         model_name=base.to_dict()["id"],

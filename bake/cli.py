@@ -183,7 +183,13 @@ def _add_inspect(commands: Any) -> None:
         "inspect", help="say which sites and routes are exact here, and why others are not"
     )
     command.set_defaults(run=_run_inspect)
-    command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL", nargs="?", help="path, Hub id, or bake-demo")
+    which.add_argument(
+        "--all",
+        action="store_true",
+        help="every architecture of the installed transformers, on its default configuration (minutes)",
+    )
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
 
 
@@ -352,6 +358,11 @@ def _run_calibrate(parsed: argparse.Namespace) -> int:
 def _run_inspect(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
+    if parsed.all:
+        entries = api.inspect_all()
+        values = {"architectures": [entry.to_dict() for entry in entries]}
+        _print(parsed, values, report.describe_catalogue(entries))
+        return 0
     anatomy = api.inspect(parsed.model, revision=parsed.revision)
     _print(parsed, anatomy.to_dict(), report.describe_anatomy(anatomy))
     return 0

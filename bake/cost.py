@@ -123,7 +123,7 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     checkpoint = base.checkpoint
     check_links(checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
-    layers, _ = choose_layers(base.anatomy, recipe)
+    layers, _ = choose_layers(base.anatomy, recipe, route)
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
     if recipe.thin:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,14 +135,14 @@ def convert_to_input(
     model: nn.Module,
     structure: LayerStructure,
     site: str,
-    layers: Iterable[int],
+    layers: Sequence[int],
 ) -> Direction:
     """Carry a residual direction to a normalised input: û ← normalise(norm weight ⊙ û), per layer.
 
     The norm's weight is read off its behaviour, so that a norm that multiplies by 1 + w (Gemma) is
     converted like one that multiplies by w. Raises DirectionError where no norm feeds the site.
     """
-    if site not in structure.input_norms:
+    if any(site not in structure.at(layer).input_norms for layer in layers):
         raise DirectionError(
             f"no norm's output is {site} in this architecture, so a residual direction cannot be "
             f"converted; find one there (bake direction --site {site})"
@@ -151,7 +151,7 @@ def convert_to_input(
         layer: normalise(
             direction.layer(layer)
             * effective_weight(
-                submodule(model, structure, layer, structure.input_norms[site]),
+                submodule(model, structure, layer, structure.at(layer).input_norms[site]),
                 direction.hidden_size,
             ),
             f"the direction converted to {site} at layer {layer}",

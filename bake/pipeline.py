@@ -17,7 +17,7 @@ from bake.contrast import find_direction, read_pairs
 from bake.direction import Direction, convert_to_input, direction_bytes
 from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
-from bake.errors import BakeError, CheckpointError
+from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
 from bake.model import LoadedModel, load_model, read_config
@@ -33,6 +33,7 @@ from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_directio
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
+from bake.wording import list_numbers
 from bake.writer import (
     WrittenWeights,
     check_links,
@@ -133,7 +134,7 @@ def export(recipe: Recipe) -> Export:
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
     check_links(base.checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
-    layers, explicit = choose_layers(base.anatomy, recipe)
+    layers, explicit = choose_layers(base.anatomy, recipe, route)
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
 
@@ -254,11 +255,15 @@ def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> S
 
 
 def choose_layers(
-    anatomy: Anatomy, recipe: Recipe
+    anatomy: Anatomy, recipe: Recipe, route: SiteRoute
 ) -> tuple[Sequence[int], dict[int, float] | None]:
-    """Return the pushed layers and, where the user gave them, their coefficients at m = 1."""
+    """Return the pushed layers and, where the user gave them, their coefficients at m = 1.
+
+    Layers of the band that the route cannot push are left out, and announced; a layer that the user
+    named is refused. Raises BakeError.
+    """
     if recipe.coefficients is None:
-        return band_layers(anatomy.layer_count, parse_band(recipe.band)), None
+        return _within_route(band_layers(anatomy.layer_count, parse_band(recipe.band)), route), None
     explicit = parse_coefficients(recipe.coefficients)
     beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
     if beyond:
@@ -266,7 +271,31 @@ def choose_layers(
             f"the coefficients name layer {beyond[0]}; the model has layers 0 to "
             f"{anatomy.layer_count - 1}"
         )
+    unable = sorted(explicit.keys() - set(route.layers))
+    if unable:
+        raise UnsupportedError(
+            f"the coefficients name layer {unable[0]}, which cannot take a push at {route.site}; "
+            f"layers that can: {list_numbers(route.layers)}"
+        )
     return sorted(explicit), explicit
+
+
+def _within_route(band: range, route: SiteRoute) -> Sequence[int]:
+    """Return the layers of a band that the route can push; announce those that it cannot."""
+    able = [layer for layer in band if layer in route.layers]
+    if len(able) == len(band):
+        return band
+    if not able:
+        raise UnsupportedError(
+            f"no layer of the band ({list_numbers(band)}) can take a push at {route.site}; "
+            f"layers that can: {list_numbers(route.layers)}; choose a --band that holds some"
+        )
+    unable = [layer for layer in band if layer not in route.layers]
+    announce(
+        f"{route.site} is exact in layers {list_numbers(able)} of the band; "
+        f"layers {list_numbers(unable)} cannot take a push there and are left as they are"
+    )
+    return able
 
 
 def measure(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from bake.engines import describe_survivals
 from bake.sites import DESCRIPTIONS, SITES
+from bake.wording import list_numbers
 
 if TYPE_CHECKING:
     from bake.anatomy import Anatomy
+    from bake.anatomy.catalogue import CatalogueEntry
     from bake.cost import Estimate
     from bake.equivalence import Equivalence
     from bake.norms import ActivationNorms
@@ -20,13 +22,15 @@ if TYPE_CHECKING:
 SHOWN_SHARDS = 4
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain table: the first column left, the others right aligned."""
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1
+) -> str:
+    """Return a plain table: the first `text_columns` columns left, the others right aligned."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -204,8 +208,13 @@ def describe_anatomy(anatomy: Anatomy) -> str:
         lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
         for route in (route for route in anatomy.routes if route.site == site):
             changes = ", ".join(f"{k}: {str(v).lower()}" for k, v in route.flags.items())
+            where = (
+                f", in layers {list_numbers(route.layers)} only"
+                if len(route.layers) < anatomy.layer_count
+                else ""
+            )
             lines += [
-                f"  exact, {route.route}: {route.describe()}",
+                f"  exact, {route.route}: {route.describe()}{where}",
                 f"    config: {changes or 'unchanged'}; adds {route.added_values:,} values, "
                 f"no compute to speak of; on the twin {route.twin.push_error:.0e} from the hook",
                 f"    {describe_survivals(anatomy.survivals(route), brief=True)}",
@@ -213,6 +222,36 @@ def describe_anatomy(anatomy: Anatomy) -> str:
         if site in anatomy.refusals:
             lines.append(f"  no: {anatomy.refusals[site]}")
     return "\n".join(lines)
+
+
+def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
+    """Return the table of `bake inspect --all`, with totals for each site."""
+    rows = []
+    for entry in entries:
+        for route in entry.routes:
+            how = f"{route.route} ({' + '.join(route.flags)})" if route.flags else route.route
+            rows.append((entry.model_type, entry.site, how, ", ".join(route.slots), route.layers))
+        if entry.refusal is not None:
+            rows.append((entry.model_type, entry.site, "no", _shortened(entry.refusal), ""))
+    totals = []
+    for site in SITES:
+        here = [entry for entry in entries if entry.site == site]
+        first = [entry.routes[0].route if entry.routes else "none" for entry in here]
+        totals.append((site, *(str(first.count(name)) for name in ("native", "flag", "none"))))
+    return "\n\n".join(
+        [
+            format_table(
+                ("model type", "site", "route", "slots, or the reason", "layers"),
+                rows,
+                text_columns=4,
+            ),
+            format_table(("site", "native", "by a flag", "none"), totals),
+        ]
+    )
+
+
+def _shortened(reason: str, length: int = 90) -> str:
+    return reason if len(reason) <= length else f"{reason[: length - 1]}…"
 
 
 def describe_sets(sets: Sequence[PromptSet]) -> str:

@@ -7,7 +7,7 @@ two things. It knows names of modules inside a decoder layer (`LayerStructure`),
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,10 +41,14 @@ class Location:
 class LayerStructure:
     """Where a model keeps its decoder layers, and what the parts of a layer are called.
 
-    `before_mlp` is the norm whose input is the residual stream after attention's add; None in a
-    parallel block, which has no such point. `attention_scale` is how far the residual stream moves
-    when attention's output moves by one (a residual multiplier; 1 nearly everywhere). `input_norms`
-    names, for each input site, the norm whose output is the site's activation, where one is.
+    `attention` is whatever mixes positions (a recurrent block counts). `before_mlp` is the module,
+    nearly always a norm, whose input is the residual stream after attention's add; None in a parallel
+    block, which has no such point. `attention_scale` is how far the residual stream moves when
+    attention's output moves by one (a residual multiplier; 1 nearly everywhere). `input_norms` names,
+    for each input site, the norm whose output is the site's activation, where one is.
+    `attention_input` is the module that takes attention's normalised input where that is not
+    `attention` itself, as where the block holds its own norm and residual add. `others` has the
+    layers whose parts are called otherwise, by index: hybrids mix two or three kinds of layers.
     """
 
     layers: str
@@ -53,17 +57,24 @@ class LayerStructure:
     before_mlp: str | None
     attention_scale: float = 1.0
     input_norms: Mapping[str, str] = field(default_factory=dict)
+    attention_input: str | None = None
+    others: Mapping[int, LayerStructure] = field(default_factory=dict)
 
     def layer(self, index: int) -> str:
         """Return the module path of decoder layer `index` (0-based)."""
         return f"{self.layers}.{index}"
+
+    def at(self, index: int) -> LayerStructure:
+        """Return the structure of decoder layer `index` (0-based)."""
+        return self.others.get(index, self)
 
 
 @dataclass(frozen=True)
 class Slot:
     """A parameter that absorbs a constant at a site exactly.
 
-    `weight` names the matrix that stands between the site and the bias: the bias receives W·v. With
+    `weight` names the matrix that stands between the site and the bias: the bias receives W·v; where
+    it is a vector, which multiplies the bias channel by channel, the bias receives v / W. With
     `weight` None the bias receives v / scale. `transposed` marks matrices stored as (in, out), as
     GPT-2's Conv1D does. `inert` is the part of the bias, as fractions of its length, that no output
     depends on: a key bias without rotary positions cancels in the softmax. `axis` is for slots that
@@ -87,7 +98,8 @@ class Slot:
     ) -> torch.Tensor:
         """Return what the parameter receives, in float64 and its shape.
 
-        push: (hidden_size,). weight: (out, hidden_size), or (hidden_size, out) when transposed.
+        push: (hidden_size,). weight: (out, hidden_size), or (hidden_size, out) when transposed;
+        (experts, …) where each expert has its own.
         shape: the parameter's, needed where the slot is a matrix.
         """
         vector = push.double()
@@ -98,6 +110,8 @@ class Slot:
         if weight is None:
             raise UnsupportedError(f"slot {self.bias} needs the matrix {self.weight} to fold W·v")
         matrix = weight.double()
+        if matrix.ndim == 1:
+            return vector / matrix
         return vector @ matrix if self.transposed else matrix @ vector
 
     def _spread(self, vector: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -129,7 +143,7 @@ def capture_location(site: str, structure: LayerStructure) -> Location:
     if site == "attn_out" and structure.before_mlp is not None:
         return Location(structure.before_mlp, "input")
     if site == "attn_in" and structure.attention is not None:
-        return Location(structure.attention, "input")
+        return Location(structure.attention_input or structure.attention, "input")
     if site == "mlp_in" and structure.mlp is not None:
         return Location(structure.mlp, "input")
     raise UnsupportedError(f"this architecture's decoder layer has no {check_site(site)} site")
@@ -144,6 +158,19 @@ def addition_location(site: str, structure: LayerStructure) -> tuple[Location, f
     if site == "attn_out" and structure.attention is not None:
         return Location(structure.attention, "output"), 1.0 / structure.attention_scale
     return capture_location(site, structure), 1.0
+
+
+def layers_with(site: str, structure: LayerStructure, layers: Iterable[int]) -> list[int]:
+    """Return those of `layers` that have the site at all; hybrids may lack it in some."""
+    check_site(site)
+    found = []
+    for layer in layers:
+        try:
+            capture_location(site, structure.at(layer))
+        except UnsupportedError:
+            continue
+        found.append(layer)
+    return found
 
 
 def check_direction_site(found_at: str, site: str, *, convert: bool) -> str | None:

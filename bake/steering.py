@@ -40,9 +40,9 @@ def steered(
 
     push: {0-based layer: (hidden_size,) float tensor}. Applies at every position of every forward.
     """
-    location, scale = addition_location(site, structure)
     with ExitStack() as hooks:
         for layer, vector in push.items():
+            location, scale = addition_location(site, structure.at(layer))
             module = submodule(model, structure, layer, location.module)
             handle = _register(module, location, _adder(vector * (factor * scale)))
             hooks.callback(handle.remove)
@@ -58,13 +58,13 @@ def captured(
     receive: Callable[[int, torch.Tensor], None],
 ) -> Iterator[None]:
     """Call receive(l, activation (batch, positions, hidden_size)) at `site` of each layer, per forward."""
-    location = capture_location(site, structure)
 
     def reader(layer: int) -> Callable[[torch.Tensor], None]:
         return lambda activation: receive(layer, activation)
 
     with ExitStack() as hooks:
         for layer in layers:
+            location = capture_location(site, structure.at(layer))
             module = submodule(model, structure, layer, location.module)
             hooks.callback(_register(module, location, reader(layer)).remove)
         yield

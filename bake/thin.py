@@ -91,7 +91,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
     check_base(base)
     route = choose_route(base.anatomy, recipe, direction)
     check_route(base.anatomy, route)
-    layers, explicit = choose_layers(base.anatomy, recipe)
+    layers, explicit = choose_layers(base.anatomy, recipe, route)
     norms = saved_norms(base, recipe, route.site, layers)
     assert norms is not None  # Recipe.check has seen to it.
     push = compute_push(

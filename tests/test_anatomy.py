@@ -18,8 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bake.anatomy import TwinVerdict, examine
 from bake.anatomy.flags import added_parameters, build_on_meta, find_bias_flags, parameter_shapes
+from bake.anatomy.residual import trace_residual
 from bake.anatomy.shrink import shrink
-from bake.anatomy.slots import measure_attention_scale, propose_slots
+from bake.anatomy.slots import propose_slots
 from bake.anatomy.structure import find_decoder_layers, find_structure
 from bake.anatomy.twin import Twin, build_random, fold
 from bake.errors import UnsupportedError
@@ -29,9 +30,15 @@ from bake.sites import SITES, LayerStructure, Slot
 LLAMA_PARTS = LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm")
 
 
+# Fewer layers where a real model of full size on the meta device takes long to build.
+FEW = {
+    name: {"num_hidden_layers": 4} for name in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
+}
+
+
 @cache
 def anatomy(model_type, **options):
-    return examine(CONFIG_MAPPING[model_type](**options))
+    return examine(CONFIG_MAPPING[model_type](**FEW.get(model_type, {}), **options))
 
 
 @cache
@@ -43,10 +50,15 @@ def short(name):
     return re.split(r"\.\d+\.", name, maxsplit=1)[1]
 
 
+def in_place(found):
+    """The routes in the architecture itself."""
+    return [route for route in found.routes if route.route in ("native", "flag")]
+
+
 def routes(found):
     """{site: [(flags, names of the slots inside the layer)]} of an anatomy."""
     table = {}
-    for route in found.routes:
+    for route in in_place(found):
         entry = (" ".join(route.flags), " ".join(short(slot.bias) for slot in route.slots_of(0)))
         table.setdefault(route.site, []).append(entry)
     return table
@@ -67,10 +79,58 @@ BOTH_FLAGS = {
 FAMILIES = {
     "llama": BOTH_FLAGS,
     "granite": BOTH_FLAGS,
+    "smollm3": BOTH_FLAGS,
     "mistral": {},
+    "mixtral": {},
+    "phi3": {},
     "qwen2": {"attn_in": [("", QKV)]},
+    "glm4": {"attn_in": [("", QKV)]},
     "qwen3": ATTENTION_FLAG,
+    "qwen3_moe": ATTENTION_FLAG,
+    "gemma": ATTENTION_FLAG,
+    "olmo": ATTENTION_FLAG,
     "gemma2": {"attn_in": [("attention_bias", QKV)]},
+    "gemma3_text": {"attn_in": [("attention_bias", QKV)]},
+    "olmo2": {"attn_in": [("attention_bias", QKV)]},
+    "deepseek_v3": {
+        "attn_out": [("attention_bias", "self_attn.o_proj.bias")],
+        "attn_in": [
+            ("attention_bias", "self_attn.q_a_proj.bias self_attn.kv_a_proj_with_mqa.bias")
+        ],
+    },
+    # Attention and MLP are added together, so attention's output bias is a write after the MLP's add.
+    "cohere": {
+        "mlp_out": [("attention_bias", "self_attn.o_proj.bias")],
+        "attn_in": [("attention_bias", QKV)],
+    },
+    "phi": {
+        "mlp_out": [("", "mlp.fc2.bias")],
+        "attn_in": [("", QKV)],
+        "mlp_in": [("", "mlp.fc1.bias")],
+    },
+    # The experts' weights sum to one, so v in the bias of each is v in the sum.
+    "gpt_oss": {
+        "mlp_out": [("", "mlp.experts.down_proj_bias")],
+        "attn_out": [("", "self_attn.o_proj.bias")],
+        "attn_in": [("", QKV)],
+        "mlp_in": [("", "mlp.router.bias mlp.experts.gate_up_proj_bias")],
+    },
+    "stablelm": {
+        "attn_in": [("", "input_layernorm.bias"), ("use_qkv_bias", QKV)],
+        "mlp_in": [("", "post_attention_layernorm.bias")],
+    },
+    "starcoder2": {
+        "mlp_out": [("", "mlp.c_proj.bias")],
+        "attn_out": [("", "self_attn.o_proj.bias")],
+        "attn_in": [("", "input_layernorm.bias"), ("", QKV)],
+        "mlp_in": [("", "post_attention_layernorm.bias"), ("", "mlp.c_fc.bias")],
+    },
+    "bloom": {
+        "mlp_out": [("", "mlp.dense_4h_to_h.bias")],
+        "attn_out": [("", "self_attention.dense.bias")],
+        "attn_in": [("", "input_layernorm.bias"), ("", "self_attention.query_key_value.bias")],
+        "mlp_in": [("", "post_attention_layernorm.bias"), ("", "mlp.dense_h_to_4h.bias")],
+    },
     "gpt2": {
         "mlp_out": [("", "mlp.c_proj.bias")],
         "attn_out": [("", "attn.c_proj.bias")],
@@ -84,6 +144,7 @@ FAMILIES = {
             ("", "self_attn_layer_norm.bias"),
             ("", QKV),
         ],
+        "mlp_in": [("", "final_layer_norm.bias"), ("", "fc1.bias")],
     },
     "gpt_neox": {
         "mlp_out": [("", "mlp.dense_4h_to_h.bias")],
@@ -113,8 +174,10 @@ def test_every_site_has_a_route_or_a_reason(family):
 
 @every_family
 def test_every_route_is_proven_on_the_twin(family):
-    for route in anatomy(family).routes:
+    for route in in_place(anatomy(family)):
         assert route.twin.passed
+        assert route.twin.greedy_equal
+        assert route.layers == tuple(range(anatomy(family).layer_count))
         assert route.twin.effect > 0.1
         assert route.twin.push_error < 1e-5
         assert route.route == ("flag" if route.flags else "native")
@@ -132,9 +195,16 @@ def test_every_route_is_proven_on_the_twin(family):
         ("qwen3", "mlp_in", "no flag of the config creates mlp.gate_proj.bias, mlp.up_proj.bias"),
         ("gemma2", "attn_out", "attention's output is not simply added to the residual stream"),
         ("gemma2", "mlp_out", "mlp has no bias that moves only this activation"),
+        ("gemma2", "attn_out", "post_attention_layernorm normalises it first"),
+        ("gemma3_text", "attn_out", "post_attention_layernorm normalises it first"),
+        ("olmo2", "attn_out", "post_attention_layernorm normalises it first"),
+        ("glm4", "attn_out", "post_self_attn_layernorm normalises it first"),
         ("gpt_neox", "attn_out", "attention's output is not simply added to the residual stream"),
         ("falcon", "attn_out", "attention's output is not simply added to the residual stream"),
-        ("opt", "mlp_in", "no module whose activation is the MLP's normalised input"),
+        ("cohere", "attn_out", "(a parallel block), where mlp_out is the site"),
+        ("phi", "attn_out", "(a parallel block), where mlp_out is the site"),
+        ("mixtral", "mlp_in", "no flag of the config creates mlp.gate.bias"),
+        ("deepseek_v3", "mlp_in", "no flag of the config creates mlp.gate_proj.bias"),
     ],
 )
 def test_refusal_says_why(family, site, reason):
@@ -407,7 +477,7 @@ def test_gate_in_place_of_down_fails(monkeypatch):
         num_attention_heads=4,
         vocab_size=96,
     )
-    monkeypatch.setattr("bake.anatomy.twin.shrink", lambda given: given)
+    monkeypatch.setattr("bake.anatomy.twin.shrink", lambda given, _keep: given)
     twin = Twin(config)
     assert verdict(twin, "mlp_out", MLP_FLAG, DOWN).passed
     found = verdict(twin, "mlp_out", MLP_FLAG, Slot("model.layers.{layer}.mlp.gate_proj.bias"))
@@ -421,8 +491,12 @@ def test_post_norm_makes_the_output_bias_of_attention_no_residual_write():
     structure = replace(LLAMA_PARTS, before_mlp="pre_feedforward_layernorm")
     slot = Slot("model.layers.{layer}.self_attn.o_proj.bias")
     assert verdict(twin, "attn_out", ATTENTION, slot, structure=structure).passed
-    assert measure_attention_scale(twin, structure) is None
-    assert measure_attention_scale(twin_of("llama"), LLAMA_PARTS) == 1.0
+    found, reason = trace_residual(twin, structure, layer=1)
+    assert found.before_mlp is None
+    assert "post_attention_layernorm normalises it first" in reason
+    found, reason = trace_residual(twin_of("llama"), LLAMA_PARTS, layer=1)
+    assert (found.before_mlp, found.attention_scale) == ("post_attention_layernorm", 1.0)
+    assert reason is None
 
 
 def test_layer_that_gets_no_slot_fails():
@@ -444,7 +518,9 @@ def test_layer_that_gets_no_slot_fails():
     ],
 )
 def test_verdict_fails_for_each_reason(changes, reason):
-    sound = TwinVerdict(zero_push_error=0.0, push_error=1e-7, effect=2.0, reload_clean=True)
+    sound = TwinVerdict(
+        zero_push_error=0.0, push_error=1e-7, effect=2.0, reload_clean=True, greedy_equal=True
+    )
     assert sound.passed
     found = replace(sound, **changes)
     assert not found.passed
@@ -488,6 +564,7 @@ LINEAR = {
     "forgotten": nn.Linear,
     "idle": IdleLinear,
     "loud": LoudLinear,
+    "lossy": nn.Linear,
 }
 
 
@@ -496,6 +573,12 @@ class OddForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
+        if config.variant == "lossy":
+            # Neither saved nor the same in two models, as a wrongly tied weight is not.
+            self.register_buffer("offset", torch.rand(1), persistent=False)
+            self.lm_head.register_forward_hook(
+                lambda _module, _inputs, out: out + self.offset * out
+            )
         if config.odd_BIASES_switch:
             for layer in self.model.layers:
                 old = layer.mlp.down_proj
@@ -548,6 +631,48 @@ def test_flag_that_the_saved_config_forgets_is_refused(odd, only_the_odd_flag):
     assert "does not reload cleanly" in odd_route(odd("forgotten"))
 
 
+def test_model_that_does_not_survive_saving_is_refused(odd):
+    found = odd("lossy")
+    assert not found.routes
+    for site in SITES:
+        assert "does not save and reload this architecture unchanged" in found.refusals[site]
+
+
+def test_flag_that_changes_what_is_there_is_no_bias_flag():
+    """`use_bias` may also drop a parameter or change a shape; such a flag converts no weights."""
+
+    class Config(LlamaConfig):
+        model_type = "replacing_llama"
+        replacing_bias: bool = False
+        resizing_bias: bool = False
+        adding_bias: bool = False
+
+    class Replacing(LlamaForCausalLM):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            width = config.hidden_size
+            if config.replacing_bias or config.resizing_bias or config.adding_bias:
+                self.model.norm.bias = nn.Parameter(torch.zeros(width))
+            if config.replacing_bias:
+                del self.model.norm.weight
+            if config.resizing_bias:
+                self.model.norm.weight = nn.Parameter(torch.ones(2 * width))
+
+    AutoConfig.register("replacing_llama", Config)
+    AutoModelForCausalLM.register(Config, Replacing)
+    try:
+        config = Config(num_hidden_layers=1, hidden_size=32, intermediate_size=48, vocab_size=96)
+        found = {effect.path: effect.adds for effect in find_bias_flags(config)}
+    finally:
+        CONFIG_MAPPING._extra_content.pop("replacing_llama")
+        MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(Config)
+    assert found["adding_bias"] == {"model.norm.bias"}
+    assert "replacing_bias" not in found
+    assert "resizing_bias" not in found
+
+
 def test_flags_of_llama_and_what_they_create():
     effects = {effect.path: effect.adds for effect in find_bias_flags(twin_of("llama").config)}
     assert sorted(effects) == ["attention_bias", "mlp_bias"]
@@ -571,9 +696,9 @@ def test_flag_that_is_on_is_no_effect():
         ("gpt2", LayerStructure("transformer.h", "attn", "mlp", "ln_2"), "ln_1", "ln_2"),
         (
             "opt",
-            LayerStructure("model.decoder.layers", "self_attn", None, "final_layer_norm"),
+            LayerStructure("model.decoder.layers", "self_attn", "fc1", "final_layer_norm"),
             "self_attn_layer_norm",
-            None,
+            "final_layer_norm",
         ),
         (
             "gpt_neox",

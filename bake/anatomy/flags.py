@@ -65,6 +65,20 @@ def find_bias_flags(config: PreTrainedConfig) -> list[FlagEffect]:
     return effects
 
 
+def find_idle_flags(config: PreTrainedConfig) -> list[str]:
+    """Return the bias flags that are off and whose setting creates no parameter at all."""
+    before = parameter_shapes(build_on_meta(config))
+    idle = []
+    for path in _switched_off(config):
+        try:
+            after = parameter_shapes(build_on_meta(with_flags(config, {path: True})))
+        except (TypeError, ValueError, AttributeError, NotImplementedError):
+            continue
+        if after == before:
+            idle.append(path)
+    return idle
+
+
 def added_parameters(
     config: PreTrainedConfig, flags: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:

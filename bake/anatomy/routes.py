@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub.errors import StrictDataclassError
-
-from bake.anatomy.flags import (
-    FlagEffect,
-    added_parameters,
-    find_bias_flags,
-    parameter_shapes,
-)
+from bake.anatomy.flags import added_parameters, find_bias_flags, parameter_shapes
+from bake.anatomy.in_place import InPlace, InPlaceSearch
+from bake.anatomy.layers import LayerKind, LayerMap, choose_layers_to_keep, find_layer_kinds
+from bake.anatomy.residual import trace_residual
 from bake.anatomy.rewriting import Rewriter
-from bake.anatomy.slots import (
-    Proposal,
-    SlotKind,
-    find_input_norms,
-    measure_attention_scale,
-    propose_slots,
-)
-from bake.anatomy.structure import find_decoder_layers, find_structure
-from bake.anatomy.twin import Twin, TwinVerdict
+from bake.anatomy.shrink import shrink
+from bake.anatomy.slots import SlotKind
+from bake.anatomy.structure import combine, find_decoder_layers, find_structure
+from bake.anatomy.twin import TWIN_ERRORS, Twin, TwinVerdict, one_line
 from bake.engines import (
     Outline,
     Survival,
@@ -37,18 +28,9 @@ from bake.engines import (
 )
 from bake.errors import UnsupportedError
 from bake.loading import build_on_meta, single_thread
-from bake.sites import (
-    DESCRIPTIONS,
-    SITES,
-    LayerStructure,
-    Slot,
-    capture_location,
-    check_site,
-    suits,
-)
+from bake.sites import SITES, LayerStructure, Slot, check_site, suits
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig
 
 RouteName = Literal["native", "flag", "host", "insert"]
@@ -249,46 +231,50 @@ def examine(config: PreTrainedConfig) -> Anatomy:
         except TWIN_ERRORS as error:
             raise UnsupportedError(
                 f"{config.model_type}: no small twin of this architecture can be made and run, so "
-                f"nothing can be proven on it ({_one_line(error)})"
+                f"nothing can be proven on it ({one_line(error)})"
             ) from error
 
 
-# What the constructors and forwards of 190 architectures raise when a shrunk configuration does not suit
-# them. Each is a refusal with its reason, never a crash; what they hide is said in the message.
-TWIN_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
-
-
 class _Examination:
-    """The working state of `examine`: the twin, its flags, and the structure they agree on."""
+    """The working state of `examine`: the real model on the meta device, and its twin."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config
         try:
             self.real = build_on_meta(config)
-        except ValueError:
+        except ValueError as error:
+            if type(config) in _causal_configs():
+                raise
             raise UnsupportedError(
                 f"transformers has no causal language model for model type {config.model_type!r}"
-            ) from None
+            ) from error
         self.layers, self.layer_count = find_decoder_layers(self.real)
-        self.twin = Twin(config)
-        self.effects = find_bias_flags(self.twin.config)
-        self.structure = self._structure()
+        self.layer_map, keep = self._match_layers()
+        self.twin = Twin(config, keep=keep)
+        self.structures: dict[LayerKind, LayerStructure] = {}
+        self.no_attention: dict[LayerKind, str | None] = {}
+        for kind in self.layer_map.kinds:
+            self.structures[kind], self.no_attention[kind] = self._trace(kind)
+        self.structure = combine(
+            {
+                index: self.structures.get(kind, LayerStructure(self.layers, None, None, None))
+                for index, kind in enumerate(self.layer_map.real)
+            }
+        )
+        self.twin_structure = combine(
+            {
+                index: self.structures.get(kind, LayerStructure(self.layers, None, None, None))
+                for index, kind in enumerate(self.layer_map.twin)
+            }
+        )
+        self.in_place = InPlaceSearch(
+            self.twin,
+            find_bias_flags(self.twin.config),
+            self.layer_map,
+            self.structures,
+            self.twin_structure,
+            self.no_attention,
+        )
 
     def anatomy(self) -> Anatomy:
         routes: list[SiteRoute] = []
@@ -310,89 +296,99 @@ class _Examination:
             config=self.config,
         )
 
-    @cached_property
-    def flagged(self) -> nn.Module:
-        """The twin with every usable flag set at once."""
-        return self.twin.with_flags({effect.path: effect.value for effect in self.effects})
+    def _match_layers(self) -> tuple[LayerMap, Sequence[int]]:
+        """Choose which real layers the twin is made of, so that it has every kind of layer."""
+        real = find_layer_kinds(self.real, self.layers, self.config)
+        best: tuple[LayerMap, Sequence[int]] | None = None
+        failure: Exception | None = None
+        for keep in choose_layers_to_keep(real):
+            try:
+                small = shrink(self.config, keep)
+                twin = find_layer_kinds(build_on_meta(small), self.layers, small)
+            except TWIN_ERRORS as error:
+                failure = failure or error
+                continue
+            found = LayerMap(real, twin)
+            if best is None or len(found.strangers) < len(best[0].strangers):
+                best = found, keep
+            if not found.strangers:
+                break
+        if best is None:
+            raise failure or UnsupportedError(
+                f"{self.config.model_type}: its {self.layer_count} layers are of "
+                f"{len(set(real))} kinds, too many for a small twin to hold them all"
+            )
+        return best
 
-    def _structure(self) -> LayerStructure:
-        proposed = find_structure(self.twin.model, self.layers, layer=1)
-        proposed = replace(proposed, input_norms=find_input_norms(self.twin, proposed))
-        scale = measure_attention_scale(self.twin, proposed)
-        if scale is None:
-            return replace(proposed, before_mlp=None)
-        return replace(proposed, attention_scale=scale)
+    def _trace(self, kind: LayerKind) -> tuple[LayerStructure, str | None]:
+        """Return what the parts of a kind of layer are called, and why it has no `attn_out`."""
+        layer = self.layer_map.probed_layer(kind)
+        proposed = find_structure(self.twin.model, self.layers, layer)
+        try:
+            return trace_residual(self.twin, proposed, layer)
+        except (*TWIN_ERRORS, UnsupportedError) as error:
+            reason = f"the twin's layer cannot be traced ({one_line(error)})"
+            return LayerStructure(self.layers, None, None, None), reason
 
     def _routes(self, site: str) -> tuple[list[SiteRoute], list[str]]:
-        try:
-            capture_location(site, self.structure)
-        except UnsupportedError:
-            if site == "attn_out":
-                return [], ["attention's output is not simply added to the residual stream"]
-            return [], [f"the decoder layer has no module whose activation is {DESCRIPTIONS[site]}"]
-        found: list[SiteRoute] = []
-        reasons: list[str] = []
-        for proposal in propose_slots(self.twin, self.flagged, self.structure, site):
-            if any(route.kind == proposal.kind for route in found):
-                continue  # One proven slot of a kind is enough.
-            if proposal.missing:
-                names = ", ".join(proposal.missing)
-                reasons.append(f"no flag of the config creates {names}")
-                continue
-            try:
-                route = self._prove(site, proposal)
-            except TWIN_ERRORS as error:
-                reasons.append(f"the twin cannot be baked ({_one_line(error)})")
-                continue
-            lacking = self._lacking(route)
-            if lacking:
+        found, reasons = self.in_place.find(site)
+        routes = []
+        for proven in found:
+            route, lacking = self._on_the_real_model(site, proven)
+            if lacking is not None:
                 reasons.append(f"not every decoder layer has it ({lacking} does not exist)")
-            elif route.twin.passed:
-                found.append(route)
-            else:
-                reasons.append(str(route.twin.reason))
-        if not found and not reasons:
-            reasons.append(self._why_no_slot(site))
-        return found, reasons
+            if route is not None:
+                routes.append(route)
+        return routes, reasons
 
-    def _prove(self, site: str, proposal: Proposal) -> SiteRoute:
-        flags = self._flags_for(proposal)
-        layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
-        slots = {layer: proposal.slots_of(layer) for layer in layers}
-        return SiteRoute(
-            site=site,
-            route="flag" if flags else "native",
-            kind=proposal.kind,
-            flags=flags,
-            slots={layer: proposal.slots_of(layer) for layer in range(self.layer_count)},
-            new_parameters=added_parameters(self.config, flags) if flags else {},
-            twin=self.twin.prove(self.structure, site, flags, slots),
-            layers=tuple(range(self.layer_count)),
+    def _on_the_real_model(self, site: str, proven: InPlace) -> tuple[SiteRoute | None, str | None]:
+        """Return the route on the layers that really have the slots, and a slot that some lack."""
+        created = self._created_by(proven.flags)
+        present = self._shapes.keys() | created.keys()
+        slots: dict[int, tuple[Slot, ...]] = {}
+        lacking = None
+        for layer, wanted in proven.slots.items():
+            names = [name for slot in wanted for name in (slot.bias, slot.weight) if name]
+            absent = [name for name in names if name not in present]
+            if absent:
+                lacking = lacking or absent[0]
+            else:
+                slots[layer] = wanted
+        if not slots:
+            return None, lacking
+        return (
+            SiteRoute(
+                site=site,
+                route="flag" if proven.flags else "native",
+                kind=proven.kind,
+                flags=proven.flags,
+                slots=slots,
+                new_parameters=created,
+                twin=proven.verdict,
+                layers=tuple(slots),
+            ),
+            lacking,
         )
 
-    def _lacking(self, route: SiteRoute) -> str | None:
-        """Return a slot that some layer of the real model lacks; a small twin cannot show all layers."""
-        present = parameter_shapes(self.real).keys() | route.new_parameters.keys()
-        for layer in range(self.layer_count):
-            for slot in route.slots_of(layer):
-                for name in (slot.bias, slot.weight):
-                    if name is not None and name not in present:
-                        return name
-        return None
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return parameter_shapes(self.real)
 
-    def _flags_for(self, proposal: Proposal) -> dict[str, Any]:
-        """Return the flags that create the slots; all usable ones if no single flag does."""
-        present = {name for name, _ in self.twin.model.named_parameters()}
-        wanted = {slot.bias.format(layer=1) for slot in proposal.slots} - present
-        needed: dict[str, FlagEffect] = {}
-        for name in sorted(wanted):
-            creating = [effect for effect in self.effects if name in effect.adds]
-            if not creating:
-                return {effect.path: effect.value for effect in self.effects}
-            needed[creating[0].path] = creating[0]
-        return {path: effect.value for path, effect in needed.items()}
+    def _created_by(self, flags: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+        """Return what the flags create on the whole model; a large model is built once for each set."""
+        if not flags:
+            return {}
+        key = tuple(sorted(flags.items()))
+        if key not in self._created:
+            self._created[key] = added_parameters(self.config, flags)
+        return self._created[key]
 
-    def _why_no_slot(self, site: str) -> str:
-        block = self.structure.attention if site == "attn_out" else self.structure.mlp
-        tried = ", ".join(effect.path for effect in self.effects) or "none that creates one"
-        return f"{block} has no bias that moves only this activation (bias flags of the config: {tried})"
+    @cached_property
+    def _created(self) -> dict[tuple[tuple[str, Any], ...], Mapping[str, tuple[int, ...]]]:
+        return {}
+
+
+def _causal_configs() -> set[type[PreTrainedConfig]]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return set(MODEL_FOR_CAUSAL_LM_MAPPING.keys())

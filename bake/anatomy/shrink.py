@@ -1,66 +1,163 @@
 """Shrink a configuration: the same architecture and feature set, small enough to build in milliseconds.
 
 Sizes become small; everything that decides *what* is computed (tying, activation, rope type, norms,
-flags, multipliers, expert routing) is kept. Configurations name the same size in many ways; the
-table lists those names, not architectures.
+flags, multipliers, expert routing, the pattern of layer kinds) is kept. How configurations name their
+sizes is data, in `bake.anatomy.tables`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from bake.anatomy.tables import (
+    CHOICES,
+    HEAD_SIZE,
+    HEADS,
+    KEY_VALUE_HEADS,
+    LAYER_COUNTS,
+    LAYER_INDICES,
+    LAYERS,
+    PREFIX_COUNTS,
+    ROTARY_FACTORS,
+    SIZES,
+    SUFFIX_COUNTS,
+    TOKENS,
+    TWINS,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-LAYERS, HIDDEN, HEADS, HEAD_SIZE, FEED_FORWARD, VOCABULARY = 3, 32, 4, 8, 80, 96
 
-_SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "n_embed", "word_embed_proj_dim"), HIDDEN),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
-    "head_dim": HEAD_SIZE,
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), FEED_FORWARD),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
-    "vocab_size": VOCABULARY,
-    "sliding_window": 6,
-}
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+def shrink(config: PreTrainedConfig, keep: Sequence[int] = range(LAYERS)) -> PreTrainedConfig:
+    """Return a small config of the same class; the one given is left alone.
 
-
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a small config of the same class; the one given is left alone."""
+    keep: the decoder layers of the real model that the twin's layers are to be like, ascending.
+    """
     # An older checkpoint's JSON may carry keys that the class drops, so go through its own dict.
-    return type(config)(**_shrink_values(copy.deepcopy(config.to_dict())))
+    values = copy.deepcopy(config.to_dict())
+    small = _Shrinking(values, keep, _text_key(config)).values()
+    return type(config)(**small, **_beyond_init(config, small))
 
 
-def _shrink_values(values: dict[str, Any]) -> dict[str, Any]:
-    heads = next((values[k] for k in ("num_attention_heads", "n_head") if values.get(k)), None)
-    layers = next((values[k] for k in _SIZES if _SIZES[k] == LAYERS and values.get(k)), None)
-    small = {key: _small(key, value, heads) for key, value in values.items()}
-    for key, value in small.items():
-        if isinstance(value, dict) and "model_type" in value:
+def _text_key(config: PreTrainedConfig) -> str | None:
+    """Return the key of the nested config that describes the decoder; None where it is not nested."""
+    text = config.get_text_config(decoder=True)
+    return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+
+
+def _beyond_init(config: PreTrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config's `to_dict` leaves out and its architecture asks for."""
+    return {
+        key: getattr(config, key)
+        for key in ("is_decoder", "is_encoder_decoder")
+        if key not in values and getattr(config, key, None)
+    }
+
+
+@dataclass(frozen=True)
+class _Shrinking:
+    """The values of one config (the outer one or a nested one) on their way to a twin's."""
+
+    given: Mapping[str, Any]
+    keep: Sequence[int]
+    text_key: str | None = None
+
+    def values(self) -> dict[str, Any]:
+        small = {key: self._small(key, value) for key, value in self.given.items()}
+        small.update(self.own_sizes)
+        for key in (
+            "model_type",
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "_name_or_path",
+        ):
+            small.pop(key, None)
+        return small
+
+    @property
+    def own_sizes(self) -> Mapping[str, Any]:
+        """What this model type's twin needs beyond the size names."""
+        return TWINS.get(self.given.get("model_type", ""), {})
+
+    @property
+    def layers(self) -> int | None:
+        """How many decoder layers the real model has."""
+        return next((self.given[k] for k in LAYER_COUNTS if self.given.get(k)), None)
+
+    @property
+    def heads(self) -> int | None:
+        return next(
+            (
+                self.given[k]
+                for k in ("num_attention_heads", "n_head", "n_heads")
+                if k in self.given
+            ),
+            None,
+        )
+
+    def _small(self, key: str, value: Any) -> Any:
+        if key in self.own_sizes:
+            return self.own_sizes[key]
+        if isinstance(value, bool) or value is None:
+            return value
+        if key in TOKENS:
+            return TOKENS[key]
+        if isinstance(value, dict):
+            return self._small_dict(key, value)
+        if isinstance(value, list | tuple):
+            return self._small_list(key, list(value))
+        if isinstance(value, float):
+            return 0.0 if key.endswith(("dropout", "_pdrop", "dropout_prob")) else value
+        return self._small_size(key, value) if isinstance(value, int) else value
+
+    def _small_size(self, key: str, value: int) -> int:
+        if key in LAYER_COUNTS:
+            return len(self.keep)
+        if key in KEY_VALUE_HEADS:
+            return HEADS if value == self.heads else (1 if value == 1 else HEADS // 2)
+        if key in CHOICES:
+            return min(value, 2)
+        if key in PREFIX_COUNTS:
+            return sum(layer < value for layer in self.keep)
+        if key in SUFFIX_COUNTS:
+            return sum(layer >= (self.layers or 0) - value for layer in self.keep)
+        return SIZES.get(key, value) if value else 0
+
+    def _small_list(self, key: str, value: list[Any]) -> list[Any]:
+        if key in LAYER_INDICES:
+            return [index for index, layer in enumerate(self.keep) if layer in value]
+        if key in ROTARY_FACTORS:
+            return value[: max(1, len(value) * HEAD_SIZE // self._head_size())]
+        if len(value) == self.layers:
+            value = [value[layer] for layer in self.keep]
+        return [self._small(key, entry) for entry in value]
+
+    def _small_dict(self, key: str, value: dict[Any, Any]) -> dict[Any, Any]:
+        if "model_type" in value:
             # A nested config (a wrapper's text or vision tower) keeps its type.
-            small[key] = {**_shrink_values(value), "model_type": value["model_type"]}
-        elif isinstance(value, list) and layers and len(value) == layers:
-            small[key] = value[:LAYERS]
-        elif key.endswith(("dropout", "_pdrop")) and isinstance(value, float):
-            small[key] = 0.0
-    for key in ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path"):
-        small.pop(key, None)
-    return small
+            keep = self.keep if key == self.text_key else range(2)
+            nested = _Shrinking(value, keep).values()
+            return {**nested, "model_type": value["model_type"]}
+        if value and all(str(k).isdigit() and isinstance(v, dict) for k, v in value.items()):
+            # Settings of single layers, by their index.
+            by_layer = {int(layer): entry for layer, entry in value.items()}
+            return {
+                index: self._small_settings(by_layer[layer])
+                for index, layer in enumerate(self.keep)
+                if layer in by_layer
+            }
+        return self._small_settings(value)
 
+    def _small_settings(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Shrink settings that hold in place of this config's own, where they name the same."""
+        inner = _Shrinking({**self.given, **values}, self.keep)
+        return {name: inner._small(name, entry) for name, entry in values.items()}
 
-def _small(key: str, value: Any, heads: int | None) -> Any:
-    if isinstance(value, bool) or value is None:
-        return value
-    if key in _TOKENS:
-        return _TOKENS[key]
-    if key in _KEY_VALUE_HEADS and isinstance(value, int):
-        return HEADS if value == heads else (1 if value == 1 else HEADS // 2)
-    if key in _SIZES and isinstance(value, int):
-        return _SIZES[key]
-    return value
+    def _head_size(self) -> int:
+        given = self.given.get("head_dim")
+        return int(given or self.given["hidden_size"] // (self.heads or 1))

@@ -5,13 +5,15 @@ A proposal is cheap and may be wrong (the bias may feed something else too); `Tw
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from bake.errors import UnsupportedError
-from bake.sites import INPUT_SITES, LayerStructure, Slot, addition_location, capture_location
-from bake.steering import captured, steered, submodule
+from bake.anatomy.probing import probe_vector, read_activation, uniform_ratio
+from bake.sites import INPUT_SITES, LayerStructure, Slot, capture_location
+from bake.steering import submodule
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 SlotKind = Literal["write", "norm", "projection"]
 PROBED_LAYER = 1
 _LAYER = "{layer}"
+_WAY_BACK = re.compile(r"down|out|w2")
+_RAW_MATRICES = re.compile(r"expert|router|gate|moe", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,168 +53,282 @@ class Proposal:
         )
 
 
-def measure_attention_scale(twin: Twin, structure: LayerStructure) -> float | None:
-    """Return how far the residual stream after attention moves per unit of attention's output.
-
-    None where it does not simply move: a post-norm in between, a parallel block, no attention.
-    """
-    if structure.attention is None or structure.before_mlp is None:
-        return None
-    push = _probe_vector(twin)
-    before = _activation(twin, twin.model, structure, "attn_out")
-    location, _ = addition_location("attn_out", structure)
-    assert location.side == "output"
-    with steered(twin.model, structure, "attn_out", {PROBED_LAYER: push}):
-        after = _activation(twin, twin.model, structure, "attn_out")
-    return _uniform_ratio(after - before, push)
-
-
-def find_input_norms(twin: Twin, structure: LayerStructure) -> dict[str, str]:
-    """Return {input site: name of the layer's norm whose output is the site's activation}."""
-    import torch
-
-    found: dict[str, str] = {}
-    layer = submodule(twin.model, structure, PROBED_LAYER, "")
-    for site in INPUT_SITES:
-        try:
-            activation = _activation(twin, twin.model, structure, site)
-        except UnsupportedError:
-            continue
-        for name, child in layer.named_children():
-            output = _output_of(twin, child)
-            if isinstance(output, torch.Tensor) and torch.equal(output, activation):
-                found[site] = name
-    return found
-
-
-def _output_of(twin: Twin, module: nn.Module) -> Any:
-    """Return what a module returned in the last of the twin's forwards; None if it was not called."""
-    seen: list[Any] = [None]
-    handle = module.register_forward_hook(lambda _module, _arguments, output: seen.append(output))
-    twin.run(twin.model)
-    handle.remove()
-    return seen[-1]
-
-
 def propose_slots(
-    twin: Twin, flagged: nn.Module, structure: LayerStructure, site: str
+    twin: Twin,
+    flagged: nn.Module,
+    structure: LayerStructure,
+    site: str,
+    layer: int = PROBED_LAYER,
 ) -> list[Proposal]:
-    """Return proposals for `site`, the most natural first. `flagged` has every usable flag set."""
+    """Return proposals for `site` of a twin's layer, the most natural first.
+
+    flagged: the twin with every usable flag set.
+    """
+    search = _Search(twin, flagged, structure, site, layer)
+    kind: SlotKind = "norm" if site in INPUT_SITES else "write"
     proposals = [
-        Proposal("norm" if site in INPUT_SITES else "write", (slot,))
-        for slot in _constant_slots(twin, flagged, structure, site)
+        Proposal(
+            kind,
+            (
+                replace(
+                    slot,
+                    bias=search.template(slot.bias),
+                    weight=slot.weight and search.template(slot.weight),
+                ),
+            ),
+        )
+        for slot in search.constant_slots()
     ]
     if site in INPUT_SITES:
-        proposals += _projection_slots(twin, flagged, structure, site)
+        proposals += search.projection_slots()
     return proposals
 
 
-def _constant_slots(
-    twin: Twin, flagged: nn.Module, structure: LayerStructure, site: str
-) -> Iterator[Slot]:
-    """Yield biases of the layer that move the site's activation by a constant multiple of themselves."""
+@dataclass(frozen=True)
+class _Reader:
+    """A matrix that reads the site's activation: where it is, and the bias that goes with it."""
+
+    module: nn.Module
+    weight: str
+    bias: str
+    transposed: bool
+
+    @property
+    def bias_parameter(self) -> torch.Tensor | None:
+        import torch
+
+        found = getattr(self.module, self.bias.rpartition(".")[2], None)
+        return found if isinstance(found, torch.Tensor) else None
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for slots of one site in one layer of the twin."""
+
+    twin: Twin
+    flagged: nn.Module
+    structure: LayerStructure
+    site: str
+    layer: int
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.structure.layer(self.layer)}."
+
+    def template(self, name: str) -> str:
+        """Return a parameter's name with "{layer}" for the layer's index."""
+        return f"{self.structure.layers}.{_LAYER}.{name.removeprefix(self.prefix)}"
+
+    def constant_slots(self) -> Iterator[Slot]:
+        """Yield biases that move the site's activation by a constant multiple of themselves."""
+        push = probe_vector(self.twin)
+        before = self._activation()
+        for name, axis in self._constant_candidates():
+            with _moved(self.flagged.get_parameter(name), push):
+                after = self._activation()
+            scale = uniform_ratio(after - before, push)
+            if scale is not None:
+                yield Slot(name, scale=scale, axis=axis)
+            elif axis is None and (weight := self._channel_scale(name, after - before, push)):
+                yield Slot(name, weight)
+
+    def _channel_scale(self, name: str, moved: torch.Tensor, push: torch.Tensor) -> str | None:
+        """Return the vector beside a bias that multiplies each channel of it; None if none does."""
+        import torch
+
+        if not moved.any():
+            return None
+        expected = moved.reshape(-1, push.shape[0]) / push
+        owner, _, _ = name.rpartition(".")
+        for key, parameter in self.flagged.get_submodule(owner).named_parameters(recurse=False):
+            if "bias" in key or parameter.shape != push.shape:
+                continue
+            if torch.allclose(expected, parameter.expand_as(expected), rtol=1e-3, atol=1e-4):
+                return f"{owner}.{key}"
+        return None
+
+    def immovable_writes(self) -> list[str]:
+        """Return biases of the site's own block that do not move its activation by a constant."""
+        push = probe_vector(self.twin)
+        before = self._activation()
+        found = []
+        for name, _axis in self._constant_candidates():
+            with _moved(self.flagged.get_parameter(name), push):
+                after = self._activation()
+            moved = (after - before).abs().max() > 1e-5 * before.abs().max()
+            if moved and name.startswith(f"{self.prefix}{self._home}."):
+                found.append(name.removeprefix(self.prefix))
+        return found
+
+    @property
+    def _home(self) -> str | None:
+        """The block whose bias is the natural slot."""
+        return self.structure.attention if self.site == "attn_out" else self.structure.mlp
+
+    def _activation(self) -> torch.Tensor:
+        return read_activation(self.twin, self.flagged, self.structure, self.site, self.layer)
+
+    def _constant_candidates(self) -> list[tuple[str, int | None]]:
+        """Return the biases of the width of the residual stream, each with the axis that v lies on."""
+        width = self.twin.hidden_size
+        inside = None
+        if self.site in INPUT_SITES:
+            # What lies behind the site cannot move its activation.
+            inside = f"{self.prefix}{capture_location(self.site, self.structure).module}."
+        found: list[tuple[str, int | None]] = [
+            (name, None if parameter.ndim == 1 else 1)
+            for name, parameter in self.flagged.named_parameters()
+            if name.startswith(self.prefix)
+            and "bias" in name.rpartition(".")[2]
+            and parameter.ndim <= 2
+            and parameter.shape[-1] == width
+            and not (inside and name.startswith(inside))
+        ]
+        # What is there without a flag comes first, then the projection of the site's own block.
+        native = {name for name, _ in self.twin.model.named_parameters()}
+        home = f"{self.prefix}{self._home}."
+        found.sort(key=lambda entry: (entry[0] not in native, not entry[0].startswith(home)))
+        return found
+
+    def projection_slots(self) -> Iterator[Proposal]:
+        """Yield the biases of all the matrices that read the site's activation, as one proposal."""
+        readers = self._readers()
+        if not readers:
+            return
+        inert = _inert_shares(
+            self.twin, self.flagged, [reader.bias_parameter for reader in readers]
+        )
+        slots = tuple(
+            Slot(
+                self.template(reader.bias),
+                self.template(reader.weight),
+                transposed=reader.transposed,
+                inert=share,
+            )
+            for reader, share in zip(readers, inert, strict=True)
+        )
+        missing = tuple(
+            reader.bias.removeprefix(self.prefix)
+            for reader in readers
+            if reader.bias_parameter is None
+        )
+        yield Proposal("projection", slots, missing)
+
+    def _readers(self) -> list[_Reader]:
+        """Return the matrices that are given the site's activation, in the order of their calls."""
+
+        block_name = capture_location(self.site, self.structure).module
+        block = submodule(self.flagged, self.structure, self.layer, block_name)
+        activation = self._activation()
+        readers: dict[str, _Reader] = {}
+
+        def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+            def look(_module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+                given = (*arguments[:1], *keywords.values())
+                if any(_is_same(seen, activation) for seen in given):
+                    for reader in _matrices(f"{self.prefix}{name}", module, activation.shape[-1]):
+                        readers.setdefault(reader.weight, reader)
+
+            return module.register_forward_pre_hook(look, with_kwargs=True)
+
+        handles = [
+            watch(".".join(filter(None, (block_name, name))), module)
+            for name, module in block.named_modules()
+        ]
+        self.twin.run(self.flagged)
+        for handle in handles:
+            handle.remove()
+        return list(readers.values())
+
+
+def _is_same(seen: Any, activation: torch.Tensor) -> bool:
     import torch
 
-    push = _probe_vector(twin)
-    prefix = f"{structure.layer(PROBED_LAYER)}."
-    home = structure.attention if site == "attn_out" else structure.mlp
-    names = [
-        name
-        for name, parameter in flagged.named_parameters()
-        if name.startswith(prefix)
-        and "bias" in name.rpartition(".")[2]
-        and parameter.shape == push.shape
-        and not (site in INPUT_SITES and _inside_block(name[len(prefix) :], structure))
-    ]
-    # The projection of the block that the site belongs to comes first.
-    names.sort(key=lambda name: not name.startswith(f"{prefix}{home}."))
-    before = _activation(twin, flagged, structure, site)
-    for name in names:
-        parameter = flagged.get_parameter(name)
-        original = parameter.detach().clone()
-        with torch.no_grad():
-            parameter.add_(push)
-            after = _activation(twin, flagged, structure, site)
-            parameter.copy_(original)
-        scale = _uniform_ratio(after - before, push)
-        if scale is not None:
-            yield Slot(_template(name, structure), scale=scale)
+    return (
+        isinstance(seen, torch.Tensor)
+        and seen.numel() == activation.numel()
+        and torch.equal(seen.reshape(-1), activation.reshape(-1))
+    )
 
 
-def _inside_block(name: str, structure: LayerStructure) -> bool:
-    return name.split(".")[0] in (structure.attention, structure.mlp)
+def _matrices(name: str, module: nn.Module, width: int) -> Iterator[_Reader]:
+    """Yield the matrices of a module that map its input, of `width`, to something else.
 
-
-def _projection_slots(
-    twin: Twin, flagged: nn.Module, structure: LayerStructure, site: str
-) -> Iterator[Proposal]:
-    """Yield the biases of all the matrices that read the site's activation, as one proposal."""
-    import torch
+    A linear layer has one. Routers and fused experts keep theirs as plain parameters, of shape
+    (…, out, in) or (…, in, out), with a bias `X_bias` beside `X` where there is one.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    block_name = capture_location(site, structure).module
-    block = submodule(flagged, structure, PROBED_LAYER, block_name)
-    activation = _activation(twin, flagged, structure, site)
-    readers: list[tuple[str, nn.Module]] = []
-
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def look(_module: nn.Module, arguments: tuple) -> None:
-            seen = arguments[0] if arguments else None
-            if (
-                isinstance(seen, torch.Tensor)
-                and seen.numel() == activation.numel()
-                and torch.equal(seen.reshape(-1), activation.reshape(-1))
-            ):
-                readers.append((name, module))
-
-        return module.register_forward_pre_hook(look)
-
-    handles = [
-        watch(name, module)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
-    twin.run(flagged)
-    for handle in handles:
-        handle.remove()
-    if not readers:
+    if isinstance(module, nn.Linear | Conv1D):
+        yield _Reader(module, f"{name}.weight", f"{name}.bias", isinstance(module, Conv1D))
         return
-    prefix = f"{structure.layer(PROBED_LAYER)}.{block_name}."
-    inert = _inert_shares(twin, flagged, [module for _, module in readers])
-    slots = tuple(
-        Slot(
-            _template(f"{prefix}{name}.bias", structure),
-            _template(f"{prefix}{name}.weight", structure),
-            transposed=isinstance(module, Conv1D),
-            inert=share,
-        )
-        for (name, module), share in zip(readers, inert, strict=True)
+    if not _RAW_MATRICES.search(type(module).__name__):
+        return  # A recurrent block's parameters are shaped like matrices too.
+    for key, parameter in module.named_parameters(recurse=False):
+        bias_key = "bias" if key == "weight" else f"{key}_bias"
+        names = (f"{name}.{key}", f"{name}.{bias_key}")
+        bias = getattr(module, bias_key, None)
+        if parameter.ndim == 2 and key == "weight" and parameter.shape[1] == width:
+            yield _Reader(module, *names, transposed=False)
+        elif parameter.ndim != 3:
+            continue
+        elif bias is None:
+            if width in parameter.shape[1:] and not _WAY_BACK.search(key):
+                yield _Reader(module, *names, transposed=False)
+        elif tuple(parameter.shape[1:]) == (width, bias.shape[-1]):
+            yield _Reader(module, *names, transposed=True)
+        elif tuple(parameter.shape[1:]) == (bias.shape[-1], width):
+            yield _Reader(module, *names, transposed=False)
+
+
+@contextmanager
+def _moved(parameter: torch.Tensor, push: torch.Tensor) -> Iterator[None]:
+    """Move a bias (every row of one that is a matrix) by `push` while the context is open."""
+    import torch
+
+    original = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.add_(push)
+        try:
+            yield
+        finally:
+            parameter.copy_(original)
+
+
+def explain_no_slot(
+    twin: Twin, flagged: nn.Module, structure: LayerStructure, site: str, layer: int
+) -> str | None:
+    """Say of a bias that looks like the slot why it is none; None where there is no such bias.
+
+    Only of the MLP's: there is one width in it that is not the residual stream's own.
+    """
+    if site != "mlp_out":
+        return None
+    names = _Search(twin, flagged, structure, site, layer).immovable_writes()
+    if not names:
+        return None
+    return (
+        f"{names[-1]} exists and does not move this activation by a constant: a norm or a gate "
+        "stands between"
     )
-    missing = tuple(
-        f"{block_name}.{name}.bias"
-        for name, module in readers
-        if getattr(module, "bias", None) is None
-    )
-    yield Proposal("projection", slots, missing)
 
 
 def _inert_shares(
-    twin: Twin, model: nn.Module, modules: list[nn.Module]
+    twin: Twin, model: nn.Module, biases: list[torch.Tensor | None]
 ) -> list[tuple[float, float] | None]:
-    """Return, for each module's bias, the contiguous part that no logit depends on.
+    """Return, for each bias, the contiguous part that no logit depends on.
 
     Parts are fractions of the bias's length, so that what the twin shows holds for the real model.
     """
     import torch
 
-    biases = [getattr(module, "bias", None) for module in modules]
     present = [bias for bias in biases if bias is not None]
     if not present:
-        return [None] * len(modules)
+        return [None] * len(biases)
     logits = model(input_ids=twin.input_ids, use_cache=False).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(11))
-    gradients = iter(torch.autograd.grad((logits * weights).sum(), present))
+    gradients = iter(torch.autograd.grad((logits * weights).sum(), present, materialize_grads=True))
     found = [None if bias is None else next(gradients).abs() for bias in biases]
     loudest = max(gradient.max() for gradient in found if gradient is not None)
     return [None if g is None else _inert_share(g <= 1e-5 * loudest) for g in found]
@@ -223,9 +341,11 @@ def _inert_share(silent: torch.Tensor) -> tuple[float, float] | None:
     divisions depend on how many heads there are, which the twin changes, and a few small gradients
     are chance.
     """
-    length = len(silent)
     if bool(silent.all()):
         return 0.0, 1.0
+    if silent.ndim != 1:
+        return None
+    length = len(silent)
     third = length // 3
     fused = _middle_third(length, third)
     if length == 3 * third and bool((silent == fused).all()):
@@ -240,37 +360,3 @@ def _middle_third(length: int, third: int) -> torch.Tensor:
     mask = torch.zeros(length, dtype=torch.bool)
     mask[third : 2 * third] = True
     return mask
-
-
-def _probe_vector(twin: Twin) -> torch.Tensor:
-    import torch
-
-    return torch.randn(twin.hidden_size, generator=torch.Generator().manual_seed(5)) * 0.5
-
-
-def _activation(twin: Twin, model: nn.Module, structure: LayerStructure, site: str) -> torch.Tensor:
-    """Return the site's activation in the probed layer, (batch, positions, hidden_size)."""
-    seen: list[torch.Tensor] = []
-    with captured(
-        model, structure, site, [PROBED_LAYER], lambda _layer, x: seen.append(x.detach().clone())
-    ):
-        twin.run(model)
-    return seen[0]
-
-
-def _uniform_ratio(moved: torch.Tensor, push: torch.Tensor) -> float | None:
-    """Return s where every row of `moved` is s · push to rounding; None where it is not."""
-    rows = moved.reshape(-1, push.shape[0]).double()
-    direction = push.double()
-    ratio = (rows @ direction / direction.dot(direction)).mean()
-    error = (rows - ratio * direction).abs().max()
-    if ratio.abs() < 1e-6 or error > 1e-4 * (ratio * direction).abs().max():
-        return None
-    rounded = round(float(ratio), 4)
-    # A scale that rounds to a short decimal is that decimal: multipliers come from a config.
-    return rounded if abs(rounded - float(ratio)) < 1e-5 * abs(float(ratio)) else float(ratio)
-
-
-def _template(name: str, structure: LayerStructure) -> str:
-    prefix = f"{structure.layer(PROBED_LAYER)}."
-    return f"{structure.layers}.{_LAYER}.{name.removeprefix(prefix)}"

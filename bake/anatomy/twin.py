@@ -12,11 +12,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from bake.anatomy.flags import with_flags
-from bake.anatomy.shrink import VOCABULARY, shrink
+from bake.anatomy.shrink import shrink
+from bake.anatomy.tables import LAYERS, VOCABULARY
 from bake.errors import UnsupportedError
 from bake.loading import build_on_meta, load_report, quiet_transformers
 from bake.sites import LayerStructure, Slot
@@ -33,6 +37,29 @@ if TYPE_CHECKING:
 MAX_PARAMETERS = 5_000_000
 ZERO_PUSH_TOLERANCE = 1e-6  # relative to the largest logit, float32
 PUSH_TOLERANCE = 1e-4  # relative to the largest effect, float32
+GREEDY_TOKENS = 10
+
+
+# What the constructors and forwards of 190 architectures raise when a shrunk configuration does not suit
+# them. Each is a refusal with its reason, never a crash; what they hide is said in the message.
+TWIN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's type and the start of its message, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -41,12 +68,14 @@ class TwinVerdict:
 
     zero_push_error: max|Δlogit| / max|logit| with every new bias zero. push_error: max|baked − hooked|
     / max|hooked − base|. effect: max|hooked − base| in units of the logits' standard deviation.
+    greedy_equal: whether the reloaded twin continues the first text with the same tokens as the hooked.
     """
 
     zero_push_error: float
     push_error: float
     effect: float
     reload_clean: bool
+    greedy_equal: bool
 
     @property
     def passed(self) -> bool:
@@ -56,6 +85,7 @@ class TwinVerdict:
             and self.push_error <= PUSH_TOLERANCE
             and self.effect > 1e-3
             and self.reload_clean
+            and self.greedy_equal
         )
 
     @property
@@ -69,6 +99,8 @@ class TwinVerdict:
             return f"on the twin a zero push moves the logits by {self.zero_push_error:.1e}"
         if self.effect <= 1e-3:
             return "on the twin the hook has no effect"
+        if self.push_error <= PUSH_TOLERANCE and not self.greedy_equal:
+            return "on the twin greedy continuations differ from the hook's"
         return f"on the twin the baked push differs from the hook by {self.push_error:.1e} of its effect"
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,10 +111,13 @@ class TwinVerdict:
 class Twin:
     """A small random float32 model of a config's architecture, with its token ids and base logits."""
 
-    def __init__(self, config: PreTrainedConfig, seed: int = 0) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, seed: int = 0, keep: Sequence[int] = range(LAYERS)
+    ) -> None:
+        """Build the twin; `keep` has the real model's layers that its own are to be like."""
         import torch
 
-        self.config = shrink(config)
+        self.config = shrink(config, keep)
         size = sum(parameter.numel() for parameter in build_on_meta(self.config).parameters())
         if size > MAX_PARAMETERS:
             raise UnsupportedError(
@@ -95,14 +130,31 @@ class Twin:
         self.logits = self.run(self.model)
 
     def run(
-        self, model: nn.Module, context: AbstractContextManager[None] | None = None
+        self,
+        model: nn.Module,
+        context: AbstractContextManager[None] | None = None,
+        input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the logits (batch, positions, vocabulary) of the twin's tokens, float32."""
         import torch
 
+        given = self.input_ids if input_ids is None else input_ids
         with torch.no_grad(), context or nullcontext():
-            logits: torch.Tensor = model(input_ids=self.input_ids, use_cache=False).logits
+            logits: torch.Tensor = model(input_ids=given, use_cache=False).logits
         return logits.float()
+
+    def continue_greedily(
+        self, model: nn.Module, context: AbstractContextManager[None] | None = None
+    ) -> torch.Tensor:
+        """Return the first text with its greedy continuation, (1, positions + GREEDY_TOKENS)."""
+        import torch
+
+        ids = self.input_ids[:1]
+        with context or nullcontext():
+            for _ in range(GREEDY_TOKENS):
+                following = self.run(model, input_ids=ids)[:, -1:].argmax(-1)
+                ids = torch.cat([ids, following], dim=1)
+        return ids
 
     def with_flags(self, flags: Mapping[str, Any]) -> nn.Module:
         """Return the twin with the flags set: the same weights, every new bias zero."""
@@ -135,18 +187,13 @@ class Twin:
         generator = torch.Generator().manual_seed(7)
         push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in slots}
         hooked = self.run(self.model, steered(self.model, structure, site, push))
-        effect = (hooked - self.logits).abs().max().item()
 
         flagged = self.with_flags(flags)
         unpushed, clean_before = self._reload(flagged)
         fold(flagged, slots, push)
         baked, clean_after = self._reload(flagged)
-        return TwinVerdict(
-            zero_push_error=_largest(unpushed - self.logits) / _largest(self.logits),
-            push_error=_largest(baked - hooked) / max(effect, 1e-12),
-            effect=effect / self.logits.std().item(),
-            reload_clean=clean_before and clean_after,
-        )
+        hook = steered(self.model, structure, site, push)
+        return self._judge(unpushed, baked, hooked, clean_before and clean_after, hook)
 
     def prove_rewriting(
         self, structure: LayerStructure, site: str, rewriter: Rewriter, layers: Sequence[int]
@@ -162,7 +209,6 @@ class Twin:
         generator = torch.Generator().manual_seed(7)
         push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in layers}
         hooked = self.run(self.model, steered(self.model, structure, site, push))
-        effect = (hooked - self.logits).abs().max().item()
         with tempfile.TemporaryDirectory() as directory:
             with quiet_transformers():
                 self.model.save_pretrained(Path(directory) / "twin")  # type: ignore[operator]
@@ -174,11 +220,39 @@ class Twin:
                 _write_rewritten(checkpoint, rewritten, vectors, target)
                 results.append(self._load(target))
         (unpushed, clean_before), (baked, clean_after) = results
+        hook = steered(self.model, structure, site, push)
+        return self._judge(unpushed, baked, hooked, clean_before and clean_after, hook)
+
+    def _judge(
+        self,
+        unpushed: nn.Module,
+        baked: nn.Module,
+        hooked: torch.Tensor,
+        clean: bool,
+        hook: AbstractContextManager[None],
+    ) -> TwinVerdict:
+        """Compare the reloaded models with the base and with the hooked logits."""
+        import torch
+
+        effect = _largest(hooked - self.logits)
+        push_error = _largest(self.run(baked) - hooked) / max(effect, 1e-12)
+        equal = push_error <= PUSH_TOLERANCE and torch.equal(
+            self.continue_greedily(baked), self.continue_greedily(self.model, hook)
+        )
         return TwinVerdict(
-            zero_push_error=_largest(unpushed - self.logits) / _largest(self.logits),
-            push_error=_largest(baked - hooked) / max(effect, 1e-12),
+            zero_push_error=_largest(self.run(unpushed) - self.logits) / _largest(self.logits),
+            push_error=push_error,
             effect=effect / self.logits.std().item(),
-            reload_clean=clean_before and clean_after,
+            reload_clean=clean,
+            greedy_equal=equal,
+        )
+
+    @cached_property
+    def round_trips(self) -> bool:
+        """Whether transformers saves and reloads the twin unchanged, before anything is baked."""
+        reloaded, clean = self._reload(self.model)
+        return clean and _largest(self.run(reloaded) - self.logits) <= (
+            ZERO_PUSH_TOLERANCE * _largest(self.logits)
         )
 
     @property
@@ -186,14 +260,14 @@ class Twin:
         """The width of the twin's residual stream."""
         return int(self.config.get_text_config().hidden_size)
 
-    def _reload(self, model: nn.Module) -> tuple[torch.Tensor, bool]:
+    def _reload(self, model: nn.Module) -> tuple[nn.Module, bool]:
         with tempfile.TemporaryDirectory() as directory:
             with quiet_transformers():
                 model.save_pretrained(Path(directory))  # type: ignore[operator]
             return self._load(Path(directory))
 
-    def _load(self, directory: Path) -> tuple[torch.Tensor, bool]:
-        """Return the logits of what transformers loads, and whether it loads without a remark."""
+    def _load(self, directory: Path) -> tuple[nn.Module, bool]:
+        """Return what transformers loads, and whether it loads without a remark."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -201,7 +275,7 @@ class Twin:
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, output_loading_info=True
             )
-        return self.run(loaded.eval()), not any(load_report(report).values())
+        return loaded.eval(), not any(load_report(report).values())
 
 
 def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
