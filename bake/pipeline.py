@@ -32,6 +32,7 @@ from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_directio
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
+from bake.tokenization import keep_tokenizer
 from bake.writer import (
     WrittenWeights,
     check_links,
@@ -161,6 +162,8 @@ def export(recipe: Recipe) -> Export:
         output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
     ) as staging:
         written = write(base, plan, staging, recipe.shards, clock)
+        with clock.stage("tokenizer"):
+            note = keep_tokenizer(tokenizer, staging)
         with clock.stage("prove"):
             equivalence = prove(
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
@@ -181,7 +184,8 @@ def export(recipe: Recipe) -> Export:
             files = hash_files(staging, known=written.known_sha256, progress=progress)
         text = encode_result({**story, "files": files})
         (staging / RESULT_FILE).write_text(text, encoding="utf-8")
-    for warning in (*equivalence.warnings, explain_links(base.checkpoint, written, recipe.shards)):
+    links = explain_links(base.checkpoint, written, recipe.shards)
+    for warning in (*equivalence.warnings, note, links):
         if warning:
             announce(warning)
     publication = None
@@ -240,8 +244,14 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
     """Choose the site's route; announce it where the user left it open, and where it survives."""
     found_at = given.site if given else None
-    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at, target=recipe.target)
-    if recipe.site == "auto":
+    route = anatomy.choose(
+        recipe.site,
+        kind=recipe.slot,
+        found_at=found_at,
+        target=recipe.target,
+        route=recipe.route,
+    )
+    if recipe.site == "auto" or (recipe.route == "auto" and route.rewriter is not None):
         announce(f"site {route.site}: {route.describe()}")
     announce(describe_survivals(anatomy.survivals(route)))
     if found_at is not None:
@@ -414,7 +424,8 @@ def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
     return {
         "site_description": DESCRIPTIONS[plan.route.site],
         "slots": plan.route.describe(),
-        "config_changes": dict(plan.config_changes),
+        "config_changes": plan.config_values,
+        "config_removed": plan.config_removed,
         "direction_story": story,
     }
 

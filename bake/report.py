@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,9 @@ def _describe_push(result: Export | ThinExport) -> list[str]:
         )
         for entry in push.layers
     ]
-    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
+    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_values.items())
+    if result.plan.config_removed:
+        changes += f"; without {', '.join(result.plan.config_removed)}"
     return [
         f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
         f"slots: {route.describe()}; config: {changes or 'unchanged'}",
@@ -194,6 +197,13 @@ def describe_norms(norms: ActivationNorms) -> str:
     return f"activation norms at {norms.site}\n\n{format_table(header, rows)}"
 
 
+def _json(value: object) -> str:
+    """Return a config value as config.json has it; a list of one value many times in short."""
+    if isinstance(value, list) and len(value) > 3 and len({repr(item) for item in value}) == 1:
+        return f"[{_json(value[0])}] × {len(value)}"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
 def describe_anatomy(anatomy: Anatomy) -> str:
     """Return what `bake inspect` says: every site, how it is exact or why it is not."""
     lines = [
@@ -203,7 +213,7 @@ def describe_anatomy(anatomy: Anatomy) -> str:
     for site in SITES:
         lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
         for route in (route for route in anatomy.routes if route.site == site):
-            changes = ", ".join(f"{k}: {str(v).lower()}" for k, v in route.flags.items())
+            changes = ", ".join(f"{k}: {_json(v)}" for k, v in route.flags.items())
             lines += [
                 f"  exact, {route.route}: {route.describe()}",
                 f"    config: {changes or 'unchanged'}; adds {route.added_values:,} values, "

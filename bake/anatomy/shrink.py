@@ -41,6 +41,9 @@ def _shrink_values(values: dict[str, Any]) -> dict[str, Any]:
     heads = next((values[k] for k in ("num_attention_heads", "n_head") if values.get(k)), None)
     layers = next((values[k] for k in _SIZES if _SIZES[k] == LAYERS and values.get(k)), None)
     small = {key: _small(key, value, heads) for key, value in values.items()}
+    window, reach = values.get("sliding_window"), values.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(reach, int) and window >= reach:
+        small["sliding_window"] = window  # It hides nothing, and must not begin to.
     for key, value in small.items():
         if isinstance(value, dict) and "model_type" in value:
             # A nested config (a wrapper's text or vision tower) keeps its type.
