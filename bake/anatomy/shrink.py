@@ -45,7 +45,9 @@ def _shrink_values(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(window, int) and isinstance(reach, int) and window >= reach:
         small["sliding_window"] = window  # It hides nothing, and must not begin to.
     for key, value in small.items():
-        if isinstance(value, dict) and "model_type" in value:
+        if key == "rope_parameters" and isinstance(value, dict):
+            small[key] = _shrink_rotations(value)
+        elif isinstance(value, dict) and "model_type" in value:
             # A nested config (a wrapper's text or vision tower) keeps its type.
             small[key] = {**_shrink_values(value), "model_type": value["model_type"]}
         elif isinstance(value, list) and layers and len(value) == layers:
@@ -55,6 +57,15 @@ def _shrink_values(values: dict[str, Any]) -> dict[str, Any]:
     for key in ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path"):
         small.pop(key, None)
     return small
+
+
+def _shrink_rotations(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Cut lists of one factor a frequency (longrope's) to the frequencies of a small head."""
+    count = int(HEAD_SIZE * float(parameters.get("partial_rotary_factor") or 1.0)) // 2
+    return {
+        key: value[:count] if key in ("short_factor", "long_factor") else value
+        for key, value in parameters.items()
+    }
 
 
 def _small(key: str, value: Any, heads: int | None) -> Any:

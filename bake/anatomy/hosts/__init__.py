@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bake.anatomy.hosts import llama
+from bake.anatomy.hosts import bamba, granite, hy_v3, llama, smollm3
 from bake.anatomy.hosts.conversion import Conversion, HostRewriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CONVERSIONS: tuple[Conversion, ...] = llama.CONVERSIONS
+# In the order of preference: Llama first, because most engines know its biases.
+CONVERSIONS: tuple[Conversion, ...] = (
+    *llama.CONVERSIONS,
+    *smollm3.CONVERSIONS,
+    *hy_v3.CONVERSIONS,
+    *bamba.CONVERSIONS,
+    *granite.CONVERSIONS,
+)
 
 
 def find_hosts(config: PreTrainedConfig) -> tuple[list[HostRewriter], list[str]]:

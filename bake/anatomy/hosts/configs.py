@@ -1,12 +1,13 @@
-"""What several hosts ask of a config: does it slide, and do all its dimensions rotate?"""
+"""What several hosts ask of a config: does it slide, do all its dimensions rotate, how wide is a head?"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+HEAD_SIZE_KEY = "head_dim"
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -42,3 +43,14 @@ def lost_rotation(config: PreTrainedConfig) -> str | None:
     if share == 1.0:
         return None
     return f"it rotates every dimension of a head, and only {share:.0%} of them rotate here"
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Return the width of an attention head."""
+    stated = getattr(config, HEAD_SIZE_KEY, None)
+    return int(stated or config.hidden_size // config.num_attention_heads)
+
+
+def stated_head_size(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the key for hosts that read it though their class does not list it; null would break them."""
+    return {HEAD_SIZE_KEY: head_size(config)}
