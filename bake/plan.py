@@ -210,8 +210,10 @@ def place_push(rewritten: Rewritten, folded: Sequence[SlotEdit]) -> Iterator[Edi
     """Yield a rewritten base's edits, with the folded slots in the place of the empty ones."""
     stored = {edit.name: edit.stored for edit in folded}
     for edit in rewritten.edits:
-        replaced = isinstance(edit, Add) and edit.name in stored
-        yield Add(edit.name, stored[edit.name]) if replaced else edit
+        if isinstance(edit, Add) and edit.name in stored:
+            yield Add(edit.name, stored[edit.name])
+        else:
+            yield edit
 
 
 def outline_edits(

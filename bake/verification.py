@@ -17,10 +17,11 @@ from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import LayerPush, Push
 from bake.completion import check_shards, is_thin, record_proof
 from bake.direction import Direction, load_direction
-from bake.edits import Add, Patch, Rename, Transform
+from bake.edits import Add, Change, Merge, Patch, Rename, Transform
 from bake.equivalence import Equivalence
 from bake.errors import CheckpointError
 from bake.hashing import hash_files
+from bake.layout import compute
 from bake.pipeline import (
     CARD_FILE,
     DIRECTION_FILE,
@@ -172,17 +173,21 @@ def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Plan) -> Iterator
 
     What the plan adds or patches is compared with the slots, bit for bit, by the proof.
     """
-    changes = {edit.name: edit for edit in plan.edits if not isinstance(edit, Add)}
+    changes: dict[str, Change] = {}
+    for edit in plan.edits:
+        if not isinstance(edit, Add | Merge):
+            changes[edit.name] = edit
     names: dict[str, str] = {}  # {name in the output: name in the base} of what keeps its bytes
-    computed: list[Transform] = []
-    expected = {edit.name for edit in plan.edits if isinstance(edit, Add)}
+    computed: list[Transform | Merge] = [e for e in plan.edits if isinstance(e, Transform | Merge)]
+    merged = {name for edit in computed if isinstance(edit, Merge) for name in edit.names}
+    expected = {name for edit in computed for name in edit.outputs}
+    expected |= {edit.name for edit in plan.edits if isinstance(edit, Add)}
     for name in base.tensors:
         change = changes.get(name)
+        if name in merged:
+            continue
         if change is None or isinstance(change, Rename):
             names[name if change is None else change.new_name] = name
-        elif isinstance(change, Transform):
-            computed.append(change)
-            expected |= set(change.outputs)
         elif isinstance(change, Patch):
             expected.add(name)
     expected |= set(names)
@@ -201,11 +206,11 @@ def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Plan) -> Iterator
             yield f"tensor {found[0]}{others} {label}"
 
 
-def _miscomputed(base: Checkpoint, baked: Checkpoint, edit: Transform) -> Iterator[str]:
-    """Yield the outputs of a Transform that are stored with other bytes than it makes of the base."""
+def _miscomputed(base: Checkpoint, baked: Checkpoint, edit: Transform | Merge) -> Iterator[str]:
+    """Yield the outputs of an edit that are stored with other bytes than it makes of the base."""
     if not all(name in baked.tensors for name in edit.outputs):
         return  # Told as missing.
-    for name, tensor in edit.function(base.read(edit.name)).items():
+    for name, tensor in compute(base, edit).items():
         made, entry = spec_of(name, tensor), baked.tensors[name]
         same = (made.dtype, made.shape) == (entry.dtype, entry.shape)
         if not same or encode_tensor(tensor) != baked.read_bytes(name):

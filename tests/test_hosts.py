@@ -670,6 +670,38 @@ def test_export_of_a_host(family, tmp_path, pairs_file, prompts_file, capsys):
     assert json.loads(capsys.readouterr().out)["equivalence"]["passed"]
 
 
+def test_host_that_rounds_is_refused_until_it_does_not(tmp_path, direction_for_hosts, capsys):
+    """Gemma's 1 + w needs more than bfloat16; in float32 the same host is exact."""
+    case = next(case for case in CASES if case.name == "gemma")
+    base = build_base(tmp_path / "base", case, torch.bfloat16)
+    byte_tokenizer().save_pretrained(base)
+    arguments = [
+        *("export", str(base), "--direction", str(direction_for_hosts), "--site", "mlp_out"),
+        *("--coefficients", "1=4,2=4", "--output", str(tmp_path / "baked"), "--json"),
+    ]
+    assert cli.main(arguments) == 3
+    refusal = capsys.readouterr().err
+    assert "as granite some weights are rounded in bfloat16; try --dtype float32" in refusal
+    assert not (tmp_path / "baked").exists()
+
+    checkpoint = open_checkpoint(str(base))
+    anatomy = examine(read_config(base))
+    model = load(base)
+    with steered(model, anatomy.structure, "mlp_out", make_push(STRENGTH).vectors):
+        hooked = run(model)
+    effect = (hooked - run(model)).abs().max()
+    assert effect > 1.0
+    errors = []
+    for dtype in (None, "float32"):
+        plan = make_plan(
+            checkpoint, anatomy, anatomy.choose("mlp_out"), make_push(STRENGTH), dtype=dtype
+        )
+        baked = load(write_plan(tmp_path / str(dtype), checkpoint, plan))
+        errors.append(float((run(baked) - hooked).abs().max() / effect))
+    assert errors[0] > 1e-3
+    assert errors[1] < 1e-5
+
+
 def test_inspect_shows_the_host(bases, capsys):
     assert cli.main(["inspect", str(bases(CASES[0]))]) == 0
     shown = capsys.readouterr().out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bake.anatomy.hosts import bamba, granite, hy_v3, llama, smollm3
+from bake.anatomy.hosts import aria, bamba, granite, hy_v3, llama, smollm3
 from bake.anatomy.hosts.conversion import Conversion, HostRewriter
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
     *hy_v3.CONVERSIONS,
     *bamba.CONVERSIONS,
     *granite.CONVERSIONS,
+    *aria.CONVERSIONS,
 )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import parameter_shapes
 from bake.anatomy.rewriting import Rewritten
-from bake.edits import REMOVED, Add, Edit, Rename, Transform
+from bake.edits import REMOVED, Add, Edit, Merge, Rename, Transform
 from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import build_on_meta
 from bake.safetensors_file import TensorEntry, torch_dtype
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FLOATS = ("F32", "F16", "BF16")  # safetensors codes of dtypes that can hold a push
 LAYERS = "model.layers"
 _PREFIX = "model."
-_HEAD = "lm_head.weight"
+_HEAD, _NORM = "lm_head.weight", "model.norm.weight"
 # What identifies a config and is not part of what it computes. A host is never remote code.
 _IDENTITY = {"architectures", "model_type", "transformers_version", "auto_map", "_name_or_path"}
 
@@ -42,12 +42,26 @@ class Computed:
     function: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Merged:
+    """Tensors of the host made from several of the base's, which `sources` names; see Merge."""
+
+    sources: tuple[str, ...]
+    outputs: Mapping[str, tuple[int, ...]]
+    function: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
 Shape = tuple[int, ...]
 
 
 def keep(name: str, shape: Shape, config: PreTrainedConfig) -> str | Computed:
     """Return the name itself: the host has the same tensor under the same name."""
     return name
+
+
+def merge_nothing(shapes: Mapping[str, Shape], config: PreTrainedConfig) -> Iterator[Merged]:
+    """Yield nothing: the host keeps no tensors together that the base keeps apart."""
+    yield from ()
 
 
 def split_rows(parts: Mapping[str, int], shape: Shape) -> Computed:
@@ -70,7 +84,9 @@ class Conversion:
     """How a base architecture becomes a host; both are model types, names are the module's.
 
     refuse: why a config cannot be expressed, or None. settings: the config keys that the host needs.
-    convert: (name, shape, config) → the tensor's name in the host, or how it is computed. slot: the
+    convert: (name, shape, config) → the tensor's name in the host, or how it is computed. merge: tensors
+    that the host keeps together, {name: shape} → what is made of several. on_disk: {part of a parameter's
+    name: what the host's files have there}. slot: the
     bias inside a decoder layer that moves the residual stream by itself. read: keys that are the base's
     own and that the host reads all the same. lossless: whether every stored value stays what it is.
     remark: what else a user should know of a config's conversion.
@@ -85,6 +101,8 @@ class Conversion:
     read: frozenset[str] = field(default=frozenset())
     lossless: bool = True
     remark: Callable[[PreTrainedConfig], str] = lambda config: ""
+    merge: Callable[[Mapping[str, Shape], PreTrainedConfig], Iterator[Merged]] = merge_nothing
+    on_disk: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -134,11 +152,23 @@ class HostRewriter:
     ) -> Rewritten:
         """Return the base as the host; see `Rewriter.rewrite`."""
         changes, host = self._configs(checkpoint.config, config)
-        names = _DiskNames(checkpoint)
+        names = _DiskNames(checkpoint, self.conversion.on_disk)
+        entries = {names.parameter(name): entry for name, entry in checkpoint.tensors.items()}
         edits: list[Edit] = []
         provided: dict[str, tuple[Shape, str]] = {}
-        for name, entry in checkpoint.tensors.items():
-            converted = self.conversion.convert(names.parameter(name), entry.shape, config)
+        merged: set[str] = set()
+        for group in self.conversion.merge({n: e.shape for n, e in entries.items()}, config):
+            first = entries[group.sources[0]]
+            code = dtype if dtype and first.dtype in FLOATS else first.dtype
+            provided |= {output: (shape, code) for output, shape in group.outputs.items()}
+            merged.update(group.sources)
+            edits.append(
+                _merge(group, {name: entries[name] for name in group.sources}, code, names)
+            )
+        for name, entry in entries.items():
+            if name in merged:
+                continue
+            converted = self.conversion.convert(name, entry.shape, config)
             code = dtype if dtype and entry.dtype in FLOATS else entry.dtype
             outputs = {converted: entry.shape} if isinstance(converted, str) else converted.outputs
             provided |= {output: (shape, code) for output, shape in outputs.items()}
@@ -152,10 +182,13 @@ class HostRewriter:
         self,
         checkpoint: Checkpoint,
         host: PreTrainedConfig,
-        provided: Mapping[str, tuple[Shape, str]],
+        provided: dict[str, tuple[Shape, str]],
         names: _DiskNames,
     ) -> Iterator[Add]:
-        """Yield zeros for every bias that the base has not; check that it has everything else."""
+        """Yield zeros for every bias that the base has not; check that it has everything else.
+
+        provided: {parameter: (shape, dtype)} of what the base gives; what is new joins it.
+        """
         import torch
 
         for name, shape in parameter_shapes(build_on_meta(host)).items():
@@ -168,6 +201,13 @@ class HostRewriter:
                     )
                 continue
             if name == _HEAD and host.tie_word_embeddings:
+                continue
+            if (
+                0 in shape
+            ):  # A matrix without a row or a column holds nothing that could be lacking.
+                code = provided[_NORM][1]
+                provided[name] = shape, code
+                yield Add(names.disk(name), torch.zeros(shape, dtype=torch_dtype(code)))
                 continue
             weight = name.removesuffix("bias") + "weight"
             if not name.endswith(".bias") or weight not in provided:
@@ -220,13 +260,16 @@ class HostRewriter:
 class _DiskNames:
     """Names on disk against the module's: a checkpoint of the base model alone has no `model.`."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, renamed: Mapping[str, str]) -> None:
         self._bare = not any(name.startswith(_PREFIX) for name in checkpoint.tensors)
+        self._renamed = renamed
 
     def parameter(self, name: str) -> str:
         return _PREFIX + name if self._bare and name != _HEAD else name
 
     def disk(self, parameter: str) -> str:
+        for part, written in self._renamed.items():
+            parameter = parameter.replace(part, written)
         return parameter.removeprefix(_PREFIX) if self._bare else parameter
 
 
@@ -252,6 +295,21 @@ def _edit(
 
     outputs = {names.disk(name): shape for name, shape in converted.outputs.items()}
     yield Transform(entry.name, outputs, function, code)
+
+
+def _merge(
+    group: Merged, entries: Mapping[str, TensorEntry], code: str, names: _DiskNames
+) -> Merge:
+    """Return the edit that makes the host's tensors of several of the base's."""
+    cast = torch_dtype(code)
+    sources = {entry.name: name for name, entry in entries.items()}
+
+    def function(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made = group.function({sources[disk]: value.to(cast) for disk, value in tensors.items()})
+        return {names.disk(name): value for name, value in made.items()}
+
+    outputs = {names.disk(name): shape for name, shape in group.outputs.items()}
+    return Merge(tuple(sources), outputs, function, code)
 
 
 def _keys(config_class: type[PreTrainedConfig]) -> set[str]:
