@@ -79,6 +79,7 @@ CONVERSIONS = (
         _settings,
         _convert,
         "mlp.shared_experts.down_proj.bias",
+        remark=lambda config: "torch remarks on loading that it does not initialise empty matrices",
         merge=_merge,
         on_disk={
             ".mlp.experts.gate_up_proj": ".mlp.experts.fc1.weight",

@@ -16,7 +16,7 @@ from bake.anatomy.flags import parameter_shapes
 from bake.anatomy.rewriting import Rewritten
 from bake.edits import REMOVED, Add, Edit, Merge, Rename, Transform
 from bake.errors import CheckpointError, UnsupportedError
-from bake.loading import build_on_meta
+from bake.loading import build_on_meta, quiet_transformers
 from bake.safetensors_file import TensorEntry, torch_dtype
 from bake.sites import Slot
 
@@ -140,7 +140,7 @@ class HostRewriter:
         """Return {name: shape} of the biases that the host has and the base has not."""
         present = parameter_shapes(build_on_meta(config))
         _, host = self._configs(config.to_dict(), config)
-        shapes = parameter_shapes(build_on_meta(host))
+        shapes = _host_shapes(host)
         return {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in present}
 
     def rewrite(
@@ -191,7 +191,7 @@ class HostRewriter:
         """
         import torch
 
-        for name, shape in parameter_shapes(build_on_meta(host)).items():
+        for name, shape in _host_shapes(host).items():
             if name in provided:
                 if provided[name][0] != shape:
                     raise CheckpointError(
@@ -323,6 +323,12 @@ def _build(
     edited = {k: v for k, v in {**values, **changes}.items() if v is not REMOVED}
     host: PreTrainedConfig = host_class.from_dict(copy.deepcopy(edited))
     return host
+
+
+def _host_shapes(host: PreTrainedConfig) -> dict[str, Shape]:
+    """Return {parameter: shape} of a host."""
+    with quiet_transformers():
+        return parameter_shapes(build_on_meta(host))
 
 
 def _value(config: PreTrainedConfig, key: str) -> Any:
