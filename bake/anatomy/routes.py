@@ -427,16 +427,20 @@ class _Examination:
 
     def _prove_host(self, site: str, host: HostRewriter) -> SiteRoute:
         layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
+        slots = {layer: host.slots_of(layer) for layer in range(self.layer_count)}
+        created = host.new_parameters(self.config)
+        pushed = tuple(slot.bias for parts in slots.values() for slot in parts)
         return SiteRoute(
             site=site,
             route="host",
             kind="write",
             flags=host.flags(self.config),
-            slots={layer: host.slots_of(layer) for layer in range(self.layer_count)},
-            new_parameters=host.new_parameters(self.config),
+            slots=slots,
+            new_parameters=created,
             twin=self.twin.prove_rewriting(self.structure, site, host, layers),
             layers=tuple(range(self.layer_count)),
             rewriter=host,
+            rewritten=Outline(host.name, pushed, tuple(created)),
         )
 
     def _lacking(self, route: SiteRoute) -> str | None:
