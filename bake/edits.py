@@ -75,6 +75,20 @@ class Transform:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Tensors computed from several existing ones, which disappear: a Transform of more than one.
+
+    `function` takes {name: decoded tensor} of all `names`, from whatever shards they lie in; the
+    result goes where the first of them was. `dtype` None is the first one's.
+    """
+
+    names: tuple[str, ...]
+    outputs: Mapping[str, tuple[int, ...]]
+    function: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
 class Drop:
     """A tensor that is left out."""
 
@@ -82,4 +96,4 @@ class Drop:
 
 
 Change = Patch | Rename | Transform | Drop  # of a tensor that exists
-Edit = Add | Change
+Edit = Add | Change | Merge

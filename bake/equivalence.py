@@ -198,7 +198,14 @@ def _find_failures(
     if not result.slots_exact:
         yield "mechanism: a stored slot is not cast(old + push), bit for bit"
     # Written so that a NaN fails.
-    if not result.mechanism_error <= MECHANISM_TOLERANCE:
+    rounding = _rounding_host(plan, result)
+    if not result.mechanism_error <= MECHANISM_TOLERANCE and rounding:
+        yield (
+            f"hooked and baked differ by {result.mechanism_error:.1e} of the effect with exact slots "
+            f"(bound {MECHANISM_TOLERANCE:.0e}): as {rounding} some weights are rounded in "
+            f"{result.stored_dtype}; try --dtype float32, or another site"
+        )
+    elif not result.mechanism_error <= MECHANISM_TOLERANCE:
         yield (
             f"mechanism: hooked and baked differ by {result.mechanism_error:.1e} of the effect with "
             f"exact slots (bound {MECHANISM_TOLERANCE:.0e}); the route is wrong"
@@ -211,6 +218,14 @@ def _find_failures(
         yield (
             f"padded and unpadded batches differ by {result.padding_error:.1e} of the largest logit"
         )
+
+
+def _rounding_host(plan: Plan, result: Equivalence) -> str | None:
+    """Name the form in which weights besides the slots were rounded; None where none were."""
+    rewriter = plan.route.rewriter
+    if rewriter is None or rewriter.lossless or result.stored_dtype == "float32":
+        return None
+    return rewriter.name
 
 
 def _representation_failure(result: Equivalence, plan: Plan) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.checkpoint import Checkpoint
-from bake.edits import Add, Change, Drop, Edit, Patch, Rename, Transform
+from bake.edits import Add, Change, Drop, Edit, Merge, Patch, Rename, Transform
 from bake.errors import CheckpointError
 from bake.safetensors_file import (
     DTYPES,
@@ -107,25 +107,28 @@ def plan_layout(checkpoint: Checkpoint, edits: Sequence[Edit]) -> Layout:
     return Layout((*weights, *extra), _index_text(checkpoint, weights))
 
 
-def _changes(checkpoint: Checkpoint, edits: Sequence[Change]) -> dict[str, Change]:
-    """The edit of each existing tensor that has one."""
-    changes: dict[str, Change] = {}
+def _changes(checkpoint: Checkpoint, edits: Sequence[Change | Merge]) -> dict[str, Change | Merge]:
+    """The edit of each existing tensor that has one; a Merge at the first tensor that it takes."""
+    changes: dict[str, Change | Merge] = {}
     for edit in edits:
         kind = type(edit).__name__
-        if edit.name not in checkpoint.tensors:
-            raise CheckpointError(
-                f"{kind} of {edit.name}: {checkpoint.model_id} has no such tensor."
-            )
-        if edit.name in changes:
-            raise CheckpointError(
-                f"{kind} of {edit.name}: it has a {type(changes[edit.name]).__name__} already, "
-                "and a tensor takes one edit."
-            )
+        names = edit.names if isinstance(edit, Merge) else (edit.name,)
+        for name in names:
+            if name not in checkpoint.tensors:
+                raise CheckpointError(
+                    f"{kind} of {name}: {checkpoint.model_id} has no such tensor."
+                )
+            if name in changes:
+                raise CheckpointError(
+                    f"{kind} of {name}: it has a {type(changes[name]).__name__} already, "
+                    "and a tensor takes one edit."
+                )
+            changes[name] = edit if name == names[0] else Drop(name)
         if isinstance(edit, Patch):
             _check_patch(checkpoint.tensors[edit.name], edit)
-        if isinstance(edit, Transform) and edit.dtype is not None and edit.dtype not in DTYPES:
-            raise CheckpointError(f"Transform of {edit.name}: no safetensors dtype {edit.dtype}.")
-        changes[edit.name] = edit
+        dtype = edit.dtype if isinstance(edit, Transform | Merge) else None
+        if dtype is not None and dtype not in DTYPES:
+            raise CheckpointError(f"{kind} of {names[0]}: no safetensors dtype {dtype}.")
     return changes
 
 
@@ -139,7 +142,7 @@ def _check_patch(entry: TensorEntry, patch: Patch) -> None:
 
 
 def _plan_shard(
-    checkpoint: Checkpoint, file: str, changed: Sequence[tuple[TensorEntry, Change | None]]
+    checkpoint: Checkpoint, file: str, changed: Sequence[tuple[TensorEntry, Change | Merge | None]]
 ) -> PlannedFile:
     header = checkpoint.headers[file]
     edits = [edit for _, edit in changed if edit is not None]
@@ -152,7 +155,9 @@ def _plan_shard(
     return _plan_pieces(file, "rewritten", pieces, metadata, base_file=file)
 
 
-def _edited_pieces(checkpoint: Checkpoint, entry: TensorEntry, edit: Change | None) -> list[Piece]:
+def _edited_pieces(
+    checkpoint: Checkpoint, entry: TensorEntry, edit: Change | Merge | None
+) -> list[Piece]:
     """What becomes of one tensor in a shard that is rewritten: nothing where it is dropped."""
     match edit:
         case None:
@@ -161,14 +166,20 @@ def _edited_pieces(checkpoint: Checkpoint, entry: TensorEntry, edit: Change | No
             return [CopiedTensor(edit.new_name, entry)]
         case Patch():
             return [_stored(edit)]
-        case Transform():
+        case Transform() | Merge():
             dtype = edit.dtype or entry.dtype
             specs = [TensorSpec(name, dtype, tuple(shape)) for name, shape in edit.outputs.items()]
-            function = edit.function
-            computed = ComputedTensors(tuple(specs), lambda: function(checkpoint.read(entry.name)))
+            computed = ComputedTensors(tuple(specs), lambda: compute(checkpoint, edit))
             return [computed] if specs else []
         case Drop():
             return []
+
+
+def compute(checkpoint: Checkpoint, edit: Transform | Merge) -> Mapping[str, torch.Tensor]:
+    """Read what an edit computes from, and compute it: {name: tensor}."""
+    if isinstance(edit, Merge):
+        return edit.function({name: checkpoint.read(name) for name in edit.names})
+    return edit.function(checkpoint.read(edit.name))
 
 
 def _stored(edit: Add | Patch) -> ComputedTensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,19 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log and progress bars: bake reads the loading report itself."""
+    """Silence transformers' log and progress bars: bake reads the loading report itself.
+
+    Also torch's remark on matrices without a row, of which a host may have some on purpose.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -33,6 +33,7 @@ from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_directio
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
 from bake.timing import Stopwatch, peak_memory
+from bake.tokenization import keep_tokenizer
 from bake.wording import list_numbers
 from bake.writer import (
     WrittenWeights,
@@ -163,13 +164,17 @@ def export(recipe: Recipe) -> Export:
         output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
     ) as staging:
         written = write(base, plan, staging, recipe.shards, clock)
+        with clock.stage("tokenizer"):
+            note = keep_tokenizer(tokenizer, staging)
         with clock.stage("prove"):
             equivalence = prove(
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
             )
             equivalence.raise_if_failed()
         story = describe_bake(base, push, plan, norms, direction)
-        story["undo"] = describe_undo(base.checkpoint, plan, written.sources)
+        story["undo"] = describe_undo(
+            base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
+        )
         story["equivalence"] = equivalence.to_dict()
         with clock.stage("describe"):
             kept = Direction(
@@ -184,7 +189,8 @@ def export(recipe: Recipe) -> Export:
             files = hash_files(staging, known=written.known_sha256, progress=progress)
         text = encode_result({**story, "files": files})
         (staging / RESULT_FILE).write_text(text, encoding="utf-8")
-    for warning in (*equivalence.warnings, explain_links(base.checkpoint, written, recipe.shards)):
+    links = explain_links(base.checkpoint, written, recipe.shards)
+    for warning in (*equivalence.warnings, note, links):
         if warning:
             announce(warning)
     publication = None
@@ -243,8 +249,14 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
     """Choose the site's route; announce it where the user left it open, and where it survives."""
     found_at = given.site if given else None
-    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at, target=recipe.target)
-    if recipe.site == "auto":
+    route = anatomy.choose(
+        recipe.site,
+        kind=recipe.slot,
+        found_at=found_at,
+        target=recipe.target,
+        route=recipe.route,
+    )
+    if recipe.site == "auto" or (recipe.route == "auto" and route.rewriter is not None):
         announce(f"site {route.site}: {route.describe()}")
     announce(describe_survivals(anatomy.survivals(route)))
     if found_at is not None:
@@ -432,7 +444,7 @@ def describe_bake(
 
 
 def card_words(
-    site: str, slots: str, config_changes: Mapping[str, Any], direction: Mapping[str, Any]
+    site: str, slots: str, plan: Mapping[str, Any], direction: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the phrases that the card needs beside the values of `bake.json`."""
     known = direction["metadata"]
@@ -447,7 +459,8 @@ def card_words(
     return {
         "site_description": DESCRIPTIONS[site],
         "slots": slots,
-        "config_changes": dict(config_changes),
+        "config_changes": plan["config_changes"],
+        "config_removed": plan.get("config_removed", []),
         "direction_story": story,
     }
 
@@ -455,7 +468,7 @@ def card_words(
 def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
     """Return the card's phrases for a bake that is being made."""
     route = plan.route
-    return card_words(route.site, route.describe(), plan.config_changes, direction.to_dict())
+    return card_words(route.site, route.describe(), plan.to_dict(), direction.to_dict())
 
 
 def encode_result(result: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from bake.anatomy import Anatomy, SiteRoute
 from bake.anatomy.rewriting import Rewritten
 from bake.checkpoint import Checkpoint
 from bake.coefficients import Push
-from bake.edits import Add, Edit, Patch, Transform
+from bake.edits import REMOVED, Add, Edit, Patch, Transform
 from bake.engines import Outline
 from bake.errors import CheckpointError, UnsupportedError
 from bake.safetensors_file import torch_dtype
@@ -107,12 +107,24 @@ class Plan:
             created=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
         )
 
+    @property
+    def config_values(self) -> dict[str, Any]:
+        """The config keys that are set, and their values."""
+        return {k: v for k, v in self.config_changes.items() if v is not REMOVED}
+
+    @property
+    def config_removed(self) -> list[str]:
+        """The config keys that go, because they mean nothing in the new form."""
+        return [key for key, value in self.config_changes.items() if value is REMOVED]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`: names and config keys, not vectors."""
+        removed = {"config_removed": self.config_removed} if self.config_removed else {}
         return {
             "added": sorted(edit.name for edit in self.edits if isinstance(edit, Add)),
             "patched": sorted(edit.name for edit in self.slot_edits if not edit.is_new),
-            "config_changes": dict(self.config_changes),
+            "config_changes": self.config_values,
+            **removed,
             "dtype": self.dtype,
             "slots": [edit.to_dict() for edit in self.slot_edits],
         }
@@ -220,8 +232,10 @@ def place_push(rewritten: Rewritten, folded: Sequence[SlotEdit]) -> Iterator[Edi
     """Yield a rewritten base's edits, with the folded slots in the place of the empty ones."""
     stored = {edit.name: edit.stored for edit in folded}
     for edit in rewritten.edits:
-        replaced = isinstance(edit, Add) and edit.name in stored
-        yield Add(edit.name, stored[edit.name]) if replaced else edit
+        if isinstance(edit, Add) and edit.name in stored:
+            yield Add(edit.name, stored[edit.name])
+        else:
+            yield edit
 
 
 def outline_edits(

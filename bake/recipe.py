@@ -26,8 +26,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
 class Recipe:
     """Everything that decides an export. Paths are as the user gave them.
 
-    band: "START:STOP" in per cent of the depth. site: one of the four or "auto". slot: "norm" or
-    "projection" where a site has both, else None. target: an engine that the bake has to survive in.
+    band: "START:STOP" in per cent of the depth. site: one of the four or "auto". route:
+    "native", "flag", "host", "insert", or "auto", which never adds layers. slot: "norm" or "projection"
+    where a site has both, else None. target: an engine that the bake has to survive in.
     coefficients: "6=0.5,8=1.0" replaces the law.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
     calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
@@ -48,6 +49,7 @@ class Recipe:
     law: str = DEFAULT_LAW
     coefficients: str | None = None
     site: str = "auto"
+    route: str = "auto"
     slot: str | None = None
     target: str | None = None
     convert_site: bool = False

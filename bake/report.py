@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -144,7 +145,9 @@ def _describe_push(result: Export | ThinExport) -> list[str]:
         )
         for entry in push.layers
     ]
-    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_changes.items())
+    changes = ", ".join(f"{k} = {v!r}" for k, v in result.plan.config_values.items())
+    if result.plan.config_removed:
+        changes += f"; without {', '.join(result.plan.config_removed)}"
     return [
         f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
         f"slots: {route.describe()}; config: {changes or 'unchanged'}",
@@ -198,6 +201,13 @@ def describe_norms(norms: ActivationNorms) -> str:
     return f"activation norms at {norms.site}\n\n{format_table(header, rows)}"
 
 
+def _json(value: object) -> str:
+    """Return a config value as config.json has it; a list of one value many times in short."""
+    if isinstance(value, list) and len(value) > 3 and len({repr(item) for item in value}) == 1:
+        return f"[{_json(value[0])}] × {len(value)}"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
 def describe_anatomy(anatomy: Anatomy) -> str:
     """Return what `bake inspect` says: every site, how it is exact or why it is not."""
     lines = [
@@ -207,7 +217,7 @@ def describe_anatomy(anatomy: Anatomy) -> str:
     for site in SITES:
         lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
         for route in (route for route in anatomy.routes if route.site == site):
-            changes = ", ".join(f"{k}: {str(v).lower()}" for k, v in route.flags.items())
+            changes = ", ".join(f"{k}: {_json(v)}" for k, v in route.flags.items())
             where = (
                 f", in layers {list_numbers(route.layers)} only"
                 if len(route.layers) < anatomy.layer_count

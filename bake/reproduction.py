@@ -28,6 +28,7 @@ from bake.pipeline import (
 )
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
 from bake.streaming import Placement
+from bake.tokenization import keep_tokenizer
 from bake.verification import (
     base_name,
     base_revision,
@@ -109,6 +110,7 @@ def reproduce(
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again)
+        keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
         story = {key: value for key, value in recorded.items() if key != "files"}
         card = render_card({**story, **words_of(recorded)})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.config_text import edit_json
 from bake.copying import sync, write_all
-from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
+from bake.edits import REMOVED, Drop, Edit, Merge, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError, OutputError
 from bake.layout import ORIGINALS_FILE
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import staged_directory
+from bake.tokenization import TOKENIZER_CONFIG
 from bake.weight_files import INDEX_FILE
 from bake.writer import copy_companions, write_weights
 
@@ -38,7 +39,7 @@ def describe_undo(checkpoint: Checkpoint, plan: Plan, sources: Mapping[str, str]
     """Return the part of `bake.json` that says how to get from the bake back to its base.
 
     sources: {file of the bake: file of the base}. config: {key: [old value], or [] where the base
-    has no such key}.
+    has no such key}. tokenizer_class: likewise, of tokenizer_config.json; None where that was kept.
     """
     transforms = [edit for edit in plan.edits if isinstance(edit, Transform)]
     return {
@@ -54,12 +55,24 @@ def describe_undo(checkpoint: Checkpoint, plan: Plan, sources: Mapping[str, str]
             for edit in transforms
             if edit.splits
         },
-        "lost": sorted(
-            edit.name
-            for edit in plan.edits
-            if isinstance(edit, Drop) or (isinstance(edit, Transform) and not edit.splits)
-        ),
+        "lost": sorted(_lost(plan.edits)),
+        "tokenizer_class": _tokenizer_class(checkpoint) if tokenizer_changed else None,
     }
+
+
+def _tokenizer_class(checkpoint: Checkpoint) -> list[Any]:
+    path = checkpoint.directory / TOKENIZER_CONFIG
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _lookup(values, "tokenizer_class")
+
+
+def _lost(edits: Sequence[Edit]) -> Iterator[str]:
+    """Yield the tensors whose values cannot be had back from what the edits leave."""
+    for edit in edits:
+        if isinstance(edit, Merge):
+            yield from edit.names
+        elif isinstance(edit, Drop) or (isinstance(edit, Transform) and not edit.splits):
+            yield edit.name
 
 
 def _lookup(config: Mapping[str, Any], key: str) -> list[Any]:
@@ -139,6 +152,7 @@ def undo(
         _write_index(staging, checkpoint, names, indexed=how["indexed"])
         (staging / "config.json").write_text(base_config_text(checkpoint, recorded), "utf-8")
         copy_companions(checkpoint, staging)
+        _restore_tokenizer(staging / TOKENIZER_CONFIG, how["tokenizer_class"])
         whole = tuple(
             names[file.name]
             for file in written.files
@@ -147,6 +161,17 @@ def undo(
     dropped = sum(isinstance(edit, Drop) for edit in edits)
     tensors = len(checkpoint.tensors) - dropped
     return Undone(output, recorded["base"]["id"], tensors, tuple(originals), dropped, whole)
+
+
+def _restore_tokenizer(path: Path, before: list[Any] | None) -> None:
+    """Take back what was written into tokenizer_config.json, or the file where it was made for that."""
+    if before is None:
+        return
+    value = before[0] if before else REMOVED
+    text = edit_json(path.read_text(encoding="utf-8"), {"tokenizer_class": value})
+    path.unlink()
+    if json.loads(text):
+        path.write_text(text, encoding="utf-8", newline="")
 
 
 def _check_nothing_lost(recorded: Mapping[str, Any]) -> None:

@@ -253,7 +253,7 @@ def _write_computed(piece: ComputedTensors, stream: BinaryIO, progress: Progress
     promised = {spec.name: spec for spec in piece.tensors}
     if made != promised:
         raise CheckpointError(
-            f"a Transform made {sorted(map(str, made.values()))} and had promised "
+            f"an edit made {sorted(map(str, made.values()))} and had promised "
             f"{sorted(map(str, promised.values()))}."
         )
     for spec in piece.tensors:

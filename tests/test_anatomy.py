@@ -27,6 +27,13 @@ from bake.errors import UnsupportedError
 from bake.loading import single_thread
 from bake.sites import SITES, LayerStructure, Slot
 
+
+@pytest.fixture(autouse=True)
+def no_hosts(monkeypatch):
+    """Here is what is exact in place; hosts are test_hosts' business."""
+    monkeypatch.setattr("bake.anatomy.routes.find_hosts", lambda config: ([], []))
+
+
 LLAMA_PARTS = LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm")
 
 

@@ -45,6 +45,7 @@ VALUES = {
             "seen": "read: llama.py",
         },
     },
+    "config_removed": [],
     "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
     "equivalence": {
         "mechanism_error": 3.1e-7,

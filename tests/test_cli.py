@@ -182,8 +182,8 @@ class TestBadInput:
         assert "no_such_type" in self.refused(model=model)
 
     def test_architecture_without_the_site(self, make_model):
-        line = self.refused("--site", "mlp_out", model=make_model(TinyModel("mistral")))
-        assert "mistral cannot take mlp_out exactly" in line
+        line = self.refused("--site", "attn_out", model=make_model(TinyModel("mistral")))
+        assert "mistral cannot take attn_out exactly" in line
         assert "llama" in line
 
     def test_slot_that_the_site_does_not_have(self):

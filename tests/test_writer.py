@@ -21,7 +21,7 @@ from bake import copying
 from bake.checkpoint import open_checkpoint
 from bake.config_text import edit_json
 from bake.copying import copy_file
-from bake.edits import REMOVED, Add, Drop, Patch, Rename, Transform
+from bake.edits import REMOVED, Add, Drop, Merge, Patch, Rename, Transform
 from bake.errors import CheckpointError, OutputError
 from bake.hashing import hash_files
 from bake.staging import check_output, staged_directory
@@ -277,6 +277,12 @@ def test_a_shard_that_loses_all_its_tensors_is_left_out(sharded, tmp_path, adds)
         ([Rename("lm_head.weight", "a"), Rename("model.norm.weight", "a")], "two tensors named a"),
         ([Transform("lm_head.weight", {"a": (1,)}, dict, dtype="F99")], "no safetensors dtype F99"),
         ([Add("a", torch.ones(1, dtype=torch.complex128))], "complex128"),
+        ([Merge(("lm_head.weight", "ghost"), {}, dict)], "Merge of ghost: single has no such tensor"),
+        ([Merge(("lm_head.weight", "model.norm.weight"), {"a": (1,)}, dict), Drop("model.norm.weight")],
+         "Drop of model.norm.weight: it has a Drop already"),
+        ([Drop("model.norm.weight"), Merge(("lm_head.weight", "model.norm.weight"), {}, dict)],
+         "Merge of model.norm.weight: it has a Drop already"),
+        ([Merge(("lm_head.weight",), {"a": (1,)}, dict, "F99")], "Merge of lm_head.weight: no safet"),
     ],
 )  # fmt: skip
 def test_edits_that_contradict_the_checkpoint_move_no_byte(single, tmp_path, edits, problem):
@@ -299,6 +305,28 @@ def test_a_transform_that_breaks_its_promise_is_caught(single, tmp_path, made):
         bake(single, tmp_path / "output", [edit])
     assert not (tmp_path / "output").exists()
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_merge_takes_tensors_from_every_shard(tmp_path, is_sharded):
+    base = build_tiny_llama(tmp_path / "base", dtype="bfloat16", sharded=is_sharded)
+    checkpoint = open_checkpoint(str(base))
+    names = tuple(DOWN.format(layer) for layer in (1, 0))
+    shape = checkpoint.tensors[names[0]].shape
+    assert len(names) == 2
+    assert (len({checkpoint.tensors[name].file for name in names}) == 2) == is_sharded
+    edit = Merge(
+        names,
+        {"stacked": (2, *shape)},
+        lambda parts: {"stacked": torch.stack([parts[name] for name in names]).float()},
+        dtype="F32",
+    )
+    bake(base, tmp_path / "output", [edit])
+    baked = open_checkpoint(str(tmp_path / "output"))
+    assert set(baked.tensors) == set(checkpoint.tensors) - set(names) | {"stacked"}
+    expected = torch.stack([checkpoint.read(name) for name in names]).float()
+    assert torch.equal(baked.read("stacked"), expected)
+    assert_kept(base, tmp_path / "output", sorted(set(checkpoint.tensors) - set(names)))
 
 
 def rename_shards(directory, names):

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.anatomy.flags import added_parameters, find_bias_flags, parameter_shapes
+from bake.anatomy.hosts import HostRewriter, find_hosts
 from bake.anatomy.in_place import InPlace, InPlaceSearch
 from bake.anatomy.layers import LayerKind, LayerMap, choose_layers_to_keep, find_layer_kinds
 from bake.anatomy.residual import trace_residual
@@ -26,7 +27,7 @@ from bake.engines import (
     survivals,
     to_values,
 )
-from bake.errors import UnsupportedError
+from bake.errors import BakeError, UnsupportedError
 from bake.loading import build_on_meta, single_thread
 from bake.sites import SITES, LayerStructure, Slot, check_site, suits
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 RouteName = Literal["native", "flag", "host", "insert"]
+ROUTES = ("auto", "native", "flag", "host", "insert")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class SiteRoute:
         return {
             "site": self.site,
             "route": self.route,
+            **({"rewritten_as": self.rewriter.name} if self.rewriter is not None else {}),
             "kind": self.kind,
             "description": self.describe(),
             "flags": dict(self.flags),
@@ -135,30 +138,40 @@ class Anatomy:
         kind: str | None = None,
         found_at: str | None = None,
         target: str | None = None,
+        route: str = "auto",
+        host: str | None = None,
     ) -> SiteRoute:
         """Return the route for a site, or for `auto` the first exact site in the order of preference.
 
         kind: "norm" or "projection" where a site has both. found_at: the site of a given direction;
         `auto` considers only sites that suit it. target: only routes that are known to survive in that
-        engine. Raises UnsupportedError with the reason and what works instead.
+        engine. route: `native`, `flag`, `host` or `insert`; with `auto` the base is not given extra
+        layers. host: the name of one rewriter. Raises UnsupportedError with the reason and what works
+        instead.
         """
         if target is not None:
             check_engine(target)
         if site != "auto":
             check_site(site)
+        if route not in ROUTES:
+            raise UnsupportedError(f"unknown route {route!r}; the routes are {', '.join(ROUTES)}")
         candidates = [
-            route
-            for route in self.routes
-            if site in ("auto", route.site)
-            and (kind is None or route.kind == kind)
-            and (site != "auto" or found_at is None or suits(found_at, route.site))
+            entry
+            for entry in self.routes
+            if site in ("auto", entry.site)
+            and (kind is None or entry.kind == kind)
+            and (site != "auto" or found_at is None or suits(found_at, entry.site))
+            and (entry.route != "insert" if route == "auto" else entry.route == route)
+            and (host is None or (entry.rewriter is not None and entry.rewriter.name == host))
         ]
         if candidates:
             if target is not None:
                 candidates = self._surviving(candidates, target)
-            return min(candidates, key=lambda route: _PREFERENCE.index(route.site))
-        instead = ", ".join(dict.fromkeys(route.site for route in self.routes)) or NO_SITE
+            return min(candidates, key=_preference)
+        instead = ", ".join(dict.fromkeys(_spell(entry) for entry in self.routes)) or NO_SITE
         wanted = "the direction at any site" if site == "auto" else site
+        if route != "auto":
+            wanted += f" by route {route}"
         reason = self.refusals.get(site, f"no {kind or 'such'} slot suits")
         raise UnsupportedError(
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
@@ -207,13 +220,37 @@ class Anatomy:
         }
 
 
-# The order in which `--site auto` considers sites (DESIGN: residual writes first).
 # What to say where nothing is exact: families that were tried and have an exact site.
 NO_SITE = (
     "no site (architectures with one: llama, gpt2, qwen2, qwen3, granite, gpt_neox, opt, falcon "
     "and more, see bake inspect)"
 )
-_PREFERENCE = ("mlp_out", "attn_out", "attn_in", "mlp_in")
+# The order in which `--site auto` considers them (DESIGN: residual writes first, then the fewest changes).
+_PREFERENCE = (
+    ("mlp_out", "in place"),
+    ("mlp_out", "llama"),  # what engines run best, and lossless
+    ("attn_out", "in place"),
+    ("mlp_out", "rewritten"),
+    ("attn_out", "rewritten"),
+    ("attn_in", "in place"),
+    ("attn_in", "rewritten"),
+    ("mlp_in", "in place"),
+    ("mlp_in", "rewritten"),
+)
+
+
+def _preference(entry: SiteRoute) -> int:
+    """Return a route's place in the order of preference; of equals the first found is taken."""
+    if entry.rewriter is None:
+        return _PREFERENCE.index((entry.site, "in place"))
+    if (entry.site, entry.rewriter.name) in _PREFERENCE:
+        return _PREFERENCE.index((entry.site, entry.rewriter.name))
+    return _PREFERENCE.index((entry.site, "rewritten"))
+
+
+def _spell(entry: SiteRoute) -> str:
+    """Name a route as the options that ask for it."""
+    return entry.site if entry.rewriter is None else f"{entry.site} (--route {entry.route})"
 
 
 def examine(config: PreTrainedConfig) -> Anatomy:
@@ -281,6 +318,9 @@ class _Examination:
         refusals: dict[str, str] = {}
         for site in SITES:
             found, reasons = self._routes(site)
+            if site == "mlp_out" and not found:
+                hosted, why = self._hosts(site)
+                found, reasons = found + hosted, reasons + why
             routes += found
             if not found:
                 refusals[site] = "; ".join(dict.fromkeys(reasons))
@@ -373,6 +413,40 @@ class _Examination:
     @cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         return parameter_shapes(self.real)
+
+    def _hosts(self, site: str) -> tuple[list[SiteRoute], list[str]]:
+        """Try every host of the table that can express the configuration."""
+        routes = []
+        hosts, reasons = find_hosts(self.config)
+        for host in hosts:
+            try:
+                route = self._prove_host(site, host)
+            except (BakeError, *TWIN_ERRORS) as error:
+                reasons.append(f"as {host.name}: the twin cannot be baked ({one_line(error)})")
+                continue
+            if route.twin.passed:
+                routes.append(route)
+            else:
+                reasons.append(f"as {host.name}: {route.twin.reason}")
+        return routes, reasons
+
+    def _prove_host(self, site: str, host: HostRewriter) -> SiteRoute:
+        layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
+        slots = {layer: host.slots_of(layer) for layer in range(self.layer_count)}
+        created = host.new_parameters(self.config)
+        pushed = tuple(slot.bias for parts in slots.values() for slot in parts)
+        return SiteRoute(
+            site=site,
+            route="host",
+            kind="write",
+            flags=host.flags(self.config),
+            slots=slots,
+            new_parameters=created,
+            twin=self.twin.prove_rewriting(self.twin_structure, site, host, layers),
+            layers=tuple(range(self.layer_count)),
+            rewriter=host,
+            rewritten=Outline(host.name, pushed, tuple(created)),
+        )
 
     def _created_by(self, flags: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
         """Return what the flags create on the whole model; a large model is built once for each set."""

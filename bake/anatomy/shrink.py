@@ -116,6 +116,10 @@ class _Shrinking:
         return self._small_size(key, value) if isinstance(value, int) else value
 
     def _small_size(self, key: str, value: int) -> int:
+        if key == "sliding_window" and value >= (
+            self.given.get("max_position_embeddings") or value + 1
+        ):
+            return value  # It hides nothing, and must not begin to.
         if key in LAYER_COUNTS:
             return len(self.keep)
         if key in KEY_VALUE_HEADS:

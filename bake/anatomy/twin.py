@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from bake.checkpoint import Checkpoint
 
 MAX_PARAMETERS = 5_000_000
-ZERO_PUSH_TOLERANCE = 1e-6  # relative to the largest logit, float32
+# Relative to the largest logit, float32. A rewritten twin may multiply apart what was one matrix, and
+# then sums in another order.
+ZERO_PUSH_TOLERANCE = 5e-6
 PUSH_TOLERANCE = 1e-4  # relative to the largest effect, float32
 GREEDY_TOKENS = 10
 
