@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy, SiteRoute
+from bake.anatomy.flags import with_flags
 from bake.anatomy.rewriting import Rewritten
 from bake.checkpoint import Checkpoint
 from bake.coefficients import Push
+from bake.disk_names import DiskNames
 from bake.edits import Add, Edit, Patch, Transform
 from bake.engines import Outline
 from bake.errors import CheckpointError, UnsupportedError
+from bake.loading import build_on_meta
 from bake.safetensors_file import torch_dtype
 from bake.sites import Slot
 
@@ -96,38 +99,6 @@ class Plan:
         }
 
 
-class DiskNames:
-    """Maps parameter names of the model to names on disk.
-
-    The two can differ by the base model's prefix (GPT-2's files say `h.0…`, the module
-    `transformer.h.0…`). A parameter that is not on disk sits beside its weight.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        self._checkpoint = checkpoint
-        self._prefix = prefix
-
-    def find(self, parameter: str) -> str | None:
-        """Return the name on disk of a parameter that is there, else None."""
-        spellings = (parameter, parameter.removeprefix(self._prefix), self._prefix + parameter)
-        return next((name for name in spellings if name in self._checkpoint.tensors), None)
-
-    def existing(self, parameter: str) -> str:
-        """Return the name on disk; raise CheckpointError where the checkpoint lacks the tensor."""
-        name = self.find(parameter)
-        if name is None:
-            raise CheckpointError(
-                f"{self._checkpoint.model_id} has no tensor {parameter}, which this architecture should "
-                f"have; is the checkpoint complete?"
-            )
-        return name
-
-    def new_bias(self, parameter: str) -> tuple[str, str]:
-        """Return (name of a new bias, name of the weight beside it): `X.weight` → `X.bias`."""
-        weight = self.existing(parameter.removesuffix("bias") + "weight")
-        return weight.removesuffix("weight") + "bias", weight
-
-
 def make_plan(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
@@ -152,7 +123,7 @@ def make_plan(
         edits = tuple(place_push(rewritten, folded))
         changes = {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
         return Plan(route, edits, changes, folded, dtype or "as the base")
-    names = DiskNames(checkpoint, anatomy.prefix)
+    names = _disk_names(checkpoint, anatomy, route)
     vectors = push.vectors
     slot_edits = [
         _edit_slot(checkpoint, names, layer, slot, vectors[layer], dtype)
@@ -221,7 +192,7 @@ def outline_edits(
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         return route.rewriter.rewrite(checkpoint, anatomy.config, layers, code).edits
-    names = DiskNames(checkpoint, anatomy.prefix)
+    names = _disk_names(checkpoint, anatomy, route)
     edits: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
@@ -238,6 +209,11 @@ def outline_edits(
     return (*edits, *converted)
 
 
+def _disk_names(checkpoint: Checkpoint, anatomy: Anatomy, route: SiteRoute) -> DiskNames:
+    """Return the names on disk of the baked architecture's parameters, new ones included."""
+    return DiskNames(checkpoint, build_on_meta(with_flags(anatomy.config, route.flags)))
+
+
 def _edit_slot(
     checkpoint: Checkpoint,
     names: DiskNames,
@@ -246,7 +222,7 @@ def _edit_slot(
     vector: torch.Tensor,
     dtype: str | None,
 ) -> SlotEdit:
-    weight = checkpoint.read(names.existing(slot.weight)) if slot.weight else None
+    weight = names.read(slot.weight) if slot.weight else None
     found = names.find(slot.bias)
     shape = checkpoint.entry(found).shape if found else None
     delta = slot.delta(vector, weight, shape)
