@@ -20,6 +20,7 @@ from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
+from bake.loading import auto_class
 from bake.model import LoadedModel, load_model, read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.plan import Plan, make_plan
@@ -388,6 +389,7 @@ def describe_bake(
         "bake_version": __version__,
         "base": base.to_dict(),
         "architecture": base.anatomy.architecture,
+        "auto_class": auto_class(base.anatomy.config).__name__,
         "layer_count": base.anatomy.layer_count,
         "site": route.site,
         "route": route.route,

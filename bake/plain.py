@@ -9,6 +9,25 @@ result would prove nothing, so that is checked too.
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def auto_class(directory: str) -> Any:
+    """Choose as the checkpoint's config says: a multimodal wrapper where it names one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    config = AutoConfig.from_pretrained(directory)
+    wrapper = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, ""))
+    named = wrapper in (config.architectures or ())
+    if named and wrapper.endswith("ForConditionalGeneration"):
+        return AutoModelForImageTextToText
+    if wrapper and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def main() -> None:
@@ -16,7 +35,6 @@ def main() -> None:
 
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     torch.set_num_threads(request["threads"])
@@ -26,7 +44,7 @@ def main() -> None:
     if request["max_memory"] is not None:
         budgets = {int(k) if k.isdigit() else k: v for k, v in request["max_memory"].items()}
         placement = {"device_map": "auto", "max_memory": budgets or None}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(request["directory"]).from_pretrained(
         request["directory"], dtype="auto", output_loading_info=True, **placement
     )
     model.eval()

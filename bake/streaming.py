@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.disk_names import DiskNames
 from bake.errors import BakeError, CheckpointError, UnsupportedError
-from bake.loading import quiet_transformers
+from bake.loading import build_model, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -136,13 +136,13 @@ def stream_model(
     """
     import torch
     from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     checkpoint = open_checkpoint(str(directory))
     config = AutoConfig.from_pretrained(directory)
     computing = _computing_dtype(config, dtype)
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=computing).eval()
+        model: Any = build_model(config, dtype=computing).eval()
     model.tie_weights()
     names = DiskNames(checkpoint, model)
     aliases = _tied_to(model, names)

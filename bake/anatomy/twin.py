@@ -7,7 +7,6 @@ of many gigabytes that reloads as the base model.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bake.anatomy.flags import with_flags
 from bake.anatomy.shrink import VOCABULARY, shrink
 from bake.errors import UnsupportedError
-from bake.loading import build_on_meta, load_report, quiet_transformers
+from bake.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
 from bake.sites import LayerStructure, Slot
 from bake.steering import steered
 
@@ -83,6 +82,7 @@ class Twin:
         import torch
 
         self.config = shrink(config)
+        self.config.architectures = config.architectures  # Which says whether it is a wrapper.
         size = sum(parameter.numel() for parameter in build_on_meta(self.config).parameters())
         if size > MAX_PARAMETERS:
             raise UnsupportedError(
@@ -107,10 +107,9 @@ class Twin:
     def with_flags(self, flags: Mapping[str, Any]) -> nn.Module:
         """Return the twin with the flags set: the same weights, every new bias zero."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         with quiet_transformers():
-            model: nn.Module = AutoModelForCausalLM.from_config(with_flags(self.config, flags))
+            model = build_model(with_flags(self.config, flags))
         model.eval()
         old = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers())
@@ -195,13 +194,9 @@ class Twin:
     def _load(self, directory: Path) -> tuple[torch.Tensor, bool]:
         """Return the logits of what transformers loads, and whether it loads without a remark."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        with quiet_transformers():
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True
-            )
-        return self.run(loaded.eval()), not any(load_report(report).values())
+        loaded, report = load_pretrained(directory, dtype=torch.float32)
+        return self.run(loaded.eval()), not any(report.values())
 
 
 def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
@@ -211,13 +206,10 @@ def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
     torch's seed: call it where the random state is forked.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with quiet_transformers():
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32
-        ).eval()
+        model = build_model(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
