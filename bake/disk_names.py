@@ -1,9 +1,10 @@
 """Names on disk and names in the model: which stored tensors become which parameter on loading.
 
 The two differ by a prefix (GPT-2), by a layout of long ago (`language_model.model.layers…`), or by a
-conversion: experts that are stored one by one are merged into one parameter. transformers knows all of
-it, and here its own rules are asked, so that whatever `from_pretrained` accepts is understood. What is
-done with the names is the business of the plan and of streaming.
+conversion: experts that are stored one by one are merged into one parameter, and a quantised weight is
+made of numbers and their scales. transformers knows all of it, and here its own rules are asked, so that
+whatever `from_pretrained` accepts is understood. What is done with the names is the business of the plan
+and of streaming.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from bake.checkpoint import Checkpoint
 from bake.errors import CheckpointError, UnsupportedError
+from bake.quantization import dequantizer
+from bake.safetensors_file import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -54,18 +57,20 @@ class DiskNames:
         self._checkpoint = checkpoint
         self._model = model
         self._wanted = model.state_dict()
-        rules = get_model_conversion_mapping(model)
+        quantizer = dequantizer(model.config)
+        rules = get_model_conversion_mapping(model, None, quantizer)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self.renamed: dict[str, str] = {}
         self.unexpected: list[str] = []
+        self._dequantizations = tuple(quantizer.get_load_operations().values()) if quantizer else ()
         collected: dict[str, dict[str, list[str]]] = {}
         # In transformers' order: a renaming may depend on names that came before.
         for name in sorted(checkpoint.tensors, key=dot_natural_key):
             parameter, pattern = self._convert(name)
             if parameter not in self._wanted:
                 self.unexpected.append(parameter)
-            elif pattern is None:
+            elif pattern is None or self._is_float(name, pattern):
                 self.renamed.setdefault(parameter, name)
             else:
                 collected.setdefault(parameter, {}).setdefault(pattern, []).append(name)
@@ -129,10 +134,11 @@ class DiskNames:
         """
         weight = parameter.removesuffix("bias") + "weight"
         sources = self.sources(weight) or (self.existing(weight),)
-        beside = sources[0].removesuffix("weight") + "bias"
+        stored = next((name for name in sources if name.endswith("weight")), sources[0])
+        beside = stored.removesuffix("weight") + "bias"
         for name in (beside, parameter) if parameter in self._wanted else ():
             if name not in self._checkpoint.tensors and self._convert(name) == (parameter, None):
-                return name, sources[0]
+                return name, stored
         raise UnsupportedError(
             f"no name on disk becomes {parameter} on loading (tried {beside} and {parameter}), so a "
             f"new bias would be dropped; another site may have a slot that is there already"
@@ -143,8 +149,7 @@ class DiskNames:
         """{parameter: what it is made of}, for those that are not stored as they are."""
         found = {}
         for target, sources in self._collected.items():
-            pattern = next(iter(sources))
-            converter = next(c for c in self._converters if pattern in c.source_patterns)
+            converter = self._converter(next(iter(sources)))
             taken = {key: tuple(names) for key, names in sources.items()}
             fusion = Fusion(taken, target, converter)
             single = len(converter.target_patterns) == 1
@@ -167,10 +172,28 @@ class DiskNames:
             parameter, pattern = rename_source_key(name, [], [], prefix, self._wanted)
         return parameter, pattern
 
+    def _is_float(self, name: str, pattern: str) -> bool:
+        """Tell whether a dequantisation would leave a tensor as it is: it is no quantised one.
+
+        A quantised model's every `weight` goes through its dequantisation, norms and embedding too.
+        """
+        converter = self._converter(pattern)
+        return (
+            bool(self._dequantizations)
+            and all(isinstance(step, self._dequantizations) for step in converter.operations)
+            and len(converter.target_patterns) == 1
+            and name.endswith(converter.target_patterns[0])
+            and self._checkpoint.entry(name).dtype in ("F64", "F32", "F16", "BF16")
+        )
+
+    def _converter(self, pattern: str) -> Any:
+        return next(c for c in self._converters if pattern in c.source_patterns)
+
     def _outline(self, name: str) -> torch.Tensor:
         import torch
 
-        return torch.empty(self._checkpoint.entry(name).shape, device="meta")
+        entry = self._checkpoint.entry(name)
+        return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
 
     def _merge(self, fusion: Fusion, read: Any) -> dict[str, torch.Tensor]:
         """Run transformers' converter on sources that `read` gives for their names."""

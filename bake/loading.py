@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.quantization import dequantizing_options
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
@@ -52,20 +54,36 @@ def build_model(config: PreTrainedConfig, **options: Any) -> nn.Module:
 
 
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:
-    """Build the language model of a config without allocating a weight."""
+    """Build the language model of a config without allocating a weight.
+
+    In float32, whatever the config says: a weight that is dequantised comes in its parameter's dtype,
+    and no exact value should be rounded on the way.
+    """
     import torch
 
     with torch.device("meta"):
-        return build_model(config)
+        return build_model(config, dtype=torch.float32)
 
 
 def load_pretrained(directory: Path, **options: Any) -> tuple[nn.Module, dict[str, list[str]]]:
-    """Load a directory with the Auto class that suits it; return the model and its loading report."""
+    """Load a directory with the Auto class that suits it; return the model and its loading report.
+
+    Quantised weights are dequantised: what bake compares is what the weights say, on any device.
+    """
+    import torch
     from transformers import AutoConfig
 
     with quiet_transformers():
-        chosen = auto_class(AutoConfig.from_pretrained(directory))
-        model, info = chosen.from_pretrained(directory, output_loading_info=True, **options)
+        config = AutoConfig.from_pretrained(directory)
+        dequantizing = dequantizing_options(config)
+        model, info = auto_class(config).from_pretrained(
+            directory, output_loading_info=True, **options, **dequantizing
+        )
+    if dequantizing and options.get("dtype") == torch.float32:
+        # What passes through a dequantisation without being quantised comes in its stored dtype.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
     return model, load_report(info)
 
 

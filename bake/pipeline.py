@@ -26,6 +26,7 @@ from bake.norms import ActivationNorms, measure_norms
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.quantization import check_quantization
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.saved_norms import read_norms
@@ -109,6 +110,7 @@ def open_base(
         checkpoint = open_checkpoint(
             find_model(model), revision=revision, headers_only=headers_only
         )
+        check_quantization(checkpoint.config, checkpoint.model_id)
     with clock.stage("anatomy"):
         anatomy = examine(read_config(checkpoint.directory))
     return Base(checkpoint, anatomy)

@@ -34,7 +34,6 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 
     import torch
-    from safetensors.torch import save_file
     from transformers.utils import logging
 
     torch.set_num_threads(request["threads"])
@@ -44,8 +43,38 @@ def main() -> None:
     if request["max_memory"] is not None:
         budgets = {int(k) if k.isdigit() else k: v for k, v in request["max_memory"].items()}
         placement = {"device_map": "auto", "max_memory": budgets or None}
+    try:
+        result = observe(request, placement, {})
+    except Exception as error:
+        options = dequantizing_options(request["directory"])
+        if not options:
+            raise
+        # Its kernels are not here: the weights themselves can still be loaded and run.
+        result = observe(request, placement, options)
+        result["quantized_run_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def dequantizing_options(directory: str) -> dict[str, Any]:
+    """What loads a quantised checkpoint dequantised; nothing for another."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    values = getattr(AutoConfig.from_pretrained(directory), "quantization_config", None)
+    if not values:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**values, "dequantize": True})}
+
+
+def observe(
+    request: dict[str, Any], placement: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Load and run the directory; save the logits and return the rest of what was seen."""
+    import torch
+    from safetensors.torch import save_file
+
     model, info = auto_class(request["directory"]).from_pretrained(
-        request["directory"], dtype="auto", output_loading_info=True, **placement
+        request["directory"], dtype="auto", output_loading_info=True, **placement, **options
     )
     model.eval()
     if not placement:
@@ -71,15 +100,16 @@ def main() -> None:
             found = output[:, length:].tolist()
             continuations.update({tuple(p): f for p, f in zip(prompts, found, strict=True)})
     save_file(logits, request["logits"])
-    result = {
+    return {
         "report": {
             name: sorted(str(entry) for entry in info.get(name, ()))
             for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         },
         "continuations": [continuations[tuple(ids)] for ids in request["canaries"]],
         "bake_imported": any(name.partition(".")[0] == "bake" for name in sys.modules),
+        "quantized": bool(getattr(model, "is_quantized", False)),
+        "quantized_run_failed": None,
     }
-    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

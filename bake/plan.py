@@ -7,6 +7,7 @@ equivalence needs all three.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from bake.edits import Add, Edit, Patch, Transform
 from bake.engines import Outline
 from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import build_on_meta
+from bake.quantization import quantization_method
 from bake.safetensors_file import torch_dtype
 from bake.sites import Slot
 
@@ -114,8 +116,7 @@ def make_plan(
     """
     import torch
 
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    _check_request(checkpoint, route, dtype)
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
@@ -134,7 +135,7 @@ def make_plan(
     made: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
-        code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
+        code = FLOAT_DTYPES[dtype] if dtype else _dtype_beside(checkpoint, weight)
         filled = (
             stored[name].stored if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
         )
@@ -187,8 +188,7 @@ def outline_edits(
     """
     import torch
 
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    _check_request(checkpoint, route, dtype)
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         return route.rewriter.rewrite(checkpoint, anatomy.config, layers, code).edits
@@ -196,7 +196,7 @@ def outline_edits(
     edits: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
-        code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
+        code = FLOAT_DTYPES[dtype] if dtype else _dtype_beside(checkpoint, weight)
         edits.append(Add(name, torch.empty(shape, dtype=torch_dtype(code), device="meta")))
     converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], {}) if dtype else []
     transformed = {edit.name for edit in converted}
@@ -207,6 +207,41 @@ def outline_edits(
         value = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
         edits.append(Patch(name, value))
     return (*edits, *converted)
+
+
+def _check_request(checkpoint: Checkpoint, route: SiteRoute, dtype: str | None) -> None:
+    """Raise UnsupportedError for a dtype that is none, and for what a quantised base cannot be."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    method = quantization_method(checkpoint.config)
+    if method is not None and dtype is not None:
+        raise UnsupportedError(
+            f"{checkpoint.model_id} is quantised ({method}) and cannot be stored as {dtype}; leave "
+            f"--dtype out, or bake the unquantised base"
+        )
+    if method is not None and route.rewriter is not None:
+        raise UnsupportedError(
+            f"{checkpoint.model_id} is quantised ({method}), and the route {route.route} "
+            f"({route.rewriter.name}) rewrites weights; choose a --site with a slot in place, or bake "
+            f"the unquantised base"
+        )
+
+
+def _dtype_beside(checkpoint: Checkpoint, weight: str) -> str:
+    """Return the dtype code of a new bias: its weight's, or the model's own where that is quantised."""
+    code = checkpoint.entry(weight).dtype
+    if code in FLOAT_DTYPES.values():
+        return code
+    nested = checkpoint.config.get("text_config")
+    for values in (nested if isinstance(nested, Mapping) else {}, checkpoint.config):
+        stated = values.get("dtype") or values.get("torch_dtype")
+        if stated in FLOAT_DTYPES:
+            return FLOAT_DTYPES[stated]
+    # The norms are never quantised.
+    counted = Counter(e.dtype for e in checkpoint.tensors.values() if len(e.shape) == 1)
+    return next(
+        (found for found, _ in counted.most_common() if found in FLOAT_DTYPES.values()), code
+    )
 
 
 def _disk_names(checkpoint: Checkpoint, anatomy: Anatomy, route: SiteRoute) -> DiskNames:
@@ -228,7 +263,7 @@ def _edit_slot(
     delta = slot.delta(vector, weight, shape)
     if found is None:
         name, beside = names.new_bias(slot.bias)
-        code, old = checkpoint.entry(beside).dtype, delta.new_zeros(delta.shape)
+        code, old = _dtype_beside(checkpoint, beside), delta.new_zeros(delta.shape)
     else:
         name, code, old = found, checkpoint.entry(found).dtype, checkpoint.read(found).double()
     if code not in FLOAT_DTYPES.values():
