@@ -128,10 +128,12 @@ class DiskNames:
     def new_bias(self, parameter: str) -> tuple[str, str]:
         """Return (name of a new bias, name on disk of the weight beside it or of a part of it).
 
-        The name is the weight's with `bias` for `weight`, or else the module's own; it is one that
-        transformers reads as this very parameter. Raises UnsupportedError where there is none,
-        CheckpointError where the weight is not there.
+        For a parameter that is not stored. The name is the weight's with `bias` for `weight`, or else
+        the module's own; it is one that transformers reads as this very parameter. Raises
+        UnsupportedError where there is none, CheckpointError where the weight is not there.
         """
+        if self.sources(parameter):
+            self.existing(parameter)  # Which says of what it is made.
         weight = parameter.removesuffix("bias") + "weight"
         sources = self.sources(weight) or (self.existing(weight),)
         stored = next((name for name in sources if name.endswith("weight")), sources[0])

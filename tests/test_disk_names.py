@@ -130,6 +130,8 @@ def test_one_stored_tensor_that_becomes_several_parameters(make_model, tmp_path,
     up = "model.layers.2.mlp.up_proj.weight"
     assert torch.equal(names.read(up), model.get_parameter(up))
     assert not torch.equal(names.read(up), names.read(up.replace("up_proj", "gate_proj")))
+    with pytest.raises(UnsupportedError, match="cannot be patched"):
+        names.new_bias(up)  # It is there, made of something else: not to be added a second time.
     # There is no `both.bias`: the new bias goes by the module's own name.
     assert names.new_bias("model.layers.2.mlp.up_proj.bias") == (
         "model.layers.2.mlp.up_proj.bias",
