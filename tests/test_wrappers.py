@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bake.anatomy import examine
+from bake.anatomy.wrappers import fit_sections
 from bake.api import export, verify
 from bake.checkpoint import open_checkpoint
 from bake.coefficients import LayerPush, Push
@@ -254,6 +255,31 @@ def test_a_decoder_without_a_slot_says_why(wrapper):
     assert anatomy.structure.layers == "model.language_model.layers"
     assert anatomy.architecture == "Mistral3ForConditionalGeneration"
     assert not [route for route in anatomy.routes if route.rewriter is None]
+
+
+def test_a_wrapper_of_real_size_has_a_twin():
+    """Qwen2.5-VL 7B: the tower is large, and the rotary sections are made for a head of 128."""
+    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    sizes = {"hidden_size": 3584, "num_attention_heads": 28, "num_hidden_layers": 28}
+    config = AutoConfig.for_model("qwen2_5_vl", text_config={**sizes, "rope_parameters": rotary})
+    anatomy = examine(config)
+    assert (anatomy.layer_count, anatomy.hidden_size) == (28, 3584)
+    assert [route.site for route in anatomy.routes if route.route == "native"] == ["attn_in"]
+    assert config.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
+
+
+def test_a_wrapper_whose_text_has_a_class_of_its_own_is_examined_whole():
+    config = AutoConfig.for_model("llama4")
+    config.architectures = ["Llama4ForConditionalGeneration"]
+    anatomy = examine(config)
+    assert anatomy.architecture == "Llama4ForConditionalGeneration"
+    assert {"attn_out", "attn_in"} <= {route.site for route in anatomy.routes}
+
+
+def test_rotary_sections_are_fitted_in_proportion():
+    assert fit_sections([16, 24, 24], 4) == [2, 1, 1]
+    assert fit_sections([24, 20, 20], 4) == [2, 1, 1]
+    assert fit_sections([16, 24, 24], 64) == [16, 24, 24]
 
 
 def test_the_class_is_the_one_that_the_config_names():

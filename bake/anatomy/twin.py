@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import with_flags
 from bake.anatomy.shrink import VOCABULARY, shrink
+from bake.anatomy.wrappers import prepare_wrapper
 from bake.errors import UnsupportedError
 from bake.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
 from bake.quantization import without_quantization
@@ -82,7 +83,7 @@ class Twin:
     def __init__(self, config: PreTrainedConfig, seed: int = 0) -> None:
         import torch
 
-        self.config = shrink(without_quantization(config))
+        self.config = shrink(prepare_wrapper(without_quantization(config)))
         self.config.architectures = config.architectures  # Which says whether it is a wrapper.
         size = sum(parameter.numel() for parameter in build_on_meta(self.config).parameters())
         if size > MAX_PARAMETERS:
