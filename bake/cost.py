@@ -16,8 +16,10 @@ from typing import Any
 
 from bake.checkpoint import Checkpoint
 from bake.contrast import read_pairs
+from bake.disk_names import DiskNames
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.layout import Layout, plan_layout
+from bake.loading import build_on_meta
 from bake.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
 from bake.pipeline import (
     EQUIVALENCE_PROMPTS,
@@ -261,12 +263,16 @@ def _activation_bytes(base: Base) -> int:
 
 def _by_layer(base: Base) -> dict[str | None, list[TensorEntry]]:
     """The tensors of each decoder layer, by its number on disk; None for those outside."""
-    path = base.anatomy.structure.layers.removeprefix(base.anatomy.prefix)
-    pattern = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.")
+    names = DiskNames(base.checkpoint, build_on_meta(base.anatomy.config))
+    pattern = re.compile(rf"{re.escape(base.anatomy.structure.layers)}\.(\d+)\.")
+    numbers: dict[str, str] = {}
+    for parameter in (*names.renamed, *names.fusions):
+        found = pattern.match(parameter)
+        if found:
+            numbers |= dict.fromkeys(names.sources(parameter), found[1])
     layers: dict[str | None, list[TensorEntry]] = {}
     for name, entry in base.checkpoint.tensors.items():
-        found = pattern.search(name)
-        layers.setdefault(found[1] if found else None, []).append(entry)
+        layers.setdefault(numbers.get(name), []).append(entry)
     return layers
 
 

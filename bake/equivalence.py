@@ -33,6 +33,7 @@ from bake.observation import (
     run_stored_base,
 )
 from bake.plan import Plan
+from bake.quantization import quantization_method
 
 if TYPE_CHECKING:
     from bake.coefficients import Push
@@ -140,7 +141,9 @@ def prove_equivalence(
         result = _compare(baked, plan, tokenizer, exam, reference, plain, stored_base, run)
     result = replace(result, rounding_allowed=allow_rounding)
     failures = tuple(_find_failures(result, plan, run, reference, plain))
-    return replace(result, failures=failures, warnings=tuple(_find_warnings(result, reference)))
+    return replace(
+        result, failures=failures, warnings=tuple(_find_warnings(result, reference, baked, plain))
+    )
 
 
 def _compare(
@@ -240,7 +243,14 @@ def _representation_failure(result: Equivalence, plan: Plan) -> str:
     )
 
 
-def _find_warnings(result: Equivalence, reference: Reference) -> Iterator[str]:
+def _find_warnings(
+    result: Equivalence, reference: Reference, baked: Checkpoint, plain: PlainRun
+) -> Iterator[str]:
+    method = quantization_method(baked.config)
+    if method is not None:
+        ran = "ran it quantised" if plain.quantized else "ran it dequantised too"
+        failed = f" (quantised it failed: {plain.failure})" if plain.failure else ""
+        yield f"{method}: the proof is of the dequantised weights; plain transformers {ran}{failed}"
     if result.representation_error > REPRESENTATION_WARNING:
         yield f"{result.stored_dtype} holds the push to {result.representation_error:.1%} only"
     if result.rounding_allowed and not result.relative_error <= result.tolerance:

@@ -6,7 +6,10 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bake.quantization import dequantizing_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,14 +23,69 @@ def load_report(info: Mapping[str, Any]) -> dict[str, list[str]]:
     return {name: sorted(str(entry) for entry in info.get(name, ())) for name in REPORT_SETS}
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that loads a config's model as the checkpoint means it.
+
+    AutoModelForImageTextToText for a multimodal wrapper: its config names the wrapper's class (whose
+    text decoder alone may be a causal language model too), or transformers has no other.
+    `bake/plain.py` decides alike, without bake.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    wrapper = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, ""))
+    named = wrapper in (config.architectures or ())
+    if named and wrapper.endswith("ForConditionalGeneration"):
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM  # Which refuses it, and says which it knows.
+
+
+def build_model(config: PreTrainedConfig, **options: Any) -> nn.Module:
+    """Build the language model of a config with fresh weights; options as `from_config` takes them."""
+    model: nn.Module = auto_class(config).from_config(copy.deepcopy(config), **options)
+    return model
+
+
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:
-    """Build the causal language model of a config without allocating a weight."""
+    """Build the language model of a config without allocating a weight.
+
+    In float32, whatever the config says: a weight that is dequantised comes in its parameter's dtype,
+    and no exact value should be rounded on the way.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return model
+        return build_model(config, dtype=torch.float32)
+
+
+def load_pretrained(directory: Path, **options: Any) -> tuple[nn.Module, dict[str, list[str]]]:
+    """Load a directory with the Auto class that suits it; return the model and its loading report.
+
+    Quantised weights are dequantised: what bake compares is what the weights say, on any device.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(directory)
+        dequantizing = dequantizing_options(config)
+        model, info = auto_class(config).from_pretrained(
+            directory, output_loading_info=True, **options, **dequantizing
+        )
+    if dequantizing and options.get("dtype") == torch.float32:
+        # What passes through a dequantisation without being quantised comes in its stored dtype.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+    return model, load_report(info)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError, UnsupportedError
-from bake.loading import load_report, quiet_transformers
+from bake.loading import load_pretrained
 from bake.streaming import CheckpointWeights, Placement, stream_model
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ def load_model(
     elsewhere. Raises CheckpointError where transformers cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if placement is not None:
         streamed, weights, report, main = stream_model(directory, dtype, placement)
@@ -90,14 +89,11 @@ def load_model(
         getattr(torch, dtype) if dtype else ("auto" if device.type != "cpu" else torch.float32)
     )
     try:
-        with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=chosen, output_loading_info=True
-            )
+        model, report = load_pretrained(directory, dtype=chosen)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"transformers cannot load {directory.name}: {reason}") from None
-    return LoadedModel(model.eval().to(device), load_report(info), device)
+    return LoadedModel(model.eval().to(device), report, device)
 
 
 class _LayersDone(BaseException):

@@ -123,11 +123,17 @@ class StoredBase:
 
 @dataclass(frozen=True)
 class PlainRun:
-    """What the plain process saw of the baked directory, in its stored dtype."""
+    """What the plain process saw of the baked directory, in its stored dtype.
+
+    quantized: it ran a quantised model as one. failure: why it ran it dequantised, where the quantised
+    run was tried and failed.
+    """
 
     logits: Logits
     continuations: Continuations
     report: Report
+    quantized: bool = False
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,8 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
         [logits[str(index)] for index in range(len(exam.few))],
         result["continuations"],
         result["report"],
+        result["quantized"],
+        result["quantized_run_failed"],
     )
 
 

@@ -20,11 +20,13 @@ from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
+from bake.loading import auto_class
 from bake.model import LoadedModel, load_model, read_config
 from bake.norms import ActivationNorms, measure_norms
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.quantization import check_quantization
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.restoration import describe_undo
@@ -111,6 +113,7 @@ def open_base(
         checkpoint = open_checkpoint(
             find_model(model), revision=revision, headers_only=headers_only
         )
+        check_quantization(checkpoint.config, checkpoint.model_id)
     with clock.stage("anatomy"):
         anatomy = examine(read_config(checkpoint.directory))
     return Base(checkpoint, anatomy)
@@ -431,6 +434,7 @@ def describe_bake(
         "bake_version": __version__,
         "base": base.to_dict(),
         "architecture": base.anatomy.architecture,
+        "auto_class": auto_class(base.anatomy.config).__name__,
         "layer_count": base.anatomy.layer_count,
         "site": route.site,
         "route": route.route,

@@ -9,14 +9,31 @@ result would prove nothing, so that is checked too.
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def auto_class(directory: str) -> Any:
+    """Choose as the checkpoint's config says: a multimodal wrapper where it names one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    config = AutoConfig.from_pretrained(directory)
+    wrapper = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, ""))
+    named = wrapper in (config.architectures or ())
+    if named and wrapper.endswith("ForConditionalGeneration"):
+        return AutoModelForImageTextToText
+    if wrapper and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 
     import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     torch.set_num_threads(request["threads"])
@@ -26,8 +43,38 @@ def main() -> None:
     if request["max_memory"] is not None:
         budgets = {int(k) if k.isdigit() else k: v for k, v in request["max_memory"].items()}
         placement = {"device_map": "auto", "max_memory": budgets or None}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        request["directory"], dtype="auto", output_loading_info=True, **placement
+    try:
+        result = observe(request, placement, {})
+    except Exception as error:
+        options = dequantizing_options(request["directory"])
+        if not options:
+            raise
+        # Its kernels are not here: the weights themselves can still be loaded and run.
+        result = observe(request, placement, options)
+        result["quantized_run_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def dequantizing_options(directory: str) -> dict[str, Any]:
+    """What loads a quantised checkpoint dequantised; nothing for another."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    values = getattr(AutoConfig.from_pretrained(directory), "quantization_config", None)
+    if not values:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**values, "dequantize": True})}
+
+
+def observe(
+    request: dict[str, Any], placement: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Load and run the directory; save the logits and return the rest of what was seen."""
+    import torch
+    from safetensors.torch import save_file
+
+    model, info = auto_class(request["directory"]).from_pretrained(
+        request["directory"], dtype="auto", output_loading_info=True, **placement, **options
     )
     model.eval()
     if not placement:
@@ -53,15 +100,16 @@ def main() -> None:
             found = output[:, length:].tolist()
             continuations.update({tuple(p): f for p, f in zip(prompts, found, strict=True)})
     save_file(logits, request["logits"])
-    result = {
+    return {
         "report": {
             name: sorted(str(entry) for entry in info.get(name, ()))
             for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         },
         "continuations": [continuations[tuple(ids)] for ids in request["canaries"]],
         "bake_imported": any(name.partition(".")[0] == "bake" for name in sys.modules),
+        "quantized": bool(getattr(model, "is_quantized", False)),
+        "quantized_run_failed": None,
     }
-    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,22 @@ equivalence needs all three.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy, SiteRoute
+from bake.anatomy.flags import with_flags
 from bake.anatomy.rewriting import Rewritten
 from bake.checkpoint import Checkpoint
 from bake.coefficients import Push
+from bake.disk_names import DiskNames
 from bake.edits import REMOVED, Add, Edit, Patch, Transform
 from bake.engines import Outline
 from bake.errors import CheckpointError, UnsupportedError
+from bake.loading import build_on_meta
+from bake.quantization import quantization_method
 from bake.safetensors_file import torch_dtype
 from bake.sites import Slot
 
@@ -130,38 +135,6 @@ class Plan:
         }
 
 
-class DiskNames:
-    """Maps parameter names of the model to names on disk.
-
-    The two can differ by the base model's prefix (GPT-2's files say `h.0…`, the module
-    `transformer.h.0…`). A parameter that is not on disk sits beside its weight.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        self._checkpoint = checkpoint
-        self._prefix = prefix
-
-    def find(self, parameter: str) -> str | None:
-        """Return the name on disk of a parameter that is there, else None."""
-        spellings = (parameter, parameter.removeprefix(self._prefix), self._prefix + parameter)
-        return next((name for name in spellings if name in self._checkpoint.tensors), None)
-
-    def existing(self, parameter: str) -> str:
-        """Return the name on disk; raise CheckpointError where the checkpoint lacks the tensor."""
-        name = self.find(parameter)
-        if name is None:
-            raise CheckpointError(
-                f"{self._checkpoint.model_id} has no tensor {parameter}, which this architecture should "
-                f"have; is the checkpoint complete?"
-            )
-        return name
-
-    def new_bias(self, parameter: str) -> tuple[str, str]:
-        """Return (name of a new bias, name of the weight beside it): `X.weight` → `X.bias`."""
-        weight = self.existing(parameter.removesuffix("bias") + "weight")
-        return weight.removesuffix("weight") + "bias", weight
-
-
 def make_plan(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
@@ -177,8 +150,7 @@ def make_plan(
     """
     import torch
 
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    _check_request(checkpoint, route, dtype)
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
@@ -186,7 +158,7 @@ def make_plan(
         edits = tuple(place_push(rewritten, folded))
         changes = {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
         return Plan(route, edits, changes, folded, dtype or "as the base")
-    names = DiskNames(checkpoint, anatomy.prefix)
+    names = _disk_names(checkpoint, anatomy, route)
     vectors = push.vectors
     slot_edits = [
         _edit_slot(checkpoint, names, layer, slot, vectors[layer], dtype)
@@ -197,7 +169,7 @@ def make_plan(
     made: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
-        code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
+        code = FLOAT_DTYPES[dtype] if dtype else _dtype_beside(checkpoint, weight)
         filled = (
             stored[name].stored if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
         )
@@ -252,16 +224,15 @@ def outline_edits(
     """
     import torch
 
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    _check_request(checkpoint, route, dtype)
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         return route.rewriter.rewrite(checkpoint, anatomy.config, layers, code).edits
-    names = DiskNames(checkpoint, anatomy.prefix)
+    names = _disk_names(checkpoint, anatomy, route)
     edits: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
-        code = FLOAT_DTYPES[dtype] if dtype else checkpoint.entry(weight).dtype
+        code = FLOAT_DTYPES[dtype] if dtype else _dtype_beside(checkpoint, weight)
         edits.append(Add(name, torch.empty(shape, dtype=torch_dtype(code), device="meta")))
     converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], {}) if dtype else []
     transformed = {edit.name for edit in converted}
@@ -274,6 +245,46 @@ def outline_edits(
     return (*edits, *converted)
 
 
+def _check_request(checkpoint: Checkpoint, route: SiteRoute, dtype: str | None) -> None:
+    """Raise UnsupportedError for a dtype that is none, and for what a quantised base cannot be."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
+    method = quantization_method(checkpoint.config)
+    if method is not None and dtype is not None:
+        raise UnsupportedError(
+            f"{checkpoint.model_id} is quantised ({method}) and cannot be stored as {dtype}; leave "
+            f"--dtype out, or bake the unquantised base"
+        )
+    if method is not None and route.rewriter is not None:
+        raise UnsupportedError(
+            f"{checkpoint.model_id} is quantised ({method}), and the route {route.route} "
+            f"({route.rewriter.name}) rewrites weights; choose a --site with a slot in place, or bake "
+            f"the unquantised base"
+        )
+
+
+def _dtype_beside(checkpoint: Checkpoint, weight: str) -> str:
+    """Return the dtype code of a new bias: its weight's, or the model's own where that is quantised."""
+    code = checkpoint.entry(weight).dtype
+    if code in FLOAT_DTYPES.values():
+        return code
+    nested = checkpoint.config.get("text_config")
+    for values in (nested if isinstance(nested, Mapping) else {}, checkpoint.config):
+        stated = values.get("dtype") or values.get("torch_dtype")
+        if stated in FLOAT_DTYPES:
+            return FLOAT_DTYPES[stated]
+    # The norms are never quantised.
+    counted = Counter(e.dtype for e in checkpoint.tensors.values() if len(e.shape) == 1)
+    return next(
+        (found for found, _ in counted.most_common() if found in FLOAT_DTYPES.values()), code
+    )
+
+
+def _disk_names(checkpoint: Checkpoint, anatomy: Anatomy, route: SiteRoute) -> DiskNames:
+    """Return the names on disk of the baked architecture's parameters, new ones included."""
+    return DiskNames(checkpoint, build_on_meta(with_flags(anatomy.config, route.flags)))
+
+
 def _edit_slot(
     checkpoint: Checkpoint,
     names: DiskNames,
@@ -282,13 +293,13 @@ def _edit_slot(
     vector: torch.Tensor,
     dtype: str | None,
 ) -> SlotEdit:
-    weight = checkpoint.read(names.existing(slot.weight)) if slot.weight else None
+    weight = names.read(slot.weight) if slot.weight else None
     found = names.find(slot.bias)
     shape = checkpoint.entry(found).shape if found else None
     delta = slot.delta(vector, weight, shape)
     if found is None:
         name, beside = names.new_bias(slot.bias)
-        code, old = checkpoint.entry(beside).dtype, delta.new_zeros(delta.shape)
+        code, old = _dtype_beside(checkpoint, beside), delta.new_zeros(delta.shape)
     else:
         name, code, old = found, checkpoint.entry(found).dtype, checkpoint.read(found).double()
     if code not in FLOAT_DTYPES.values():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bake.engines import describe_survivals
+from bake.loading import auto_class
 from bake.sites import DESCRIPTIONS, SITES
 from bake.wording import list_numbers
 
@@ -51,10 +52,11 @@ def describe_export(result: Export) -> str:
     if result.publication is not None:
         parts.append(f"published as {result.publication.url} (commit {result.publication.commit})")
         where = result.publication.repo_id
+    loader = auto_class(result.base.anatomy.config).__name__
     parts += [
         "",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{where}")',
+        f"from transformers import {loader}, AutoTokenizer",
+        f'model = {loader}.from_pretrained("{where}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
     ]
     return "\n".join(parts)

@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from bake.plan import Plan
 
 
-def describe_undo(checkpoint: Checkpoint, plan: Plan, sources: Mapping[str, str]) -> dict[str, Any]:
+def describe_undo(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    sources: Mapping[str, str],
+    *,
+    tokenizer_changed: bool = False,
+) -> dict[str, Any]:
     """Return the part of `bake.json` that says how to get from the bake back to its base.
 
     sources: {file of the bake: file of the base}. config: {key: [old value], or [] where the base

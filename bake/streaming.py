@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.checkpoint import Checkpoint, open_checkpoint
+from bake.disk_names import DiskNames
 from bake.errors import BakeError, CheckpointError, UnsupportedError
-from bake.loading import quiet_transformers
+from bake.loading import build_model, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -71,36 +72,48 @@ def parse_max_memory(text: str) -> Placement:
 class CheckpointWeights(Mapping[str, "torch.Tensor"]):
     """{parameter name: tensor in the computing dtype}, read from the checkpoint when asked for.
 
-    `held` are tensors that stay in memory, because the placement says so or because a value other
-    than the stored one is wanted.
+    aliases: {parameter: the one it is tied to}, where only that one is stored. `held` are tensors
+    that stay in memory, because the placement says so or because a value other than the stored one
+    is wanted.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        names: DiskNames,
+        aliases: Mapping[str, str],
+        dtype: torch.dtype,
     ) -> None:
         self.checkpoint = checkpoint
-        self.names = names
         self.dtype = dtype
+        self._names = names
+        self._aliases = aliases
+        self._parameters = dict.fromkeys([*names.renamed, *names.fusions, *aliases])
         self.held: dict[str, torch.Tensor] = {}
         self._read = 0  # bytes since memory was last given back
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
         if parameter in self.held:
             return self.held[parameter]
-        return self._count(self.checkpoint.read(self.names[parameter]).to(self.dtype))
+        stored = self._aliases.get(parameter, parameter)
+        return self._count(self._names.read(stored).to(self.dtype))
 
     def __contains__(self, parameter: object) -> bool:
-        return parameter in self.names  # Mapping's own would read the tensor to find out.
+        return parameter in self._parameters  # Mapping's own would read the tensor to find out.
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self._parameters)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._parameters)
+
+    def disk_name(self, parameter: str) -> str | None:
+        """Return the one tensor on disk that is this parameter; None where there is no such one."""
+        return self._names.find(self._aliases.get(parameter, parameter))
 
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a matrix in the computing dtype."""
-        disk = self.names[parameter]
+        disk = self._names.existing(self._aliases.get(parameter, parameter))
         return self._count(self.checkpoint.read_rows(disk, start, stop).to(self.dtype))
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -118,20 +131,23 @@ def stream_model(
     """Return a model whose weights stay on disk where memory ends, its weights, report and device.
 
     dtype: what is computed in; None means float32 on a CPU, the stored dtype elsewhere. Raises
-    UnsupportedError for an architecture whose names on disk transformers rearranges while loading.
+    UnsupportedError for a checkpoint whose names transformers does not understand either, or whose
+    tensors it converts in a way that needs more than the tensors.
     """
     import torch
     from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     checkpoint = open_checkpoint(str(directory))
     config = AutoConfig.from_pretrained(directory)
     computing = _computing_dtype(config, dtype)
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=computing).eval()
+        model: Any = build_model(config, dtype=computing).eval()
     model.tie_weights()
-    names, report = _match_names(model, checkpoint)
-    weights = CheckpointWeights(checkpoint, names, computing)
+    names = DiskNames(checkpoint, model)
+    aliases = _tied_to(model, names)
+    report = _load_report(model, checkpoint, names, aliases)
+    weights = CheckpointWeights(checkpoint, names, aliases, computing)
     device_map = infer_auto_device_map(
         model,
         max_memory=dict(placement.max_memory) if placement.max_memory else None,
@@ -173,50 +189,48 @@ def _computing_dtype(config: Any, dtype: str | None) -> torch.dtype:
     return getattr(torch, chosen) if isinstance(chosen, str) else chosen  # type: ignore[no-any-return]
 
 
-def _match_names(
-    model: nn.Module, checkpoint: Checkpoint
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Return {parameter or stored buffer: name on disk} and a report like transformers' own."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    names: dict[str, str] = {}
-    for name in wanted:
-        spellings = (name, name.removeprefix(prefix), prefix + name)
-        found = next((s for s in spellings if s in checkpoint.tensors), None)
-        if found is not None:
-            names[name] = found
+def _tied_to(model: nn.Module, names: DiskNames) -> dict[str, str]:
+    """Return {parameter that is not stored: the stored one that it is tied to}."""
+    aliases = {}
     for alias, source in _tied(model):
-        if alias not in names and source in names:
-            names[alias] = names[source]
-        elif source not in names and alias in names:
-            names[source] = names[alias]
-    missing = sorted(set(wanted) - set(names))
+        if names.sources(source) and not names.sources(alias):
+            aliases[alias] = source
+        elif names.sources(alias) and not names.sources(source):
+            aliases[source] = alias
+    return aliases
+
+
+def _load_report(
+    model: nn.Module, checkpoint: Checkpoint, names: DiskNames, aliases: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Return a report like transformers' own; raise where the names or shapes are not understood."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    present = {name for name in wanted if name in aliases or names.sources(name)}
+    missing = sorted(set(wanted) - present)
     if missing and len(missing) > len(wanted) // 4:
         raise UnsupportedError(
             f"{checkpoint.model_id}: names on disk are rearranged on loading ({missing[0]} is not "
             f"there), so its weights cannot be streamed; leave out --max-memory and --device-map"
         )
-    ignored = [
-        re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    mismatched = [
+        name for name in sorted(present - set(aliases)) if names.shape(name) != wanted[name]
     ]
-    unexpected = sorted(
-        name
-        for name in set(checkpoint.tensors) - set(names.values())
-        if not any(pattern.search(name) for pattern in ignored)
-    )
-    mismatched = sorted(
-        name for name, disk in names.items() if wanted[name] != checkpoint.tensors[disk].shape
-    )
     if mismatched:
         raise CheckpointError(
             f"{checkpoint.model_id}: {mismatched[0]} has another shape on disk than in the model"
         )
-    return names, {
-        "missing_keys": missing,
-        "unexpected_keys": unexpected,
+    return {
+        "missing_keys": _not_ignored(model, "missing", missing),
+        "unexpected_keys": _not_ignored(model, "unexpected", sorted(names.unexpected)),
         "mismatched_keys": [],
         "error_msgs": [],
     }
+
+
+def _not_ignored(model: nn.Module, kind: str, names: Sequence[str]) -> list[str]:
+    """Leave out what the architecture says is no matter when it is missing or unexpected."""
+    patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
+    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _tied(model: nn.Module) -> list[tuple[str, str]]:
@@ -251,7 +265,7 @@ def _replace_large(
         plain = type(module) is kind and getattr(module, "bias", None) is None
         if name is None or not plain or _device_of(name, device_map) != "disk":
             continue
-        if f"{name}.weight" in weights.names:
+        if weights.disk_name(f"{name}.weight") is not None:
             model.set_submodule(name, reader(weights, f"{name}.weight", module))
             device_map.pop(name, None)
             replaced = True
@@ -303,14 +317,14 @@ def _place_resident(
 
     for name, _ in list(model.named_parameters()):
         device = _device_of(name, device_map)
-        if device == "disk" or name not in weights.names:
+        if device == "disk" or name not in weights:
             continue
         if device == "cpu" and main != "cpu":
             weights.held[name] = weights[name]
         else:
             set_module_tensor_to_device(model, name, device, value=weights[name])
     for name, buffer in list(model.named_buffers()):
-        if name in weights.names:
+        if name in weights:
             set_module_tensor_to_device(model, name, "cpu", value=weights[name].to(buffer.dtype))
 
 

@@ -14,6 +14,7 @@ VALUES = {
     "bake_version": "0.1.0",
     "base": {"id": "org/base", "revision": "0123abc"},
     "architecture": "LlamaForCausalLM",
+    "auto_class": "AutoModelForCausalLM",
     "layer_count": 6,
     "site": "mlp_out",
     "route": "flag",

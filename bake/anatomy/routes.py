@@ -13,10 +13,9 @@ from bake.anatomy.in_place import InPlace, InPlaceSearch
 from bake.anatomy.layers import LayerKind, LayerMap, choose_layers_to_keep, find_layer_kinds
 from bake.anatomy.residual import trace_residual
 from bake.anatomy.rewriting import Rewriter
-from bake.anatomy.shrink import shrink
 from bake.anatomy.slots import SlotKind
 from bake.anatomy.structure import combine, find_decoder_layers, find_structure
-from bake.anatomy.twin import TWIN_ERRORS, Twin, TwinVerdict, one_line
+from bake.anatomy.twin import TWIN_ERRORS, Twin, TwinVerdict, one_line, small_config
 from bake.engines import (
     Outline,
     Survival,
@@ -343,7 +342,7 @@ class _Examination:
         failure: Exception | None = None
         for keep in choose_layers_to_keep(real):
             try:
-                small = shrink(self.config, keep)
+                small = small_config(self.config, keep)
                 twin = find_layer_kinds(build_on_meta(small), self.layers, small)
             except TWIN_ERRORS as error:
                 failure = failure or error

@@ -7,7 +7,6 @@ of many gigabytes that reloads as the base model.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +20,10 @@ from huggingface_hub.errors import StrictDataclassError
 from bake.anatomy.flags import with_flags
 from bake.anatomy.shrink import shrink
 from bake.anatomy.tables import LAYERS, VOCABULARY
+from bake.anatomy.wrappers import prepare_wrapper
 from bake.errors import UnsupportedError
-from bake.loading import build_on_meta, load_report, quiet_transformers
+from bake.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
+from bake.quantization import without_quantization
 from bake.sites import LayerStructure, Slot
 from bake.steering import steered
 
@@ -119,7 +120,7 @@ class Twin:
         """Build the twin; `keep` has the real model's layers that its own are to be like."""
         import torch
 
-        self.config = shrink(config, keep)
+        self.config = small_config(config, keep)
         size = sum(parameter.numel() for parameter in build_on_meta(self.config).parameters())
         if size > MAX_PARAMETERS:
             raise UnsupportedError(
@@ -161,10 +162,9 @@ class Twin:
     def with_flags(self, flags: Mapping[str, Any]) -> nn.Module:
         """Return the twin with the flags set: the same weights, every new bias zero."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         with quiet_transformers():
-            model: nn.Module = AutoModelForCausalLM.from_config(with_flags(self.config, flags))
+            model = build_model(with_flags(self.config, flags))
         model.eval()
         old = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers())
@@ -271,13 +271,16 @@ class Twin:
     def _load(self, directory: Path) -> tuple[nn.Module, bool]:
         """Return what transformers loads, and whether it loads without a remark."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        with quiet_transformers():
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, output_loading_info=True
-            )
-        return loaded.eval(), not any(load_report(report).values())
+        loaded, report = load_pretrained(directory, dtype=torch.float32)
+        return loaded.eval(), not any(report.values())
+
+
+def small_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
+    """Return the twin's config: towers of a wrapper prepared, no quantisation, everything small."""
+    small = shrink(prepare_wrapper(without_quantization(config)), keep)
+    small.architectures = config.architectures  # Which says whether it is a wrapper.
+    return small
 
 
 def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
@@ -287,13 +290,10 @@ def build_random(config: PreTrainedConfig, seed: int) -> nn.Module:
     torch's seed: call it where the random state is forked.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with quiet_transformers():
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32
-        ).eval()
+        model = build_model(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

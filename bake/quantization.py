@@ -1,0 +1,84 @@
+"""Quantised bases: which of them bake understands, and how their weights are read.
+
+bake computes with dequantised weights everywhere, by transformers' own dequantisation, and writes none
+of them: what is quantised keeps its bytes, and a push is stored beside it in the model's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bake.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# The methods whose tensors transformers dequantises without their kernels, so also on a CPU.
+UNDERSTOOD = ("fp8", "mxfp4")
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Return the method that a config.json names ("fp8"); None where nothing is quantised."""
+    nested = config.get("text_config")
+    values = config.get("quantization_config") or (
+        nested.get("quantization_config") if isinstance(nested, Mapping) else None
+    )
+    if not isinstance(values, Mapping):
+        return None
+    if values.get("load_in_4bit") or values.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(values.get("quant_method") or "unnamed")
+
+
+def check_quantization(config: Mapping[str, Any], name: str) -> None:
+    """Raise UnsupportedError for a base whose quantisation bake cannot read, with what works instead."""
+    method = quantization_method(config)
+    if method is not None and method not in UNDERSTOOD:
+        raise UnsupportedError(
+            f"{name} is quantised by {method}, whose weights cannot be compared with a hooked model "
+            f"here (understood: {', '.join(UNDERSTOOD)}); bake the unquantised base, then quantise that"
+        )
+
+
+def dequantizing_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to load a base dequantised; nothing for an unquantised one."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    values = _quantization_config(config)
+    if values is None:
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**values, "dequantize": True})}
+
+
+def dequantizer(config: PreTrainedConfig) -> Any:
+    """Return transformers' quantizer of a config, set to dequantise on loading; None without one."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    values = _quantization_config(config)
+    if values is None:
+        return None
+    return AutoHfQuantizer.from_config({**values, "dequantize": True}, pre_quantized=True)
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the same architecture with ordinary weights; a copy if it is changed."""
+    import copy
+
+    if _quantization_config(config) is None:
+        return config
+    plain = copy.deepcopy(config)
+    for owner in (plain, plain.get_text_config()):
+        if hasattr(owner, "quantization_config"):
+            del owner.quantization_config
+    return plain
+
+
+def _quantization_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return the config's quantisation as transformers finds it, as plain values."""
+    values = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    if values is None:
+        return None
+    return dict(values) if isinstance(values, Mapping) else dict(values.to_dict())
