@@ -7,21 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import contrast, pipeline, thin
+from bake import pipeline, thin
 from bake.anatomy import Anatomy, examine
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
 from bake.checkpoint import open_description
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
+from bake.extraction import ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
 from bake.formats.objects import given_as_file
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
+from bake.pairs import read_pairs
 from bake.processes import divide, is_main
 from bake.progress import announce, track
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
 from bake.recipe import make_recipe
 from bake.resources import find_model
 from bake.sites import layers_with
@@ -85,11 +87,13 @@ def calibrate(
     texts = read_prompts(prompts)
     base = pipeline.open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
+    loaded = pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory))
+    limit = position_limit(loaded.model.config)
     norms = measure_norms(
-        pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
+        loaded,
         base.anatomy.structure,
         site,
-        make_batches(encode(tokenizer, divide(texts))),
+        make_batches(encode(tokenizer, divide(texts), limit=limit)),
         layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )
@@ -105,17 +109,34 @@ def extract_direction(
     pairs: str | Path,
     output: str | Path | None = None,
     method: str = "mean",
-    token: str = "last",
+    token: str | int = "last",
     site: str = "mlp_out",
     layers: Sequence[int] | None = None,
+    from_layer: int | None = None,
+    chat_template: str = "auto",
+    held_out: str | Path | None = None,
+    seed: int = 0,
     revision: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> Direction:
-    """Find one direction per layer from contrast pairs; write them to `output` if it is given."""
-    read = contrast.read_pairs(pairs)
+    """Find one direction per layer from contrast pairs; write them to `output` if it is given.
+
+    The other options are those of `bake.extraction.ExtractionOptions`. How well the direction separates
+    pairs that it was not found from is in its metadata: `bake.separation.read_separation(direction)`.
+    """
+    options = ExtractionOptions(
+        method=method,
+        token=token,
+        chat_template=chat_template,
+        held_out=None if held_out is None else str(held_out),
+        from_layer=from_layer,
+        seed=seed,
+    )
+    options.check()
+    read = read_pairs(pairs)
     base = pipeline.open_base(model, revision)
-    direction = contrast.find_direction(
+    direction = extract(
         pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
         base.anatomy.structure,
         site,
@@ -124,8 +145,7 @@ def extract_direction(
         layers
         if layers is not None
         else layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
-        method=method,
-        token=token,
+        options,
         model_name=base.to_dict()["id"],
     )
     if output is not None:
@@ -227,7 +247,7 @@ def undo(
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
-    paths = ("pairs", "prompts", "calibration", "output")
+    paths = ("pairs", "held_out", "prompts", "calibration", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
 
 

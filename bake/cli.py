@@ -20,6 +20,8 @@ DESCRIPTION = "Turn a steering direction into ordinary weights: plain transforme
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 SHARDS = ("copy", "hardlink", "symlink")
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
+METHODS = ("mean", "pca", "probe")
+CHAT_TEMPLATES = ("auto", "never")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -123,8 +125,7 @@ def _add_export(commands: Any) -> None:
         "the chosen one survives)",
     )
     option("--convert-site", action="store_true", help="use a residual direction at an input site")
-    option("--method", choices=("mean",), help="with --pairs: how the direction is found (mean)")
-    option("--token", choices=("last", "mean", "all"), help="with --pairs: tokens read (last)")
+    _add_finding(command.add_argument_group("with --pairs"))
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
     option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
@@ -156,13 +157,45 @@ def _add_direction(commands: Any) -> None:
         "--pairs",
         required=True,
         metavar="FILE",
-        help="JSONL pairs or a set (see bake prompts list)",
+        help="JSONL, CSV or a set (see bake prompts list)",
     )
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="safetensors file")
-    command.add_argument("--method", choices=("mean",), default="mean", help="difference of means")
-    command.add_argument("--token", choices=("last", "mean", "all"), default="last")
+    _add_finding(command)
+    command.add_argument(
+        "--layers", metavar="LIST", help="layers to find it in, such as 3,5-8 (all of them)"
+    )
     command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+
+
+def _add_finding(command: Any) -> None:
+    """Add how a direction is found; what is not given stays out of the namespace."""
+    option = lambda *names, **kwargs: command.add_argument(  # noqa: E731
+        *names, default=argparse.SUPPRESS, **kwargs
+    )
+    option(
+        "--method",
+        choices=METHODS,
+        help="difference of means, principal component of the differences, or linear probe (mean)",
+    )
+    option(
+        "--token",
+        metavar="POSITION",
+        help="what is read of a completion: its last token, mean over its tokens, an index of them such "
+        "as -2, or all of the text's tokens (last)",
+    )
+    option("--from-layer", type=int, metavar="L", help="use layer L's direction in every layer")
+    option(
+        "--chat-template",
+        choices=CHAT_TEMPLATES,
+        help="make prompts messages and completions replies where the tokenizer has a template (auto)",
+    )
+    option(
+        "--held-out",
+        metavar="FILE",
+        help="pairs that say how well it separates (else the pairs themselves, divided)",
+    )
+    option("--seed", type=int, metavar="N", help="of dividing the pairs (0)")
 
 
 def _add_calibrate(commands: Any) -> None:
@@ -316,24 +349,18 @@ def _run_export(parsed: argparse.Namespace) -> int:
 
 
 def _run_direction(parsed: argparse.Namespace) -> int:
-    from bake import api
+    from bake import api, coefficients, report, separation
 
-    direction = api.extract_direction(
-        parsed.model,
-        pairs=parsed.pairs,
-        output=parsed.output,
-        method=parsed.method,
-        token=parsed.token,
-        site=parsed.site,
-        revision=parsed.revision,
-        device_map=parsed.device_map,
-        max_memory=parsed.max_memory,
-    )
-    text = (
-        f"{len(direction.vectors)} directions of width {direction.hidden_size} at {direction.site}, "
-        f"from {direction.metadata['pairs']} pairs, in {parsed.output}"
-    )
-    _print(parsed, {"output": parsed.output, **direction.to_dict()}, text)
+    given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json")}
+    if given["layers"] is not None:
+        given["layers"] = coefficients.parse_layers(given["layers"])
+    direction = api.extract_direction(given.pop("model"), **given)
+    found = separation.read_separation(direction)
+    values = direction.to_dict()
+    values["metadata"].pop(separation.KEY, None)
+    values["separation"] = found.to_dict() if found else None
+    text = f"{report.describe_direction(direction, found)}\n\nwritten to {parsed.output}"
+    _print(parsed, {"output": parsed.output, **values}, text)
     return 0
 
 

@@ -33,6 +33,8 @@ class Recipe:
     calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
     direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
     it names, direction_site overrides its site, keep_scale uses its vectors as long as they are.
+    method, token, chat_template, held_out, from_layer, seed: how a direction is found from pairs; they
+    mean what they mean in `bake.extraction.ExtractionOptions`.
     """
 
     model: str
@@ -53,6 +55,10 @@ class Recipe:
     convert_site: bool = False
     method: str = "mean"
     token: str = "last"
+    chat_template: str = "auto"
+    held_out: str | None = None
+    from_layer: int | None = None
+    seed: int = 0
     statistic: str = "mean"
     prompts: str = "neutral"
     calibration: str | None = None
@@ -174,6 +180,8 @@ def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> R
     missing = [name for name in needed if not values.get(name)]
     if missing:
         raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    if isinstance(values.get("token"), int):
+        values = {**values, "token": str(values["token"])}  # An index of a token, as YAML reads it.
     for field in fields(Recipe):
         if field.name in values:
             _check_type(field.name, values[field.name], str(field.type))
