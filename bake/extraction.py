@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,19 +14,23 @@ from typing import TYPE_CHECKING, Any
 from bake.activations import parse_token, read_activations
 from bake.contrast import METHODS as FITTED_METHODS
 from bake.contrast import check_method, fit_directions
-from bake.direction import Direction
+from bake.direction import Direction, normalise
 from bake.errors import DirectionError
 from bake.model import LoadedModel
+from bake.optimization import KL_WEIGHT, STEPS, optimize_push
 from bake.pairs import CHAT_TEMPLATES, ContrastPair, encode_pairs, read_pairs
 from bake.progress import announce
-from bake.prompts import position_limit
-from bake.separation import KEY, Separation, encode_separation, measure_separation
+from bake.prompts import encode as encode_texts
+from bake.prompts import position_limit, read_prompts
+from bake.separation import KEY, Separation, encode_separation, measure_separation, rounded
 from bake.sites import LayerStructure
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = FITTED_METHODS
+SCALE_KEY = "scale"  # in a direction file's metadata: {layer: length of the optimised push}
+OPTIMIZE = "optimize"
+METHODS = (*FITTED_METHODS, OPTIMIZE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class ExtractionOptions:
 
     token: "last", "mean", "all" or an index of a completion's tokens. held_out: a pairs file that only
     measures; without one the pairs themselves are divided. from_layer: find one layer's direction and
-    use it for all. seed: of folds, halves and bootstrap.
+    use it for all. seed: of folds, halves and bootstrap, and of what optimisation draws. steps,
+    kl_weight, neutral: of the method "optimize"; neutral is the prompt set that it should leave alone.
     """
 
     method: str = "mean"
@@ -43,6 +49,9 @@ class ExtractionOptions:
     held_out: str | None = None
     from_layer: int | None = None
     seed: int = 0
+    steps: int = STEPS
+    kl_weight: float = KL_WEIGHT
+    neutral: str = "neutral"
 
     def check(self) -> None:
         """Raise DirectionError for a choice that does not exist, before any work starts."""
@@ -79,14 +88,43 @@ def extract(
     encode = partial(encode_pairs, tokenizer, chat_template=options.chat_template, limit=limit)
     read = partial(read_activations, loaded, structure, site, layers=layers, token=options.token)
 
-    found = read(encode(pairs))
+    encoded = encode(pairs)
+    found = read(encoded)
     held_out = read(encode(read_pairs(options.held_out))) if options.held_out else None
-    fit = partial(fit_directions, method=options.method)
-    vectors = fit(found)
-    separation = measure_separation(found, vectors, fit=fit, held_out=held_out, seed=options.seed)
+    extra: dict[str, str] = {}
+    if options.method == OPTIMIZE:
+        optimised = optimize_push(
+            loaded,
+            structure,
+            site,
+            encoded,
+            found,
+            encode_texts(tokenizer, read_prompts(options.neutral), limit=limit),
+            steps=options.steps,
+            kl_weight=options.kl_weight,
+            seed=options.seed,
+        )
+        vectors = {
+            layer: normalise(vector, f"the optimised push at layer {layer}")
+            for layer, vector in optimised.vectors.items()
+        }
+        lengths = {str(layer): round(length, 6) for layer, length in optimised.lengths.items()}
+        extra = {
+            SCALE_KEY: json.dumps(lengths, separators=(",", ":")),
+            "optimization": json.dumps(rounded(optimised.to_dict()), separators=(",", ":")),
+        }
+        # It cannot be found again for every fold: the pairs left out of its training measure it.
+        held_out = held_out or found.select(optimised.left_out)
+        separation = measure_separation(found, vectors, held_out=held_out, seed=options.seed)
+    else:
+        fit = partial(fit_directions, method=options.method)
+        vectors = fit(found)
+        separation = measure_separation(
+            found, vectors, fit=fit, held_out=held_out, seed=options.seed
+        )
     if separation is not None and separation.warning:
         announce(separation.warning)
-    return _describe(vectors, site, options, len(pairs), model_name, separation)
+    return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 
 
 def _check_layers(loaded: LoadedModel, structure: LayerStructure, layers: Sequence[int]) -> None:
@@ -107,12 +145,14 @@ def _describe(
     pairs: int,
     model_name: str,
     separation: Separation | None,
+    extra: Mapping[str, str],
 ) -> Direction:
     metadata = {
         "method": options.method,
         "token": str(options.token),
         "pairs": str(pairs),
         "model": model_name,
+        **extra,
     }
     if options.chat_template != "auto":
         metadata["chat_template"] = options.chat_template

@@ -403,6 +403,9 @@ def extraction_options(recipe: Recipe) -> ExtractionOptions:
         held_out=recipe.held_out,
         from_layer=recipe.from_layer,
         seed=recipe.seed,
+        steps=recipe.steps,
+        kl_weight=recipe.kl_weight,
+        neutral=recipe.prompts,
     )
     options.check()
     return options

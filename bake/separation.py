@@ -125,14 +125,15 @@ def read_separation(direction: Direction) -> Separation | None:
 
 def encode_separation(separation: Separation) -> str:
     """Return the metadata string; figures are rounded, so that the last bit of a sum is not in it."""
-    return json.dumps(_rounded(separation.to_dict()), separators=(",", ":"))
+    return json.dumps(rounded(separation.to_dict()), separators=(",", ":"))
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return plain values with their figures rounded to four places."""
     if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
+        return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
+        return [rounded(entry) for entry in value]
     return round(value, 4) if isinstance(value, float) else value
 
 
