@@ -11,23 +11,26 @@ from bake import pipeline, thin
 from bake.anatomy import Anatomy, examine
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
 from bake.checkpoint import open_description
+from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
-from bake.extraction import ExtractionOptions, extract
+from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
 from bake.formats.objects import given_as_file
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
+from bake.optimization import KL_WEIGHT, STEPS
 from bake.pairs import read_pairs
 from bake.processes import divide, is_main
 from bake.progress import announce, track
 from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
-from bake.recipe import make_recipe
+from bake.recipe import DEFAULT_BAND, make_recipe
 from bake.resources import find_model
 from bake.sites import layers_with
 from bake.streaming import choose_placement
+from bake.unembedding import TOKENS, Reading, compare_directions, read_tokens
 from bake.verification import Verification
 from bake.verification import verify as verify_directory
 
@@ -116,14 +119,19 @@ def extract_direction(
     chat_template: str = "auto",
     held_out: str | Path | None = None,
     seed: int = 0,
+    steps: int = STEPS,
+    kl_weight: float = KL_WEIGHT,
+    neutral: str | Path = "neutral",
     revision: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> Direction:
     """Find one direction per layer from contrast pairs; write them to `output` if it is given.
 
-    The other options are those of `bake.extraction.ExtractionOptions`. How well the direction separates
-    pairs that it was not found from is in its metadata: `bake.separation.read_separation(direction)`.
+    layers: 0-based; None means all of them, and for the method "optimize", which trains them together,
+    the default band. The other options are those of `bake.extraction.ExtractionOptions`. How well the
+    direction separates pairs that it was not found from is in its metadata:
+    `bake.separation.read_separation(direction)`.
     """
     options = ExtractionOptions(
         method=method,
@@ -132,19 +140,27 @@ def extract_direction(
         held_out=None if held_out is None else str(held_out),
         from_layer=from_layer,
         seed=seed,
+        steps=steps,
+        kl_weight=kl_weight,
+        neutral=str(neutral),
     )
     options.check()
     read = read_pairs(pairs)
     base = pipeline.open_base(model, revision)
+    if layers is None:
+        band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
+        layers = layers_with(
+            site,
+            base.anatomy.structure,
+            band if method == OPTIMIZE else range(base.anatomy.layer_count),
+        )
     direction = extract(
         pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
         base.anatomy.structure,
         site,
         load_tokenizer(base.checkpoint.directory),
         read,
-        layers
-        if layers is not None
-        else layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
+        layers,
         options,
         model_name=base.to_dict()["id"],
     )
@@ -183,6 +199,30 @@ def convert_direction(
         announce(sentence)
     _write_file(converted.output, converted.content)
     return converted
+
+
+def show_direction(
+    direction: Any,
+    *,
+    model: str | None = None,
+    compare: Sequence[str | Path] = (),
+    tokens: int = TOKENS,
+    revision: str | None = None,
+) -> tuple[Direction, Reading]:
+    """Say what a direction raises and lowers in `model`, and its cosines to others.
+
+    direction and others: whatever `export` takes.
+    """
+    given = read_direction(direction)
+    others = {str(path): read_direction(path) for path in compare}
+    cosines = compare_directions(given, others)
+    if model is None:
+        return given, Reading((), cosines)
+    base = pipeline.open_base(model, revision)
+    loaded = pipeline.load_base(base.checkpoint)
+    tokenizer = load_tokenizer(base.checkpoint.directory)
+    found = read_tokens(loaded, base.anatomy.structure, tokenizer, given, count=tokens)
+    return given, Reading(found, cosines)
 
 
 def verify(
@@ -275,6 +315,7 @@ __all__ = [
     "read_direction",
     "reproduce",
     "rescale",
+    "show_direction",
     "undo",
     "verify",
 ]

@@ -20,7 +20,7 @@ DESCRIPTION = "Turn a steering direction into ordinary weights: plain transforme
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 SHARDS = ("copy", "hardlink", "symlink")
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
-METHODS = ("mean", "pca", "probe")
+METHODS = ("mean", "pca", "probe", "optimize")
 CHAT_TEMPLATES = ("auto", "never")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
@@ -147,9 +147,9 @@ def _add_export(commands: Any) -> None:
 def _add_direction(commands: Any) -> None:
     command = commands.add_parser(
         "direction",
-        help="find a direction from contrast pairs, or convert one",
-        epilog="bake direction convert FILE --output FILE writes one in another tool's format; see "
-        "bake direction convert --help",
+        help="find a direction from contrast pairs, convert one, or show what one says",
+        epilog="bake direction convert FILE --output FILE writes one in another tool's format, bake "
+        "direction show FILE --model MODEL shows what one says; see their --help",
     )
     command.set_defaults(run=_run_direction)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
@@ -164,6 +164,12 @@ def _add_direction(commands: Any) -> None:
     command.add_argument(
         "--layers", metavar="LIST", help="layers to find it in, such as 3,5-8 (all of them)"
     )
+    command.add_argument(
+        "--neutral",
+        default="neutral",
+        metavar="FILE",
+        help="prompts optimize leaves alone (neutral)",
+    )
     command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
 
@@ -176,7 +182,8 @@ def _add_finding(command: Any) -> None:
     option(
         "--method",
         choices=METHODS,
-        help="difference of means, principal component of the differences, or linear probe (mean)",
+        help="difference of means, principal component of the differences, linear probe, or what gradient "
+        "descent finds to raise the positive completions' likelihood (mean)",
     )
     option(
         "--token",
@@ -195,7 +202,11 @@ def _add_finding(command: Any) -> None:
         metavar="FILE",
         help="pairs that say how well it separates (else the pairs themselves, divided)",
     )
-    option("--seed", type=int, metavar="N", help="of dividing the pairs (0)")
+    option("--seed", type=int, metavar="N", help="of dividing the pairs, and of optimize (0)")
+    option("--steps", type=int, metavar="N", help="of optimize, at most (150)")
+    option(
+        "--kl-weight", type=float, metavar="W", help="of optimize: cost of changing the rest (0.3)"
+    )
 
 
 def _add_calibrate(commands: Any) -> None:
@@ -349,18 +360,15 @@ def _run_export(parsed: argparse.Namespace) -> int:
 
 
 def _run_direction(parsed: argparse.Namespace) -> int:
-    from bake import api, coefficients, report, separation
+    from bake import api, coefficients, extraction, report, separation
 
     given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json")}
     if given["layers"] is not None:
         given["layers"] = coefficients.parse_layers(given["layers"])
     direction = api.extract_direction(given.pop("model"), **given)
     found = separation.read_separation(direction)
-    values = direction.to_dict()
-    values["metadata"].pop(separation.KEY, None)
-    values["separation"] = found.to_dict() if found else None
     text = f"{report.describe_direction(direction, found)}\n\nwritten to {parsed.output}"
-    _print(parsed, {"output": parsed.output, **values}, text)
+    _print(parsed, {"output": parsed.output, **extraction.plain_values(direction)}, text)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bake.activations import parse_token, read_activations
 from bake.contrast import METHODS as FITTED_METHODS
 from bake.contrast import check_method, fit_directions
-from bake.direction import Direction, normalise
+from bake.direction import SCALE_KEY, Direction, normalise
 from bake.errors import DirectionError
 from bake.model import LoadedModel
 from bake.optimization import KL_WEIGHT, STEPS, optimize_push
@@ -28,8 +28,7 @@ from bake.sites import LayerStructure
 if TYPE_CHECKING:
     import torch
 
-SCALE_KEY = "scale"  # in a direction file's metadata: {layer: length of the optimised push}
-OPTIMIZE = "optimize"
+OPTIMIZE, OPTIMIZATION_KEY = "optimize", "optimization"
 METHODS = (*FITTED_METHODS, OPTIMIZE)
 
 
@@ -108,10 +107,13 @@ def extract(
             layer: normalise(vector, f"the optimised push at layer {layer}")
             for layer, vector in optimised.vectors.items()
         }
-        lengths = {str(layer): round(length, 6) for layer, length in optimised.lengths.items()}
+        lengths = {
+            "all" if options.from_layer is not None else str(layer): round(length, 6)
+            for layer, length in optimised.lengths.items()
+        }
         extra = {
             SCALE_KEY: json.dumps(lengths, separators=(",", ":")),
-            "optimization": json.dumps(rounded(optimised.to_dict()), separators=(",", ":")),
+            OPTIMIZATION_KEY: json.dumps(rounded(optimised.to_dict()), separators=(",", ":")),
         }
         # It cannot be found again for every fold: the pairs left out of its training measure it.
         held_out = held_out or found.select(optimised.left_out)
@@ -125,6 +127,16 @@ def extract(
     if separation is not None and separation.warning:
         announce(separation.warning)
     return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
+
+
+def plain_values(direction: Direction) -> dict[str, Any]:
+    """Return a direction's plain values, with what its metadata holds as JSON beside them as values."""
+    values = direction.to_dict()
+    for key in (KEY, SCALE_KEY, OPTIMIZATION_KEY):
+        text = values["metadata"].pop(key, None)
+        if text is not None:
+            values[key] = json.loads(text)
+    return values
 
 
 def _check_layers(loaded: LoadedModel, structure: LayerStructure, layers: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bake.prompt_sets import PromptSet, ShownSet
     from bake.separation import Separation
     from bake.thin import ThinExport
+    from bake.unembedding import Reading
 
 SHOWN_SHARDS = 4
 
@@ -86,10 +87,12 @@ def describe_direction(direction: Direction, separation: Separation | None) -> s
     """Return what was found, and the table of how well it separates pairs."""
     known = direction.metadata
     count = len(direction.vectors)
-    lines = [
-        f"{count} direction{'s' * (count > 1)} of width {direction.hidden_size} at {direction.site}, by "
-        f"{known['method']} over {known['pairs']} pairs (token: {known['token']})"
-    ]
+    story = (
+        f"{count} direction{'s' * (count > 1)} of width {direction.hidden_size} at {direction.site}"
+    )
+    if "method" in known and "pairs" in known:
+        story += f", by {known['method']} over {known['pairs']} pairs (token: {known.get('token')})"
+    lines = [story]
     if separation is None:
         return lines[0]
     where = (
@@ -119,6 +122,39 @@ def describe_direction(direction: Direction, separation: Separation | None) -> s
         "norm/μ",
     )
     return "\n".join([*lines, f"separation {where}", "", format_table(header, rows)])
+
+
+def describe_reading(direction: Direction, separation: Separation | None, reading: Reading) -> str:
+    """Return what a direction says: its tokens, its cosines to others, and how well it separates."""
+    parts = [describe_direction(direction, separation)]
+    if reading.layers:
+        rows = [
+            (
+                "all" if entry.layer is None else str(entry.layer),
+                kind,
+                " ".join(repr(score.token) for score in scores),
+            )
+            for entry in reading.layers
+            for kind, scores in (("raised", entry.raised), ("lowered", entry.lowered))
+        ]
+        width = max(len(layer) for layer, _, _ in rows)
+        parts.append(
+            "\n".join(f"{layer:<{width}}  {kind:<7}  {tokens}" for layer, kind, tokens in rows)
+        )
+    if reading.cosines:
+        layers = sorted(
+            {layer for row in reading.cosines.values() for layer in row},
+            key=lambda layer: -1 if layer is None else layer,
+        )
+        table = [
+            (
+                "all" if layer is None else str(layer),
+                *(_figure(row.get(layer)) for row in reading.cosines.values()),
+            )
+            for layer in layers
+        ]
+        parts.append(format_table(("cosine, layer", *reading.cosines), table))
+    return "\n\n".join(parts)
 
 
 def _figure(value: float | None) -> str:

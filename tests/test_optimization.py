@@ -10,8 +10,9 @@ from conftest import PAIRS, PROMPTS
 
 from bake.activations import read_activations
 from bake.anatomy import examine
+from bake.direction import SCALE_KEY, direction_bytes, load_direction
 from bake.errors import BakeError
-from bake.extraction import SCALE_KEY, ExtractionOptions, extract
+from bake.extraction import ExtractionOptions, extract
 from bake.model import load_model
 from bake.optimization import measure_effect, optimize_push
 from bake.pairs import ContrastPair, encode_pairs, read_pairs
@@ -143,7 +144,7 @@ def test_streamed_model_is_refused(open_tiny):
         )
 
 
-def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergence():
+def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergence(tmp_path):
     """On held-out pairs and neutral texts that training never saw, at the default law's lengths.
 
     The difference of means is given more divergence than the optimised direction uses.
@@ -155,6 +156,11 @@ def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergenc
     found = extract(loaded, structure, "mlp_out", tokenizer, pairs, layers, options)
     lengths = json.loads(found.metadata[SCALE_KEY])
     assert sorted(lengths) == ["3", "4", "5", "6", "7"]
+    file = tmp_path / "optimised.safetensors"
+    file.write_bytes(direction_bytes(found))
+    stored = load_direction(file)  # Unit vectors on use; --keep-scale finds the lengths.
+    assert stored.own_lengths(layers) == {layer: lengths[str(layer)] for layer in layers}
+    assert stored.layer(3).norm().item() == pytest.approx(1)
     assert read_separation(found).pairs == 12  # those left out of the training
 
     held_out = encode_pairs(tokenizer, read_pairs("cheerful-gloomy.held-out"))
