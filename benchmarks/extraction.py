@@ -9,10 +9,10 @@ batches of 32 texts, and their progress bars are off. Two sets: pairs of uneven 
 their beginning, and pairs that share a prompt. The base is a random 12-layer, 512-wide Llama in float32.
 Sides alternate within one run; medians of CPU seconds on one thread are printed, so that what else the
 machine does counts little, with the ratio to the floor and, layer by layer, the cosine between bake's
-direction and theirs. repeng's PCA is scikit-learn's randomised one above 500 dimensions: bake is compared
-with it as it is, and with the exact component of the same differences. Where a random model's pairs are
-divided evenly, repeng keeps whatever sign its solver gave; bake then goes by the mean projection. Nothing is
-installed into bake's own environment.
+direction and theirs. repeng reads the last layer behind the model's final norm, so bake is compared with
+it as it is and with its definition on the residual stream. Where a random model's pairs are divided evenly,
+repeng keeps whatever sign its solver gave; bake then goes by the mean projection. Nothing is installed into
+bake's own environment.
 """
 
 from __future__ import annotations
