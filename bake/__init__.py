@@ -24,6 +24,7 @@ __all__ = [
     "read_direction",
     "reproduce",
     "rescale",
+    "show_direction",
     "undo",
     "verify",
 ]
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         read_direction,
         reproduce,
         rescale,
+        show_direction,
         undo,
         verify,
     )

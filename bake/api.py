@@ -7,25 +7,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import contrast, pipeline, thin
+from bake import pipeline, thin
 from bake.anatomy import Anatomy, examine
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
 from bake.checkpoint import open_description
+from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import OutputError
+from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
 from bake.formats.objects import given_as_file
 from bake.model import read_config
 from bake.norms import ActivationNorms, measure_norms
+from bake.optimization import KL_WEIGHT, STEPS
+from bake.pairs import read_pairs
 from bake.processes import divide, is_main
 from bake.progress import announce, track
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
-from bake.recipe import make_recipe
+from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
+from bake.recipe import DEFAULT_BAND, make_recipe
 from bake.resources import find_model
 from bake.sites import layers_with
 from bake.streaming import choose_placement
+from bake.unembedding import TOKENS, Reading, compare_directions, read_tokens
 from bake.verification import Verification
 from bake.verification import verify as verify_directory
 
@@ -85,11 +90,13 @@ def calibrate(
     texts = read_prompts(prompts)
     base = pipeline.open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
+    loaded = pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory))
+    limit = position_limit(loaded.model.config)
     norms = measure_norms(
-        pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
+        loaded,
         base.anatomy.structure,
         site,
-        make_batches(encode(tokenizer, divide(texts))),
+        make_batches(encode(tokenizer, divide(texts), limit=limit)),
         layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )
@@ -105,27 +112,56 @@ def extract_direction(
     pairs: str | Path,
     output: str | Path | None = None,
     method: str = "mean",
-    token: str = "last",
+    token: str | int = "last",
     site: str = "mlp_out",
     layers: Sequence[int] | None = None,
+    from_layer: int | None = None,
+    chat_template: str = "auto",
+    held_out: str | Path | None = None,
+    seed: int = 0,
+    steps: int = STEPS,
+    kl_weight: float = KL_WEIGHT,
+    neutral: str | Path = "neutral",
     revision: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> Direction:
-    """Find one direction per layer from contrast pairs; write them to `output` if it is given."""
-    read = contrast.read_pairs(pairs)
+    """Find one direction per layer from contrast pairs; write them to `output` if it is given.
+
+    layers: 0-based; None means all of them, and for the method "optimize", which trains them together,
+    the default band. The other options are those of `bake.extraction.ExtractionOptions`. How well the
+    direction separates pairs that it was not found from is in its metadata:
+    `bake.separation.read_separation(direction)`.
+    """
+    options = ExtractionOptions(
+        method=method,
+        token=token,
+        chat_template=chat_template,
+        held_out=None if held_out is None else str(held_out),
+        from_layer=from_layer,
+        seed=seed,
+        steps=steps,
+        kl_weight=kl_weight,
+        neutral=str(neutral),
+    )
+    options.check()
+    read = read_pairs(pairs)
     base = pipeline.open_base(model, revision)
-    direction = contrast.find_direction(
+    if layers is None:
+        band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
+        layers = layers_with(
+            site,
+            base.anatomy.structure,
+            band if method == OPTIMIZE else range(base.anatomy.layer_count),
+        )
+    direction = extract(
         pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
         base.anatomy.structure,
         site,
         load_tokenizer(base.checkpoint.directory),
         read,
-        layers
-        if layers is not None
-        else layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
-        method=method,
-        token=token,
+        layers,
+        options,
         model_name=base.to_dict()["id"],
     )
     if output is not None:
@@ -163,6 +199,30 @@ def convert_direction(
         announce(sentence)
     _write_file(converted.output, converted.content)
     return converted
+
+
+def show_direction(
+    direction: Any,
+    *,
+    model: str | None = None,
+    compare: Sequence[str | Path] = (),
+    tokens: int = TOKENS,
+    revision: str | None = None,
+) -> tuple[Direction, Reading]:
+    """Say what a direction raises and lowers in `model`, and its cosines to others.
+
+    direction and others: whatever `export` takes.
+    """
+    given = read_direction(direction)
+    others = {str(path): read_direction(path) for path in compare}
+    cosines = compare_directions(given, others)
+    if model is None:
+        return given, Reading((), cosines)
+    base = pipeline.open_base(model, revision)
+    loaded = pipeline.load_base(base.checkpoint)
+    tokenizer = load_tokenizer(base.checkpoint.directory)
+    found = read_tokens(loaded, base.anatomy.structure, tokenizer, given, count=tokens)
+    return given, Reading(found, cosines)
 
 
 def verify(
@@ -227,7 +287,7 @@ def undo(
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
-    paths = ("pairs", "prompts", "calibration", "output")
+    paths = ("pairs", "held_out", "prompts", "calibration", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
 
 
@@ -255,6 +315,7 @@ __all__ = [
     "read_direction",
     "reproduce",
     "rescale",
+    "show_direction",
     "undo",
     "verify",
 ]

@@ -21,6 +21,8 @@ SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 ROUTES = ("auto", "native", "flag", "host", "insert")
 SHARDS = ("copy", "hardlink", "symlink")
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
+METHODS = ("mean", "pca", "probe", "optimize")
+CHAT_TEMPLATES = ("auto", "never")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -130,8 +132,7 @@ def _add_export(commands: Any) -> None:
         "the chosen one survives)",
     )
     option("--convert-site", action="store_true", help="use a residual direction at an input site")
-    option("--method", choices=("mean",), help="with --pairs: how the direction is found (mean)")
-    option("--token", choices=("last", "mean", "all"), help="with --pairs: tokens read (last)")
+    _add_finding(command.add_argument_group("with --pairs"))
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
     option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
@@ -153,9 +154,9 @@ def _add_export(commands: Any) -> None:
 def _add_direction(commands: Any) -> None:
     command = commands.add_parser(
         "direction",
-        help="find a direction from contrast pairs, or convert one",
-        epilog="bake direction convert FILE --output FILE writes one in another tool's format; see "
-        "bake direction convert --help",
+        help="find a direction from contrast pairs, convert one, or show what one says",
+        epilog="bake direction convert FILE --output FILE writes one in another tool's format, bake "
+        "direction show FILE --model MODEL shows what one says; see their --help",
     )
     command.set_defaults(run=_run_direction)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
@@ -163,13 +164,56 @@ def _add_direction(commands: Any) -> None:
         "--pairs",
         required=True,
         metavar="FILE",
-        help="JSONL pairs or a set (see bake prompts list)",
+        help="JSONL, CSV or a set (see bake prompts list)",
     )
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="safetensors file")
-    command.add_argument("--method", choices=("mean",), default="mean", help="difference of means")
-    command.add_argument("--token", choices=("last", "mean", "all"), default="last")
+    _add_finding(command)
+    command.add_argument(
+        "--layers", metavar="LIST", help="layers to find it in, such as 3,5-8 (all of them)"
+    )
+    command.add_argument(
+        "--neutral",
+        default="neutral",
+        metavar="FILE",
+        help="prompts optimize leaves alone (neutral)",
+    )
     command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+
+
+def _add_finding(command: Any) -> None:
+    """Add how a direction is found; what is not given stays out of the namespace."""
+    option = lambda *names, **kwargs: command.add_argument(  # noqa: E731
+        *names, default=argparse.SUPPRESS, **kwargs
+    )
+    option(
+        "--method",
+        choices=METHODS,
+        help="difference of means, principal component of the differences, linear probe, or what gradient "
+        "descent finds to raise the positive completions' likelihood (mean)",
+    )
+    option(
+        "--token",
+        metavar="POSITION",
+        help="what is read of a completion: its last token, mean over its tokens, an index of them such "
+        "as -2, or all of the text's tokens (last)",
+    )
+    option("--from-layer", type=int, metavar="L", help="use layer L's direction in every layer")
+    option(
+        "--chat-template",
+        choices=CHAT_TEMPLATES,
+        help="make prompts messages and completions replies where the tokenizer has a template (auto)",
+    )
+    option(
+        "--held-out",
+        metavar="FILE",
+        help="pairs that say how well it separates (else the pairs themselves, divided)",
+    )
+    option("--seed", type=int, metavar="N", help="of dividing the pairs, and of optimize (0)")
+    option("--steps", type=int, metavar="N", help="of optimize, at most (150)")
+    option(
+        "--kl-weight", type=float, metavar="W", help="of optimize: cost of changing the rest (0.3)"
+    )
 
 
 def _add_calibrate(commands: Any) -> None:
@@ -323,24 +367,15 @@ def _run_export(parsed: argparse.Namespace) -> int:
 
 
 def _run_direction(parsed: argparse.Namespace) -> int:
-    from bake import api
+    from bake import api, coefficients, extraction, report, separation
 
-    direction = api.extract_direction(
-        parsed.model,
-        pairs=parsed.pairs,
-        output=parsed.output,
-        method=parsed.method,
-        token=parsed.token,
-        site=parsed.site,
-        revision=parsed.revision,
-        device_map=parsed.device_map,
-        max_memory=parsed.max_memory,
-    )
-    text = (
-        f"{len(direction.vectors)} directions of width {direction.hidden_size} at {direction.site}, "
-        f"from {direction.metadata['pairs']} pairs, in {parsed.output}"
-    )
-    _print(parsed, {"output": parsed.output, **direction.to_dict()}, text)
+    given = {k: v for k, v in vars(parsed).items() if k not in ("run", "command", "json")}
+    if given["layers"] is not None:
+        given["layers"] = coefficients.parse_layers(given["layers"])
+    direction = api.extract_direction(given.pop("model"), **given)
+    found = separation.read_separation(direction)
+    text = f"{report.describe_direction(direction, found)}\n\nwritten to {parsed.output}"
+    _print(parsed, {"output": parsed.output, **extraction.plain_values(direction)}, text)
     return 0
 
 

@@ -134,6 +134,21 @@ def parse_band(text: str) -> tuple[float, float]:
     return start, stop
 
 
+def parse_layers(text: str) -> list[int]:
+    """Parse '3,5-8' into 0-based layers, in order and each once."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if (
+            not first.isdigit()
+            or (dash and not last.isdigit())
+            or (dash and int(last) < int(first))
+        ):
+            raise BakeError(f"the layers {text!r} are not a list such as 3,5-8")
+        layers.update(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
 def parse_coefficients(text: str) -> dict[int, float]:
     """Parse '6=0.5,8=1.0' into {0-based layer: coefficient}."""
     try:

@@ -1,70 +1,31 @@
-"""Find a direction from contrast pairs: difference of means of the activations at a site.
+"""Find a direction from contrast pairs: difference of means, principal component or linear probe.
 
-Source of the method: Contrastive Activation Addition (arXiv 2312.06681). Positions come from the
-tokenizer's offsets, so a shared prompt, special tokens and padding never shift them.
+Activations come in as `bake.activations` read them; what is fitted to them here is a pure function of
+them. Sources: difference of means, Contrastive Activation Addition (arXiv 2312.06681); principal
+component of paired differences, Representation Engineering (arXiv 2310.01405) as the repeng package
+defines `pca_diff`; linear probe, "Discovering Latent Knowledge" and after it most of the field.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.activations import TOKENS, PairActivations, read_activations
 from bake.direction import Direction, normalise
-from bake.errors import DirectionError, PromptError
-from bake.model import LoadedModel, run_layers
-from bake.progress import track
-from bake.prompts import Encoded, TokenBatch, encode, make_batches, read_jsonl
-from bake.resources import find_set, shipped_sets
+from bake.errors import DirectionError
+from bake.model import LoadedModel
+from bake.pairs import ContrastPair, encode_pairs, read_pairs
+from bake.prompts import position_limit
 from bake.sites import LayerStructure
-from bake.steering import captured, submodule
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("mean",)
-TOKENS = ("last", "mean", "all")
-
-
-@dataclass(frozen=True)
-class ContrastPair:
-    """Two texts that differ in what the direction should mean; `prompt` is the part they share."""
-
-    prompt: str
-    positive: str
-    negative: str
-
-
-def read_pairs(name: str | Path) -> list[ContrastPair]:
-    """Read contrast pairs: JSONL with "positive" and "negative", and "prompt" where they share one.
-
-    Raises PromptError for a missing file or a malformed line, DirectionError for identical texts or an
-    empty completion.
-    """
-    path = find_set(str(name), "pairs")
-    if path is None:
-        known = ", ".join(shipped_sets("pairs"))
-        raise PromptError(f"no pairs file or set {str(name)!r}; give a file or one of: {known}")
-    pairs = [_pair(row, f"{path.name}:{number}") for number, row in read_jsonl(path)]
-    if not pairs:
-        raise PromptError(
-            f'{path} holds no pairs; write one a line as {{"positive": …, "negative": …}}'
-        )
-    return pairs
-
-
-def _pair(row: dict[str, Any], place: str) -> ContrastPair:
-    prompt, positive, negative = (row.get(k, "") for k in ("prompt", "positive", "negative"))
-    if not all(isinstance(text, str) for text in (prompt, positive, negative)):
-        raise PromptError(f"{place}: prompt, positive and negative must be strings")
-    if not positive.strip() or not negative.strip():
-        raise DirectionError(f"{place}: an empty completion has no token to read; write both texts")
-    if positive == negative:
-        raise DirectionError(
-            f"{place}: the two texts are identical, so their difference is nothing"
-        )
-    return ContrastPair(prompt, positive, negative)
+METHODS = ("mean", "pca", "probe")
+PROBE_ITERATIONS = 1000
+# A principal component of almost nothing would be rounding noise: relative to the activations' size.
+_FLAT = 1e-6
 
 
 def find_direction(
@@ -76,77 +37,113 @@ def find_direction(
     layers: Sequence[int],
     *,
     method: str = "mean",
-    token: str = "last",
+    token: str | int = "last",
+    chat_template: str = "auto",
     model_name: str = "",
 ) -> Direction:
-    """Return one unit direction per layer: mean over pairs of positive − negative activation.
+    """Return one unit direction per layer, positive − negative, fitted to the pairs by `method`.
 
-    token: "last" reads the last content token, "mean" averages over the completion's tokens, "all"
-    over every content token. Raises DirectionError where a difference is zero or not finite.
+    token: "last" reads a completion's last content token, "mean" averages over its tokens, "all" over
+    every content token, and an index picks one of its tokens. Raises DirectionError where a difference
+    is zero or not finite.
     """
-    if method not in METHODS:
-        raise DirectionError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
-    if token not in TOKENS:
-        raise DirectionError(f"unknown token position {token!r}; one of {', '.join(TOKENS)}")
-    texts = [pair.prompt + text for pair in pairs for text in (pair.positive, pair.negative)]
-    starts = [len(pair.prompt) for pair in pairs for _ in range(2)]
-    encoded = encode(tokenizer, texts)
-    weights = [
-        _position_weights(text, start, token) for text, start in zip(encoded, starts, strict=True)
-    ]
-    means = read_activations(loaded, structure, site, encoded, weights, layers)
-    vectors: dict[int | None, torch.Tensor] = {}
-    for layer in layers:
-        difference = (means[layer][0::2] - means[layer][1::2]).mean(dim=0)
-        vectors[layer] = normalise(difference, f"the difference of means at layer {layer}")
-    metadata = {"method": method, "token": token, "pairs": str(len(pairs)), "model": model_name}
+    check_method(method)
+    encoded = encode_pairs(
+        tokenizer, pairs, chat_template=chat_template, limit=position_limit(loaded.model.config)
+    )
+    read = read_activations(loaded, structure, site, encoded, layers, token=token)
+    metadata = {
+        "method": method,
+        "token": str(token),
+        "pairs": str(len(pairs)),
+        "model": model_name,
+    }
+    vectors: dict[int | None, torch.Tensor] = dict(fit_directions(read, method).items())
     return Direction(vectors, site, metadata)
 
 
-def read_activations(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    site: str,
-    encoded: Sequence[Encoded],
-    weights: Sequence[Sequence[float]],
-    layers: Sequence[int],
-) -> dict[int, torch.Tensor]:
-    """Return {layer: (texts, hidden_size) float64}: each text's activations summed with its weights."""
+def check_method(method: str, methods: Sequence[str] = METHODS) -> None:
+    """Raise DirectionError for a method that is none of `methods`."""
+    if method not in methods:
+        raise DirectionError(f"unknown method {method!r}; one of {', '.join(methods)}")
+
+
+def fit_directions(read: PairActivations, method: str) -> dict[int, torch.Tensor]:
+    """Return {layer: unit (hidden_size,) float32} of the activations of pairs, by `method`."""
+    check_method(method)
+    fit = {"mean": _mean, "pca": _principal_component, "probe": _probe}[method]
+    return {layer: fit(read, layer) for layer in read.layers}
+
+
+def _mean(read: PairActivations, layer: int) -> torch.Tensor:
+    return normalise(
+        read.differences(layer).mean(dim=0), f"the difference of means at layer {layer}"
+    )
+
+
+def _principal_component(read: PairActivations, layer: int) -> torch.Tensor:
+    """The first principal component of positive − negative, centred over the pairs as repeng's PCA is.
+
+    Its sign is the one for which most pairs' positive text projects higher than their negative one, as
+    in repeng; where the pairs are divided, the mean projection decides.
+    """
     import torch
 
-    found = {
-        layer: torch.zeros(len(encoded), loaded.hidden_size, dtype=torch.float64)
-        for layer in layers
-    }
-    current: list[TokenBatch] = []
-
-    def receive(layer: int, activation: torch.Tensor) -> None:
-        batch = current[-1]
-        for row, index in enumerate(batch.indices):
-            kept = batch.attention_mask[row].bool()
-            values = activation[row][kept.to(activation.device)].double().cpu()
-            found[layer][index] = torch.tensor(weights[index], dtype=torch.float64) @ values
-
-    last = submodule(loaded.model, structure, max(layers), "")
-    batches = list(track(make_batches(encoded), "reading pairs"))
-    with captured(loaded.model, structure, site, list(layers), receive):
-        run_layers(loaded, batches, last, current.append)
-    return found
+    name = f"the principal component at layer {layer}"
+    differences = read.differences(layer)
+    mean = differences.mean(dim=0)
+    centred = differences - mean
+    if not bool(centred.isfinite().all()):
+        return normalise(centred.sum(dim=0), name)  # Says what is wrong with it.
+    scale = max(float(differences.norm()), float(read.norms[layer].norm()))
+    if float(centred.norm()) <= _FLAT * scale:
+        raise DirectionError(
+            f"{name} does not exist: the pairs' differences are all alike; give more pairs, or take "
+            "--method mean"
+        )
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)
+    component = components[0]
+    votes = float((differences @ component).sign().sum())
+    return normalise(-component if (votes or float(mean @ component)) < 0 else component, name)
 
 
-def _position_weights(text: Encoded, completion_start: int, token: str) -> list[float]:
-    """Return each position's weight in the text's mean; they sum to 1."""
-    content = [position for position, is_content in enumerate(text.content) if is_content]
-    if not content:
-        raise DirectionError("a text of the pairs has no content token; write longer texts")
-    if token == "last":
-        chosen = content[-1:]
-    elif token == "all":
-        chosen = content
-    else:
-        # A token belongs to the completion when it ends inside it.
-        chosen = [p for p in content if text.offsets[p][1] > completion_start] or content[-1:]
-    weights = [0.0] * len(text.ids)
-    for position in chosen:
-        weights[position] = 1.0 / len(chosen)
-    return weights
+def _probe(read: PairActivations, layer: int) -> torch.Tensor:
+    """The weights of a logistic regression on standardised features, mapped back: w / σ."""
+    import warnings
+
+    import numpy as np
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    positive, negative = read.positive[layer].double(), read.negative[layer].double()
+    features = np.concatenate([positive.numpy(), negative.numpy()])
+    name = f"the probe at layer {layer}"
+    if not np.isfinite(features).all():
+        return normalise(read.differences(layer).sum(dim=0), name)  # Says what is wrong with it.
+    spread = features.std(axis=0)
+    # A feature that never moves carries nothing; dividing by its rounding noise would say otherwise.
+    spread[spread <= _FLAT * np.abs(features).max()] = np.inf
+    labels = np.repeat([1, 0], len(positive))
+    probe = LogisticRegression(max_iter=PROBE_ITERATIONS, tol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            probe.fit((features - features.mean(axis=0)) / spread, labels)
+        except ConvergenceWarning:
+            raise DirectionError(
+                f"{name} does not converge in {PROBE_ITERATIONS} iterations; take --method mean"
+            ) from None
+    import torch
+
+    return normalise(torch.from_numpy(probe.coef_[0] / spread), name)
+
+
+__all__ = [
+    "METHODS",
+    "TOKENS",
+    "ContrastPair",
+    "check_method",
+    "find_direction",
+    "fit_directions",
+    "read_pairs",
+]

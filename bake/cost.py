@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bake.checkpoint import Checkpoint
-from bake.contrast import read_pairs
 from bake.disk_names import DiskNames
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.layout import Layout, plan_layout
 from bake.loading import build_on_meta
 from bake.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
+from bake.pairs import read_pairs
 from bake.pipeline import (
     EQUIVALENCE_PROMPTS,
     Base,
@@ -186,11 +186,7 @@ def _count_passes(base: Base, recipe: Recipe, layers: Sequence[int]) -> list[Pas
     passes = []
     share = (max(layers) + 1) / base.anatomy.layer_count  # both stop after the last layer needed
     if recipe.pairs:
-        texts = [
-            pair.prompt + text
-            for pair in read_pairs(recipe.pairs)
-            for text in (pair.positive, pair.negative)
-        ]
+        texts = [text for pair in read_pairs(recipe.pairs) for text in pair.texts()]
         passes.append(_measuring("direction", texts, share))
     if recipe.calibration is None:
         passes.append(_measuring("calibrate", read_prompts(recipe.prompts), share))

@@ -8,10 +8,11 @@ read by `bake.formats`.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _LAYER_KEY = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 DEFAULT_SITE = "mlp_out"
+SCALE_KEY = "scale"  # in metadata: {layer: length} of vectors that are stored as unit vectors
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,23 @@ def load_direction(path: Path) -> Direction:
     site = metadata.pop("site", DEFAULT_SITE)
     if site not in SITES:
         raise DirectionError(f"{path} names an unknown site {site!r}; one of {', '.join(SITES)}")
-    return normalise_all(vectors, site, metadata, path.name)
+    direction = normalise_all(vectors, site, metadata, path.name)
+    return replace(direction, lengths={**direction.lengths, **_own_scale(metadata, path)})
+
+
+def _own_scale(metadata: Mapping[str, str], path: Path) -> dict[int | None, float]:
+    """Return the lengths that an optimised direction's metadata has for its unit vectors."""
+    if SCALE_KEY not in metadata:
+        return {}
+    try:
+        return {
+            None if layer == "all" else int(layer): float(length)
+            for layer, length in json.loads(metadata[SCALE_KEY]).items()
+        }
+    except (ValueError, AttributeError, TypeError):
+        raise DirectionError(
+            f"{path}: its metadata {SCALE_KEY!r} is not lengths by layer; find the direction again"
+        ) from None
 
 
 def read_vectors(path: Path) -> tuple[dict[int | None, torch.Tensor], dict[str, str]]:

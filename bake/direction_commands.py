@@ -1,4 +1,4 @@
-"""What `bake direction` does with directions that exist: `bake direction convert FILE`.
+"""What `bake direction` does with directions that exist: `bake direction convert FILE` and `show FILE`.
 
 `bake direction MODEL --pairs FILE` finds one and is `bake.cli`'s; a first word that is in COMMANDS is a
 command of its own. A model that lies in a folder of that name is `./convert`.
@@ -60,4 +60,42 @@ def _run_convert(parsed: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"convert": _build_convert}
+def _build_show(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show what a direction says: the tokens it raises and lowers most through the model's final norm "
+        "and unembedding, its cosines to other directions, and how well it separates pairs."
+    )
+    parser.set_defaults(run=_run_show)
+    parser.add_argument("file", metavar="FILE", help="direction file, or bake-demo")
+    parser.add_argument("--model", metavar="MODEL", help="path, Hub id, or bake-demo")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="other directions: their cosines to it",
+    )
+    parser.add_argument("--tokens", type=int, default=10, metavar="N", help="of each kind (10)")
+
+
+def _run_show(parsed: argparse.Namespace) -> int:
+    from bake import api, extraction, report, separation
+
+    direction, reading = api.show_direction(
+        parsed.file,
+        model=parsed.model,
+        compare=parsed.compare,
+        tokens=parsed.tokens,
+        revision=parsed.revision,
+    )
+    found = separation.read_separation(direction)
+    values = {**extraction.plain_values(direction), "reading": reading.to_dict()}
+    print_result(parsed, values, report.describe_reading(direction, found, reading))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "convert": _build_convert,
+    "show": _build_show,
+}

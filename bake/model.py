@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import load_pretrained
@@ -96,15 +96,26 @@ def load_model(
     return LoadedModel(model.eval().to(device), report, device)
 
 
+class ForwardBatch(Protocol):
+    """Anything that knows the keyword arguments of a model's forward."""
+
+    def inputs(self, device: Any = "cpu") -> dict[str, torch.Tensor]:
+        """Return them, on a device."""
+        ...
+
+
+B = TypeVar("B", bound=ForwardBatch)
+
+
 class _LayersDone(BaseException):
     """Raised inside a forward once the last layer that is needed has run."""
 
 
 def run_layers(
     loaded: LoadedModel,
-    batches: Iterable[TokenBatch],
+    batches: Iterable[B],
     last: nn.Module,
-    before: Callable[[TokenBatch], None],
+    before: Callable[[B], None],
 ) -> None:
     """Run batches through the layers up to and including `last`; no later layer and no LM head runs.
 

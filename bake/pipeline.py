@@ -13,19 +13,21 @@ from bake.anatomy import Anatomy, SiteRoute, examine
 from bake.card import render_card
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
-from bake.contrast import find_direction, read_pairs
 from bake.direction import Direction, convert_to_input, direction_bytes
 from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.extraction import ExtractionOptions
+from bake.extraction import extract as extract_direction
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
 from bake.loading import auto_class
 from bake.model import LoadedModel, load_model, read_config
 from bake.norms import ActivationNorms, measure_norms
+from bake.pairs import read_pairs
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
 from bake.quantization import check_quantization
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
@@ -50,6 +52,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EQUIVALENCE_PROMPTS = "equivalence"
+METHOD_WORDS = {
+    "mean": "the difference of mean activations",
+    "pca": "the first principal component of the differences of activations",
+    "probe": "a linear probe's weights",
+    "optimize": "the push that raises the likelihood of positive over negative completions, optimised",
+}
 RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"
 
 
@@ -131,6 +139,7 @@ def export(recipe: Recipe) -> Export:
         with clock.stage("hub"):
             hub.check_access(recipe.push_to_hub, private=not recipe.public)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
+    extraction_options(recipe)
     given = open_direction(recipe)
     prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
     base = open_base(recipe.model, recipe.revision, clock)
@@ -339,7 +348,7 @@ def measure(
             loaded,
             base.anatomy.structure,
             site,
-            make_batches(encode(tokenizer, prompts)),
+            make_batches(encode(tokenizer, prompts, limit=position_limit(loaded.model.config))),
             layers,
             statistic=recipe.statistic,
         )
@@ -388,17 +397,33 @@ def extract(
     layers: Sequence[int],
 ) -> Direction:
     """Find the direction from the recipe's contrast pairs."""
-    return find_direction(
+    return extract_direction(
         loaded,
         base.anatomy.structure,
         site,
         tokenizer,
         read_pairs(str(recipe.pairs)),
         layers,
-        method=recipe.method,
-        token=recipe.token,
+        extraction_options(recipe),
         model_name=base.to_dict()["id"],
     )
+
+
+def extraction_options(recipe: Recipe) -> ExtractionOptions:
+    """Return how the recipe wants its direction found; raise DirectionError for an unknown choice."""
+    options = ExtractionOptions(
+        method=recipe.method,
+        token=recipe.token,
+        chat_template=recipe.chat_template,
+        held_out=recipe.held_out,
+        from_layer=recipe.from_layer,
+        seed=recipe.seed,
+        steps=recipe.steps,
+        kl_weight=recipe.kl_weight,
+        neutral=recipe.prompts,
+    )
+    options.check()
+    return options
 
 
 def prove(
@@ -418,7 +443,12 @@ def prove(
         plan,
         push,
         tokenizer,
-        encode(tokenizer, read_prompts(EQUIVALENCE_PROMPTS), MAX_TOKENS),
+        encode(
+            tokenizer,
+            read_prompts(EQUIVALENCE_PROMPTS),
+            MAX_TOKENS,
+            limit=position_limit(read_config(base.checkpoint.directory)),
+        ),
         allow_rounding=allow_rounding,
         placement=placement,
     )
@@ -453,9 +483,10 @@ def card_words(
     """Return the phrases that the card needs beside the values of `bake.json`."""
     known = direction["metadata"]
     story = f"found at {direction['site']}"
-    if known.get("method") == "mean":
+    how = METHOD_WORDS.get(known.get("method", ""))
+    if how is not None:
         story += (
-            f" as the difference of mean activations over {known.get('pairs', '?')} contrast pairs "
+            f" as {how} over {known.get('pairs', '?')} contrast pairs "
             f"(token position: {known.get('token', '?')})"
         )
     if "understood" in known:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError, PromptError
+from bake.progress import announce
 from bake.resources import find_set, shipped_sets
 
 if TYPE_CHECKING:
@@ -115,24 +116,64 @@ def load_tokenizer(directory: Path) -> Any:
         ) from None
 
 
-def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[Encoded]:
-    """Tokenise texts as the model expects them, with the tokenizer's own special tokens."""
-    # Chat-template tokens are added tokens marked special that the named special tokens leave out.
-    special = set(tokenizer.all_special_ids)
-    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    encoded = []
-    for text in texts:
-        result = tokenizer(
-            text,
-            truncation=True,
-            max_length=max_tokens,
-            return_offsets_mapping=bool(tokenizer.is_fast),
-        )
-        ids = tuple(result["input_ids"])
-        offsets = result.get("offset_mapping") or [(0, 0)] * len(ids)
-        content = tuple(position > 0 and token not in special for position, token in enumerate(ids))
-        encoded.append(Encoded(ids, content, tuple((int(a), int(b)) for a, b in offsets)))
+def encode(
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_tokens: int | None = MAX_TOKENS,
+    *,
+    limit: int | None = None,
+    special_tokens: bool = True,
+) -> list[Encoded]:
+    """Tokenise texts as the model expects them; longer ones are cut at their end.
+
+    max_tokens: what is wanted of a text; None keeps all of it. limit: the positions that the model has
+    (see `position_limit`); texts cut because of it are announced. special_tokens: whether the
+    tokenizer puts its own around the text, which a rendered chat template already has.
+    """
+    caps = [cap for cap in (max_tokens, limit) if cap is not None]
+    options: dict[str, Any] = {"truncation": True, "max_length": min(caps)} if caps else {}
+    encoded = _tokenise(tokenizer, texts, add_special_tokens=special_tokens, **options)
+    if limit is not None and limit == min(caps):
+        full = [text for text, cut in zip(texts, encoded, strict=True) if len(cut.ids) == limit]
+        lengths = [len(text.ids) for text in _tokenise(tokenizer, full)]
+        cut = sum(length > limit for length in lengths)
+        if cut:
+            announce(f"{cut} of {len(texts)} texts cut to the model's {limit} positions")
     return encoded
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Encoded]:
+    if not texts:
+        return []
+    special = special_ids(tokenizer)
+    result = tokenizer(
+        list(texts), return_offsets_mapping=bool(tokenizer.is_fast), verbose=False, **options
+    )
+    offsets = result.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in result["input_ids"]]
+    return [
+        Encoded(
+            tuple(ids),
+            tuple(position > 0 and token not in special for position, token in enumerate(ids)),
+            tuple((int(start), int(stop)) for start, stop in places),
+        )
+        for ids, places in zip(result["input_ids"], offsets, strict=True)
+    ]
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return every token id that is no content: chat-template tokens are special without a name."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+
+
+def position_limit(config: Any) -> int | None:
+    """Return how many positions a model has, which learned ones cannot exceed; None where it says none."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def make_batches(

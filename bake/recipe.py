@@ -12,6 +12,7 @@ from bake.coefficients import DEFAULT_LAW, LAWS
 from bake.copying import SHARDS
 from bake.engines import check_engine
 from bake.errors import BakeError
+from bake.optimization import KL_WEIGHT, STEPS
 from bake.sites import check_site
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -20,6 +21,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "int": (int,),
 }
+DEFAULT_BAND = "40:90"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Recipe:
     calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
     direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
     it names, direction_site overrides its site, keep_scale uses its vectors as long as they are.
+    method, token, chat_template, held_out, from_layer, seed, steps, kl_weight: how a direction is found
+    from pairs; they mean what they mean in `bake.extraction.ExtractionOptions`.
     """
 
     model: str
@@ -45,7 +49,7 @@ class Recipe:
     keep_scale: bool = False
     revision: str | None = None
     multiplier: float = 1.0
-    band: str = "40:90"
+    band: str = DEFAULT_BAND
     law: str = DEFAULT_LAW
     coefficients: str | None = None
     site: str = "auto"
@@ -55,6 +59,12 @@ class Recipe:
     convert_site: bool = False
     method: str = "mean"
     token: str = "last"
+    chat_template: str = "auto"
+    held_out: str | None = None
+    from_layer: int | None = None
+    seed: int = 0
+    steps: int = STEPS
+    kl_weight: float = KL_WEIGHT
     statistic: str = "mean"
     prompts: str = "neutral"
     calibration: str | None = None
@@ -176,6 +186,8 @@ def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> R
     missing = [name for name in needed if not values.get(name)]
     if missing:
         raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    if isinstance(values.get("token"), int):
+        values = {**values, "token": str(values["token"])}  # An index of a token, as YAML reads it.
     for field in fields(Recipe):
         if field.name in values:
             _check_type(field.name, values[field.name], str(field.type))

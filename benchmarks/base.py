@@ -41,7 +41,7 @@ def write_base(directory: Path, *, layers: int = LAYERS, seed: int = 0) -> Path:
     size = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     _write_config(directory, layers)
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return directory
 
@@ -80,7 +80,7 @@ def _write_config(directory: Path, layers: int) -> None:
     ).save_pretrained(directory)
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     """Write a byte-level tokenizer: about one token a letter, ids below 260."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -1,15 +1,14 @@
 """Contrast pairs: the direction against a plain difference of means, and what may not matter."""
 
-import json
-
+import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, PAIRS, byte_tokenizer, read_site
 
-from bake import contrast
-from bake.contrast import TOKENS, ContrastPair, find_direction, read_pairs
-from bake.errors import DirectionError, PromptError
-from bake.prompts import make_batches
+from bake.activations import TOKENS, PairActivations
+from bake.contrast import find_direction, fit_directions
+from bake.errors import DirectionError
+from bake.pairs import ContrastPair
 from bake.sites import SITES
 from bake.steering import submodule
 
@@ -26,7 +25,11 @@ def find(tiny, pairs=CONTRAST, site="mlp_out", layers=(1, 3), **options):
 def plain_mean(tiny, site, layer, prompt, completion, token):
     """One text's mean activation, from a run of this text alone. A byte is a token, after <s>."""
     ids = byte_tokenizer()(prompt + completion)["input_ids"]
-    first = {"last": len(ids) - 1, "mean": 1 + len(prompt.encode()), "all": 1}[token]
+    begin = 1 + len(prompt.encode())
+    if isinstance(token, int):
+        place = token + (begin if token >= 0 else len(ids))
+        return read_site(tiny, site, layer, ids)[place].double()
+    first = {"last": len(ids) - 1, "mean": begin, "all": 1}[token]
     return read_site(tiny, site, layer, ids)[first:].double().mean(dim=0)
 
 
@@ -46,14 +49,9 @@ def assert_same(found, expected, bound=1e-5):
         torch.testing.assert_close(vector, expected.vectors[layer], rtol=0, atol=bound)
 
 
-def write(path, rows):
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @BOTH
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("token", [*TOKENS, 1, -2])
 def test_direction_equals_a_plain_difference_of_means(open_tiny, architecture, site, token):
     tiny = open_tiny(architecture)
     found = find(tiny, site=site, token=token)
@@ -86,29 +84,7 @@ def test_swapped_pairs_point_the_other_way(open_tiny):
     swapped = [ContrastPair(pair.prompt, pair.negative, pair.positive) for pair in CONTRAST]
     forward, backward = find(tiny), find(tiny, swapped)
     for layer in (1, 3):
-        assert torch.equal(backward.layer(layer), -forward.layer(layer))
-
-
-@BOTH
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize(
-    "batching",
-    [{"batch_tokens": 1}, {"batch_tokens": 80}, {"padding_side": "left"}],
-    ids=["alone", "small", "left"],
-)
-def test_batches_and_padding_do_not_matter(open_tiny, monkeypatch, architecture, token, batching):
-    tiny = open_tiny(architecture)
-    expected = find(tiny, token=token)
-    sizes = []
-
-    def batches(encoded):
-        made = make_batches(encoded, **batching)
-        sizes.append(len(made))
-        return made
-
-    monkeypatch.setattr(contrast, "make_batches", batches)
-    assert_same(find(tiny, token=token), expected)
-    assert sizes == [{1: 8, 80: sizes[0]}.get(batching.get("batch_tokens"), 1)]
+        torch.testing.assert_close(backward.layer(layer), -forward.layer(layer), rtol=0, atol=2e-6)
 
 
 def test_order_of_the_pairs_does_not_matter(open_tiny):
@@ -179,8 +155,10 @@ def test_base_keeps_no_hook(open_tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "pca5"}, "unknown method 'pca5'; one of mean"),
-        ({"token": "first"}, "unknown token position 'first'; one of last, mean, all"),
+        ({"method": "pca5"}, "unknown method 'pca5'; one of mean, pca, probe"),
+        ({"token": "first"}, "unknown token position 'first'; one of last, mean, all, or an index"),
+        ({"token": "4"}, "pair 3: the positive completion has 4 tokens, so none has index 4"),
+        ({"token": -9}, "pair 3: the positive completion has 4 tokens, so none has index -9"),
     ],
 )
 def test_unknown_option_is_refused(open_tiny, options, message):
@@ -209,44 +187,79 @@ def test_activation_that_is_not_finite_is_refused(load_tiny):
         find(tiny, layers=[1, 2])
 
 
-def test_pairs_file(pairs_file):
-    assert read_pairs(pairs_file) == CONTRAST
+def made_up(positive, negative):
+    """Activations of one layer as if they had been read."""
+    positive, negative = (
+        torch.as_tensor(side, dtype=torch.float32) for side in (positive, negative)
+    )
+    norms = torch.stack([positive, negative], dim=1).flatten(0, 1).norm(dim=1)
+    return PairActivations({0: positive}, {0: negative}, {0: norms})
 
 
-def test_prompt_may_be_left_out(tmp_path):
-    path = write(tmp_path / "p.jsonl", ['{"positive": "a", "negative": "b"}'])
-    assert read_pairs(path) == [ContrastPair("", "a", "b")]
+def random_pairs(seed=0, count=40, width=8):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, count, width)
+    spread = torch.linspace(0.2, 3, width)
+    positive, negative = torch.randn(shape, generator=generator) * spread
+    return positive + 0.5, negative
 
 
-def test_shipped_pairs_have_names():
-    shipped = read_pairs("cheerful-gloomy")
-    assert len(shipped) > 50
-    assert all(pair.positive != pair.negative for pair in shipped)
+def test_principal_component_is_the_definition_of_repeng():
+    """repeng's pca_diff: scikit-learn's PCA of positive − negative; most pairs decide its sign."""
+    from sklearn.decomposition import PCA
+
+    positive, negative = random_pairs()
+    differences = (positive - negative).numpy()
+    expected = PCA(n_components=1, svd_solver="full").fit(differences).components_[0]
+    expected *= np.sign(np.sign(differences @ expected).sum())
+    found = fit_directions(made_up(positive, negative), "pca")[0]
+    mean = fit_directions(made_up(positive, negative), "mean")[0]
+    assert abs(float(found @ mean)) < 0.9
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    back = fit_directions(made_up(negative, positive), "pca")[0]
+    torch.testing.assert_close(back, -found, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("line", "error", "message"),
-    [
-        ("{positive: a}", PromptError, "p.jsonl:2 is not JSON"),
-        ('["a", "b"]', PromptError, "p.jsonl:2 is not a JSON object"),
-        ('{"positive": 5, "negative": "b"}', PromptError, "p.jsonl:2: .* must be strings"),
-        ('{"positive": "a", "negative": null}', PromptError, "p.jsonl:2: .* must be strings"),
-        ('{"positive": "a"}', DirectionError, "p.jsonl:2: an empty completion"),
-        ('{"positive": " ", "negative": "b"}', DirectionError, "p.jsonl:2: an empty completion"),
-        ('{"positive": "a", "negative": "a"}', DirectionError, "p.jsonl:2: .* identical"),
-    ],
-)
-def test_malformed_pair_is_named(tmp_path, line, error, message):
-    fine = json.dumps({"positive": "a", "negative": "b"})
-    with pytest.raises(error, match=message):
-        read_pairs(write(tmp_path / "p.jsonl", [fine, line]))
+def test_divided_pairs_leave_the_sign_to_the_mean_projection():
+    differences = torch.tensor([[5.0, 0.1], [4.0, 0.1], [-1.0, 0.1], [-1.5, 0.1]])
+    read = made_up(differences, torch.zeros(4, 2))
+    assert fit_directions(read, "pca")[0][0] > 0.99
+    turned = made_up(-differences, torch.zeros(4, 2))
+    assert fit_directions(turned, "pca")[0][0] < -0.99
 
 
-def test_file_without_pairs_is_refused(tmp_path):
-    with pytest.raises(PromptError, match="holds no pairs"):
-        read_pairs(write(tmp_path / "p.jsonl", ["", " "]))
+def test_principal_component_of_equal_differences_does_not_exist():
+    positive, negative = random_pairs()
+    with pytest.raises(DirectionError, match="principal component at layer 0 does not exist"):
+        fit_directions(made_up(negative + 1, negative), "pca")
+    with pytest.raises(DirectionError, match="does not exist"):
+        fit_directions(made_up(positive[:1], negative[:1]), "pca")
 
 
-def test_missing_file_names_the_shipped_sets(tmp_path):
-    with pytest.raises(PromptError, match=r"nowhere\.jsonl'; .*cheerful-gloomy"):
-        read_pairs(tmp_path / "nowhere.jsonl")
+def test_probe_is_logistic_regression_mapped_back_to_activations():
+    """Scaling one feature scales what the probe sees of it, so its weight is divided by as much."""
+    positive, negative = random_pairs()
+    scale = torch.ones(8)
+    scale[0] = 10.0
+    plain = fit_directions(made_up(positive, negative), "probe")[0]
+    scaled = fit_directions(made_up(positive * scale, negative * scale), "probe")[0]
+    expected = plain / scale
+    assert float(torch.cosine_similarity(plain, scaled, dim=0)) < 0.999
+    torch.testing.assert_close(scaled, expected / expected.norm(), rtol=0, atol=1e-4)
+    assert float((positive @ plain).mean()) > float((negative @ plain).mean())
+
+
+def test_probe_ignores_a_feature_that_never_moves():
+    positive, negative = random_pairs()
+    positive[:, 5] = negative[:, 5] = 3.0
+    found = fit_directions(made_up(positive, negative), "probe")[0]
+    assert found[5] == 0
+    assert found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["mean", "pca", "probe"])
+def test_methods_name_the_layer_that_is_not_finite(method):
+    positive, negative = random_pairs()
+    positive[3, 2] = torch.nan
+    with pytest.raises(DirectionError, match="at layer 0 holds NaN"):
+        fit_directions(made_up(positive, negative), method)

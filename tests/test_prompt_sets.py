@@ -273,7 +273,7 @@ def test_names_work_where_files_do(run, tmp_path):
     direction, norms = tmp_path / "direction.safetensors", tmp_path / "norms.json"
     code, out, _ = run("direction", DEMO_MODEL, "--pairs", "first-third-person", "-o", direction)
     assert code == 0
-    assert "from 64 pairs" in out
+    assert "over 64 pairs" in out
     assert direction.is_file()
     assert run("calibrate", DEMO_MODEL, "--prompts", "multilingual", "-o", norms)[0] == 0
     assert norms.is_file()

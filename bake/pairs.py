@@ -1,0 +1,358 @@
+"""Contrast pairs: files → pairs of texts → token ids, with the tokens that each completion is made of.
+
+A pair is a shared prompt with two completions, two whole texts, or a conversation with two replies.
+Which tokens belong to a completion follows from the tokenizer's offsets, so beginning-of-sequence
+tokens, chat templates and merges across the boundary never shift it.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bake.errors import DirectionError, PromptError
+from bake.progress import announce
+from bake.prompts import Encoded, encode, read_jsonl
+from bake.resources import find_set, shipped_sets
+
+CHAT_TEMPLATES = ("auto", "never")
+COLUMNS = ("prompt", "positive", "negative", "messages")
+# What files say about a pair and no direction is found from.
+NOTES = ("id", "topic", "category", "source", "comment", "split")
+# Templates that print today's date would give another direction tomorrow.
+DATE = "26 Jul 2024"
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ContrastPair:
+    """Two texts that differ in what the direction should mean; `prompt` is the part they share.
+
+    In a conversation `prompt` is empty: `before` holds the messages that go before the positive and
+    the negative text, and `role` says who speaks these.
+    """
+
+    prompt: str
+    positive: str
+    negative: str
+    before: tuple[tuple[Message, ...], tuple[Message, ...]] | None = None
+    role: str = "assistant"
+
+    def texts(self) -> tuple[str, str]:
+        """Return both texts whole, without what a chat template would add."""
+        if self.before is None:
+            return self.prompt + self.positive, self.prompt + self.negative
+        first, second = ("\n".join(m["content"] for m in messages) for messages in self.before)
+        return f"{first}\n{self.positive}", f"{second}\n{self.negative}"
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Both texts as tokens, the positions of their completions' tokens, and the length of the prefix
+    of token ids that they share, which leaves each of them at least one token of its own."""
+
+    texts: tuple[Encoded, Encoded]
+    completions: tuple[tuple[int, ...], tuple[int, ...]]
+    shared: int
+
+
+def read_pairs(name: str | Path) -> list[ContrastPair]:
+    """Read contrast pairs, JSONL or CSV: "positive" and "negative", and "prompt" where they share one.
+
+    With "messages" (a conversation) the two are replies to it; each may also be a list of messages by
+    itself. Raises PromptError for a missing file, an unknown column or a malformed line (numbered),
+    DirectionError for identical texts or an empty completion.
+    """
+    path = find_set(str(name), "pairs")
+    if path is None:
+        known = ", ".join(shipped_sets("pairs"))
+        raise PromptError(f"no pairs file or set {str(name)!r}; give a file or one of: {known}")
+    rows = _read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path)
+    pairs = [_pair(row, f"{path.name}:{number}") for number, row in rows]
+    if not pairs:
+        raise PromptError(
+            f'{path} holds no pairs; write one a line as {{"positive": …, "negative": …}}'
+        )
+    return pairs
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            if not {"positive", "negative"} <= set(header):
+                raise PromptError(
+                    f"{path}: the header row has {', '.join(header) or 'nothing'}; a pairs file has the "
+                    "columns positive, negative and, where they share one, prompt"
+                )
+            reader.fieldnames = header
+            for row in reader:
+                if None in row or None in row.values():
+                    raise PromptError(
+                        f"{path.name}:{reader.line_num} has not the header's {len(header)} columns; "
+                        "put texts with commas in quotes"
+                    )
+                yield reader.line_num, dict(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PromptError(f"{path} cannot be read as UTF-8 CSV: {error}") from None
+
+
+def _pair(row: dict[str, Any], place: str) -> ContrastPair:
+    unknown = [key for key in row if key not in COLUMNS and key not in NOTES]
+    if unknown:
+        raise PromptError(
+            f"{place}: unknown column {unknown[0]!r}; a pair has {', '.join(COLUMNS)}"
+        )
+    pair = _conversation(row, place) if _is_chat(row) else _plain(row, place)
+    if not pair.positive.strip() or not pair.negative.strip():
+        raise DirectionError(f"{place}: an empty completion has no token to read; write both texts")
+    if pair.positive == pair.negative and (pair.before is None or pair.before[0] == pair.before[1]):
+        raise DirectionError(
+            f"{place}: the two texts are identical, so their difference is nothing"
+        )
+    return pair
+
+
+def _is_chat(row: Mapping[str, Any]) -> bool:
+    return "messages" in row or any(isinstance(row.get(k), list) for k in ("positive", "negative"))
+
+
+def _plain(row: Mapping[str, Any], place: str) -> ContrastPair:
+    prompt, positive, negative = (row.get(key, "") for key in ("prompt", "positive", "negative"))
+    if not all(isinstance(text, str) for text in (prompt, positive, negative)):
+        raise PromptError(f"{place}: prompt, positive and negative must be strings")
+    return ContrastPair(prompt, positive, negative)
+
+
+def _conversation(row: Mapping[str, Any], place: str) -> ContrastPair:
+    """Read replies to "messages", or two conversations of which the last messages are compared."""
+    if row.get("prompt"):
+        raise PromptError(f"{place}: give messages or a prompt, not both")
+    common = _messages(row.get("messages", []), place)
+    sides = []
+    for key in ("positive", "negative"):
+        value = row.get(key, "")
+        reply = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+        sides.append((*common, *_messages(reply, place)))
+    if not all(sides):
+        raise DirectionError(f"{place}: an empty completion has no token to read; write both texts")
+    last = [messages[-1] for messages in sides]
+    if last[0]["role"] != last[1]["role"]:
+        raise PromptError(
+            f"{place}: the last messages are of {last[0]['role']} and {last[1]['role']}; compare one role"
+        )
+    before = (sides[0][:-1], sides[1][:-1])
+    return ContrastPair("", last[0]["content"], last[1]["content"], before, last[0]["role"])
+
+
+def _messages(value: Any, place: str) -> tuple[Message, ...]:
+    fits = isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not fits:
+        raise PromptError(
+            f'{place}: messages must be a list of {{"role": "user", "content": "…"}}, with text contents'
+        )
+    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A text ready for the tokenizer and the characters [start, stop) of its completion."""
+
+    text: str
+    start: int
+    stop: int
+
+
+def encode_pairs(
+    tokenizer: Any,
+    pairs: Sequence[ContrastPair],
+    *,
+    chat_template: str = "auto",
+    limit: int | None = None,
+) -> list[EncodedPair]:
+    """Tokenise pairs. A text longer than `limit` positions loses tokens after its first, never its end.
+
+    chat_template: "auto" renders conversations, and prompts with their completions, by the tokenizer's
+    template where it has one; "never" leaves plain texts as they are. Raises PromptError for a
+    conversation without a template or one that the template refuses.
+    """
+    if chat_template not in CHAT_TEMPLATES:
+        raise PromptError(
+            f"unknown chat template {chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"
+        )
+    templated = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+    spans: list[_Span] = []
+    rendered: list[bool] = []
+    for number, pair in enumerate(pairs, start=1):
+        chat = _as_chat(pair) if templated else pair
+        rendered += [chat.before is not None] * 2
+        spans += _spans(tokenizer, chat, number, templated)
+    if templated and any(rendered):
+        announce(
+            "the tokenizer's chat template is applied: completions are the assistant's replies"
+        )
+    encoded = _encode_spans(tokenizer, spans, rendered)
+    completions = [
+        _completion_positions(tokenizer, text, span, is_chat)
+        for text, span, is_chat in zip(encoded, spans, rendered, strict=True)
+    ]
+    found = [
+        EncodedPair(
+            (encoded[i], encoded[i + 1]),
+            (completions[i], completions[i + 1]),
+            _shared_prefix(encoded[i].ids, encoded[i + 1].ids),
+        )
+        for i in range(0, len(encoded), 2)
+    ]
+    return found if limit is None else _fit(found, limit)
+
+
+def _as_chat(pair: ContrastPair) -> ContrastPair:
+    """Make a prompt with two completions a user's message with two replies; leave whole texts alone."""
+    if pair.before is not None or not pair.prompt.strip():
+        return pair
+    asked: tuple[Message, ...] = ({"role": "user", "content": pair.prompt.strip()},)
+    return ContrastPair("", pair.positive.strip(), pair.negative.strip(), (asked, asked))
+
+
+def _spans(tokenizer: Any, pair: ContrastPair, number: int, templated: bool) -> list[_Span]:
+    texts = (pair.positive, pair.negative)
+    if pair.before is None:
+        start = len(pair.prompt)
+        return [_Span(pair.prompt + text, start, start + len(text)) for text in texts]
+    if not templated:
+        raise PromptError(
+            f"pair {number} is a conversation and no chat template is applied: "
+            "write prompt, positive and negative as plain texts"
+        )
+    spans = []
+    for before, text in zip(pair.before, texts, strict=True):
+        text = text.strip()
+        if pair.role == "assistant":
+            # What the model would have seen when it wrote this reply, and nothing after it.
+            opening = _render(tokenizer, before, number, generate=True)
+            spans.append(_Span(opening + text, len(opening), len(opening) + len(text)))
+            continue
+        messages = (*before, {"role": pair.role, "content": text})
+        whole = _render(tokenizer, messages, number, generate=False)
+        start = whole.rfind(text)
+        if start < 0:
+            raise PromptError(f"pair {number}: the chat template changes the last message's text")
+        spans.append(_Span(whole, start, start + len(text)))
+    return spans
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], number: int, *, generate: bool) -> str:
+    from jinja2 import TemplateError
+
+    options: dict[str, Any] = {"date_string": DATE}
+    if "enable_thinking" in str(tokenizer.chat_template):
+        options["enable_thinking"] = False
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=generate,
+                **options,
+            )
+        )
+    except (TemplateError, ValueError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        raise PromptError(
+            f"pair {number}: the chat template refuses these messages (roles: {roles}): {reason}"
+        ) from None
+
+
+def _encode_spans(
+    tokenizer: Any, spans: Sequence[_Span], rendered: Sequence[bool]
+) -> list[Encoded]:
+    """Tokenise rendered texts without the special tokens that the template has already written."""
+    encoded: dict[int, Encoded] = {}
+    for is_chat in (False, True):
+        chosen = [index for index, flag in enumerate(rendered) if flag == is_chat]
+        texts = [spans[index].text for index in chosen]
+        found = encode(tokenizer, texts, None, special_tokens=not is_chat)
+        encoded.update(zip(chosen, found, strict=True))
+    return [encoded[index] for index in range(len(spans))]
+
+
+def _completion_positions(
+    tokenizer: Any, text: Encoded, span: _Span, is_chat: bool
+) -> tuple[int, ...]:
+    """Return the content tokens that end inside the completion; the last one before it where none does."""
+    content = [position for position, is_content in enumerate(text.content) if is_content]
+    if not content:
+        raise DirectionError("a text of the pairs has no content token; write longer texts")
+    if any(stop for _, stop in text.offsets):
+        inside = [p for p in content if span.start < text.offsets[p][1] <= span.stop]
+        before = [p for p in content if text.offsets[p][1] <= span.stop]
+        return tuple(inside or before[-1:] or content[-1:])
+    # A tokenizer without offsets: count the tokens of what goes before and of what goes on to the end.
+    edges = encode(
+        tokenizer,
+        [span.text[: span.start], span.text[: span.stop]],
+        None,
+        special_tokens=not is_chat,
+    )
+    first, last = (_common(text.ids, edge.ids) for edge in edges)
+    inside = [p for p in content if (first if span.start else 0) <= p < last]
+    return tuple(inside or content[-1:])
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    return min(_common(first, second), len(first) - 1, len(second) - 1)
+
+
+def _fit(pairs: Sequence[EncodedPair], limit: int) -> list[EncodedPair]:
+    """Cut what is too long for the model's positions out of the prompt, behind the first token."""
+    long = sum(max(len(text.ids) for text in pair.texts) > limit for pair in pairs)
+    if long:
+        announce(
+            f"{long} of {len(pairs)} pairs cut to the model's {limit} positions: their prompts lose "
+            "what follows the first token"
+        )
+    return [_fit_pair(pair, limit) for pair in pairs]
+
+
+def _fit_pair(pair: EncodedPair, limit: int) -> EncodedPair:
+    lengths = [len(text.ids) for text in pair.texts]
+    excess = max(lengths) - limit
+    if excess <= 0:
+        return pair
+    # The same tokens go from both texts where the shared prompt has that many to lose.
+    drops = [excess, excess] if excess < pair.shared else [max(0, n - limit) for n in lengths]
+    texts, completions = [], []
+    for text, completion, drop in zip(pair.texts, pair.completions, drops, strict=True):
+        kept = replace(
+            text,
+            ids=text.ids[:1] + text.ids[1 + drop :],
+            content=text.content[:1] + text.content[1 + drop :],
+            offsets=text.offsets[:1] + text.offsets[1 + drop :],
+        )
+        texts.append(kept)
+        completions.append(tuple(p - drop for p in completion if p > drop))
+    first, second = texts
+    return EncodedPair(
+        (first, second), (completions[0], completions[1]), _shared_prefix(first.ids, second.ids)
+    )

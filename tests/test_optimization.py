@@ -1,0 +1,184 @@
+"""Optimised pushes: they do more for the same damage, leave the model as it was, and repeat exactly."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import PAIRS, PROMPTS
+
+from bake.activations import read_activations
+from bake.anatomy import examine
+from bake.direction import SCALE_KEY, direction_bytes, load_direction
+from bake.errors import BakeError
+from bake.extraction import ExtractionOptions, extract
+from bake.model import load_model
+from bake.optimization import measure_effect, optimize_push
+from bake.pairs import ContrastPair, encode_pairs, read_pairs
+from bake.prompts import encode, load_tokenizer, read_prompts
+from bake.resources import DEMO_MODEL
+from bake.separation import read_separation
+from bake.steering import steered
+
+CONTRAST = [ContrastPair(**pair) for pair in PAIRS] * 2
+LAYERS = [1, 3]
+
+
+def optimise(tiny, site="mlp_out", pairs=CONTRAST, neutral=PROMPTS, **options):
+    encoded = encode_pairs(tiny.tokenizer, pairs)
+    read = read_activations(tiny.loaded, tiny.structure, site, encoded, LAYERS, token="mean")
+    texts = encode(tiny.tokenizer, neutral)
+    arguments = {"steps": 3, **options}
+    return optimize_push(tiny.loaded, tiny.structure, site, encoded, read, texts, **arguments)
+
+
+def test_effect_is_the_likelihood_that_a_plain_run_gives(open_tiny):
+    """One text at a time, unpadded, with the push added by the reference hooks."""
+    tiny = open_tiny("gpt2")
+    generator = torch.Generator().manual_seed(0)
+    push = {layer: torch.randn(32, generator=generator) for layer in LAYERS}
+    encoded = encode_pairs(tiny.tokenizer, CONTRAST[:4])
+    neutral = encode(tiny.tokenizer, PROMPTS)
+    arguments = (tiny.loaded, tiny.structure, "mlp_out")
+    found = measure_effect(*arguments, push, encoded, neutral)
+
+    def run(ids):
+        with torch.no_grad():
+            return tiny.loaded.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    margins, divergences = [], []
+    with steered(tiny.loaded.model, tiny.structure, "mlp_out", push):
+        for pair in encoded:
+            likelihoods = []
+            for text, completion in zip(pair.texts, pair.completions, strict=True):
+                rows = run(text.ids)
+                chosen = [float(rows[p - 1, text.ids[p]]) for p in completion]
+                likelihoods.append(sum(chosen) / len(chosen))
+            margins.append(likelihoods[0] - likelihoods[1])
+        changed = [run(text.ids[:64]) for text in neutral]
+    for text, rows in zip(neutral, changed, strict=True):
+        base = run(text.ids[:64])
+        every = (base.exp() * (base - rows)).sum(dim=-1)
+        divergences += every[1:].tolist()  # <s> is no content token.
+    assert found.margin == pytest.approx(sum(margins) / len(margins), abs=1e-5)
+    assert found.divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    unsteered = measure_effect(*arguments, {}, encoded, neutral)
+    assert unsteered.divergence == 0
+    assert abs(unsteered.margin - found.margin) > 0.01
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "attn_out", "attn_in"])
+def test_training_improves_on_the_start_at_every_site(open_tiny, site):
+    """Copies of one pair, so that what is learned is what the pairs left out ask for."""
+    tiny, pairs = open_tiny("llama"), [CONTRAST[1]] * 5
+    start = optimise(tiny, site, pairs, steps=1, kl_weight=0.0)
+    found = optimise(tiny, site, pairs, steps=10, kl_weight=0.0)
+    assert sorted(found.vectors) == LAYERS
+    assert found.best > 0
+    assert found.after.margin > max(found.before.margin, start.after.margin) + 0.02
+    assert all(length > 0 and math.isfinite(length) for length in found.lengths.values())
+
+
+def test_same_seed_same_vectors_and_the_model_as_it_was(load_tiny):
+    tiny = load_tiny("llama")
+    before = {name: p.clone() for name, p in tiny.loaded.model.named_parameters()}
+    trained = [p.requires_grad for p in tiny.loaded.model.parameters()]
+    assert any(trained)
+    first, again, other = (optimise(tiny, seed=seed) for seed in (1, 1, 2))
+    for layer in LAYERS:
+        assert torch.equal(first.vectors[layer], again.vectors[layer])
+        assert not torch.equal(first.vectors[layer], other.vectors[layer])
+    assert [p.requires_grad for p in tiny.loaded.model.parameters()] == trained
+    assert all(p.grad is None for p in tiny.loaded.model.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in tiny.loaded.model.named_parameters())
+    assert not any(module._forward_hooks for module in tiny.loaded.model.modules())
+
+
+def test_a_heavier_penalty_keeps_closer_to_the_base(open_tiny):
+    light, heavy = (
+        optimise(open_tiny("llama"), steps=10, kl_weight=weight) for weight in (0.0, 30.0)
+    )
+    assert heavy.after.divergence < light.after.divergence
+    assert heavy.after.margin < light.after.margin
+
+
+def test_early_stopping_keeps_the_best_step(open_tiny, monkeypatch):
+    """A step far too long makes everything worse: the start is kept, and training gives up."""
+    from bake import optimization
+
+    monkeypatch.setattr(optimization, "RATE", 50.0)
+    monkeypatch.setattr(optimization, "CHECK_EVERY", 1)
+    found = optimise(open_tiny("llama"), steps=40, kl_weight=10.0)
+    assert (found.best, found.steps) == (0, optimization.PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": CONTRAST[:4]}, "needs 5 pairs, .* there are 4"),
+        ({"steps": 0}, "0 steps with a KL weight of 0.3: give at least one step"),
+        ({"kl_weight": -1.0}, "a weight of 0 or more"),
+        ({"kl_weight": math.nan}, "a weight of 0 or more"),
+        ({"neutral": [""]}, "neutral prompts hold no content token"),
+    ],
+)
+def test_what_cannot_be_optimised_is_one_line(open_tiny, options, message):
+    with pytest.raises(BakeError, match=message):
+        optimise(open_tiny("llama"), **options)
+
+
+def test_streamed_model_is_refused(open_tiny):
+    tiny = open_tiny("llama")
+    streamed = replace(tiny, loaded=replace(tiny.loaded, weights=object()))
+    encoded = encode_pairs(tiny.tokenizer, CONTRAST)
+    read = read_activations(tiny.loaded, tiny.structure, "mlp_out", encoded, LAYERS)
+    with pytest.raises(BakeError, match="needs the whole model in memory"):
+        optimize_push(
+            streamed.loaded,
+            tiny.structure,
+            "mlp_out",
+            encoded,
+            read,
+            encode(tiny.tokenizer, PROMPTS),
+        )
+
+
+def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergence(tmp_path):
+    """On held-out pairs and neutral texts that training never saw, at the default law's lengths.
+
+    The difference of means is given more divergence than the optimised direction uses.
+    """
+    loaded, tokenizer = load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
+    structure, layers = examine(loaded.model.config).structure, range(3, 8)
+    pairs = read_pairs("cheerful-gloomy")[:60]
+    options = ExtractionOptions(method="optimize", token="mean", steps=30, neutral="openings")
+    found = extract(loaded, structure, "mlp_out", tokenizer, pairs, layers, options)
+    lengths = json.loads(found.metadata[SCALE_KEY])
+    assert sorted(lengths) == ["3", "4", "5", "6", "7"]
+    file = tmp_path / "optimised.safetensors"
+    file.write_bytes(direction_bytes(found))
+    stored = load_direction(file)  # Unit vectors on use; --keep-scale finds the lengths.
+    assert stored.own_lengths(layers) == {layer: lengths[str(layer)] for layer in layers}
+    assert stored.layer(3).norm().item() == pytest.approx(1)
+    assert read_separation(found).pairs == 12  # those left out of the training
+
+    held_out = encode_pairs(tokenizer, read_pairs("cheerful-gloomy.held-out"))
+    neutral = encode(tokenizer, read_prompts("neutral-stories"))[:12]
+    read = read_activations(loaded, structure, "mlp_out", held_out, layers, token="mean")
+    mean = extract(
+        loaded, structure, "mlp_out", tokenizer, pairs, layers, ExtractionOptions(token="mean")
+    )
+
+    def effect(direction, multiplier):
+        push = {
+            layer: direction.layer(layer) * multiplier * float(read.norms[layer].mean()) / 128**0.5
+            for layer in layers
+        }
+        return measure_effect(loaded, structure, "mlp_out", push, held_out, neutral)
+
+    optimised, means = effect(found, 1.0), effect(mean, 0.8)
+    assert min(float(found.layer(layer) @ mean.layer(layer)) for layer in layers) < 0.95
+    assert means.divergence > optimised.divergence > 0
+    base = measure_effect(loaded, structure, "mlp_out", {}, held_out, neutral).margin
+    assert optimised.margin > means.margin > base + 0.3
