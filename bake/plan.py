@@ -186,7 +186,7 @@ def fold_push(rewritten: Rewritten, vectors: Mapping[int, torch.Tensor]) -> tupl
     found = []
     for layer in sorted(vectors):
         for slot in rewritten.slots[layer]:
-            name = rewritten.names.get(slot.bias, slot.bias)
+            name = rewritten.names.get(slot.key, slot.bias)
             old = added[name].double()
             delta = slot.delta(vectors[layer], shape=tuple(old.shape))
             stored = (old + delta).to(added[name].dtype)

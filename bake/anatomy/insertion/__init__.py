@@ -1,0 +1,81 @@
+"""The route `insert`: one extra stock decoder layer after each pushed one, proven on the twin.
+
+Exact where the architecture has no slot at all, at the price of compute; only on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from bake.anatomy.flags import FlagEffect, with_flags
+from bake.anatomy.insertion.filling import Filling, layer_kind, propose_fillings
+from bake.anatomy.insertion.rewriter import Insertion
+from bake.anatomy.twin import Twin, TwinVerdict
+from bake.errors import BakeError, UnsupportedError
+from bake.loading import build_on_meta
+from bake.sites import LayerStructure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# How much louder the embeddings of the twin are for a filling that is exact up to the norm's epsilon over
+# the mean square of the stream: a small random model has a far smaller stream than a trained one.
+_LOUDER = 32.0
+
+
+def find_insertion(
+    config: PreTrainedConfig, twin: Twin, structure: LayerStructure, effects: Sequence[FlagEffect]
+) -> tuple[Insertion, TwinVerdict]:
+    """Find what an inserted layer can hold, and prove it on the twin.
+
+    Raises UnsupportedError with a reason for everything that was tried, and whatever transformers
+    raises for a twin that does not fit.
+    """
+    reasons: list[str] = []
+    loud: Twin | None = None
+    for filling in propose_fillings(twin, structure, effects):
+        prover = twin
+        if filling.source == "squares":
+            prover = loud = loud or _make_louder(config)
+        layers: Any = prover.model.get_submodule(structure.layers)
+        try:
+            insertion = _make(prover.config, structure, filling)
+            verdict = prover.prove_rewriting(structure, "mlp_out", insertion, range(len(layers)))
+        except BakeError as error:
+            reasons.append(str(error))
+            continue
+        if verdict.passed:
+            return _make(config, structure, filling), verdict
+        reasons.append(f"{filling.describe()}: {verdict.reason}")
+    raise UnsupportedError(
+        f"no layer can be inserted that only adds the push: {'; '.join(dict.fromkeys(reasons))}"
+    )
+
+
+def _make(config: PreTrainedConfig, structure: LayerStructure, filling: Filling) -> Insertion:
+    """Return the insertion for a model, the real one or its twin."""
+    model = build_on_meta(with_flags(config, dict(filling.flags)))
+    layers: Any = model.get_submodule(structure.layers)
+    sizes = [
+        sum(parameter.numel() for parameter in layer.parameters())
+        for layer in layers
+        if layer_kind(layer) in filling.kinds
+    ]
+    width = int(config.get_text_config(decoder=True).hidden_size)
+    return Insertion(structure.layers, filling, len(layers), width, max(sizes, default=0))
+
+
+def _make_louder(config: PreTrainedConfig) -> Twin:
+    """Return a twin whose residual stream is as large as a trained model's."""
+    import torch
+
+    twin = Twin(config)
+    embeddings: Any = twin.model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        embeddings.weight.mul_(_LOUDER)
+    twin.logits = twin.run(twin.model)
+    return twin
+
+
+__all__ = ["Insertion", "find_insertion"]
