@@ -18,6 +18,7 @@ from bake.results import print_result as _print
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 # Kept here as text: importing the modules that own these would be cheap, importing torch would not.
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
+ROUTES = ("auto", "native", "flag", "host", "insert")
 SHARDS = ("copy", "hardlink", "symlink")
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
@@ -111,6 +112,12 @@ def _add_export(commands: Any) -> None:
     option("--law", choices=LAWS, help="how α follows from μ (inverse-sqrt-d: α = m·μ/√d)")
     option("--coefficients", metavar="L=α,…", help="explicit α per layer instead of a law")
     option("--site", choices=SITES, help="where the push is added (auto)")
+    option(
+        "--route",
+        choices=ROUTES,
+        help="how the bias comes to exist: already there, by a config flag, in another stock architecture "
+        "that computes the same, or in extra layers, which auto never adds (auto)",
+    )
     option("--slot", choices=("norm", "projection"), help="which bias takes it where both can")
     option(
         "--target",

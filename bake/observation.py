@@ -248,9 +248,7 @@ def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> 
     return BakedRun(stored, logits, choices, missing, padding_error)
 
 
-def _by_parameter(
-    plan: Plan, value: Callable[[SlotEdit], torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _by_parameter(plan: Plan, value: Callable[[SlotEdit], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return {parameter: value}, slots that are parts of one parameter put together."""
     import torch
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake import __version__, hub
 from bake.anatomy import Anatomy, SiteRoute, examine
+from bake.anatomy.insertion import Insertion
 from bake.card import render_card
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
@@ -133,6 +134,7 @@ def export(recipe: Recipe) -> Export:
     check_links(base.checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
     layers, explicit = choose_layers(base.anatomy, recipe)
+    announce_cost(route, layers)
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
 
@@ -240,8 +242,14 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
     """Choose the site's route; announce it where the user left it open, and where it survives."""
     found_at = given.site if given else None
-    route = anatomy.choose(recipe.site, kind=recipe.slot, found_at=found_at, target=recipe.target)
-    if recipe.site == "auto":
+    route = anatomy.choose(
+        recipe.site,
+        kind=recipe.slot,
+        found_at=found_at,
+        target=recipe.target,
+        route=recipe.route,
+    )
+    if recipe.site == "auto" or (recipe.route == "auto" and route.rewriter is not None):
         announce(f"site {route.site}: {route.describe()}")
     announce(describe_survivals(anatomy.survivals(route)))
     if found_at is not None:
@@ -249,6 +257,12 @@ def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> S
         if note:
             announce(note)
     return route
+
+
+def announce_cost(route: SiteRoute, layers: Sequence[int]) -> None:
+    """Say what a route costs that makes the model larger, before anything is done."""
+    if isinstance(route.rewriter, Insertion):
+        announce(route.rewriter.describe_cost(len(layers)))
 
 
 def choose_layers(
@@ -383,12 +397,14 @@ def describe_bake(
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     route = plan.route
+    added = {"added_layers": len(push.layers)} if isinstance(route.rewriter, Insertion) else {}
     return {
         "version": 1,
         "bake_version": __version__,
         "base": base.to_dict(),
         "architecture": base.anatomy.architecture,
         "layer_count": base.anatomy.layer_count,
+        **added,
         "site": route.site,
         "route": route.route,
         "slot": route.to_dict(),

@@ -48,6 +48,7 @@ class Recipe:
     law: str = DEFAULT_LAW
     coefficients: str | None = None
     site: str = "auto"
+    route: str = "auto"
     slot: str | None = None
     target: str | None = None
     convert_site: bool = False

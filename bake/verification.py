@@ -17,6 +17,7 @@ from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import LayerPush, Push
 from bake.completion import check_shards, is_thin, record_proof
 from bake.direction import Direction, load_direction
+from bake.edits import Add, Patch, Rename, Transform
 from bake.equivalence import Equivalence
 from bake.errors import CheckpointError
 from bake.hashing import hash_files
@@ -33,6 +34,7 @@ from bake.plan import Plan, make_plan
 from bake.progress import announce
 from bake.prompts import load_tokenizer
 from bake.resources import DEMO_NAME
+from bake.safetensors_file import encode_tensor, spec_of
 from bake.streaming import Placement
 
 CHUNK = 64 * 1024 * 1024  # bytes compared at a time
@@ -69,7 +71,12 @@ def verify(
     check_shards(directory, recorded)
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
-    route = opened.anatomy.choose(recorded["site"], kind=recorded["slot"]["kind"])
+    route = opened.anatomy.choose(
+        recorded["site"],
+        kind=recorded["slot"]["kind"],
+        route=recorded["slot"]["route"],
+        host=recorded["slot"].get("rewritten_as"),
+    )
     stored_as = recorded["plan"]["dtype"]
     plan = make_plan(
         opened.checkpoint,
@@ -161,24 +168,52 @@ def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
 
 
 def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Plan) -> Iterator[str]:
-    """Yield a phrase for what is stored and neither the base's nor the plan's."""
-    changed = {edit.name for edit in plan.edits}
-    kept = [name for name in base.tensors if name not in changed]
-    missing = [name for name in kept if name not in baked.tensors]
-    extra = [n for n in baked.tensors if n not in base.tensors and n not in changed]
-    differing = [n for n in kept if n in baked.tensors and not _same_bytes(base, baked, n)]
-    for label, names in (
+    """Yield a phrase for what is stored and neither the base's nor the plan's.
+
+    What the plan adds or patches is compared with the slots, bit for bit, by the proof.
+    """
+    changes = {edit.name: edit for edit in plan.edits if not isinstance(edit, Add)}
+    names: dict[str, str] = {}  # {name in the output: name in the base} of what keeps its bytes
+    computed: list[Transform] = []
+    expected = {edit.name for edit in plan.edits if isinstance(edit, Add)}
+    for name in base.tensors:
+        change = changes.get(name)
+        if change is None or isinstance(change, Rename):
+            names[name if change is None else change.new_name] = name
+        elif isinstance(change, Transform):
+            computed.append(change)
+            expected |= set(change.outputs)
+        elif isinstance(change, Patch):
+            expected.add(name)
+    expected |= set(names)
+    missing = sorted(expected - set(baked.tensors))
+    extra = sorted(set(baked.tensors) - expected)
+    present = [name for name in names if name in baked.tensors]
+    differing = [name for name in present if not _same_bytes(base, names[name], baked, name)]
+    differing += [name for edit in computed for name in _miscomputed(base, baked, edit)]
+    for label, found in (
         ("is missing", missing),
         ("is in the checkpoint and neither the base's nor the bake's", extra),
         ("is not the base's", differing),
     ):
-        if names:
-            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            yield f"tensor {names[0]}{others} {label}"
+        if found:
+            others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            yield f"tensor {found[0]}{others} {label}"
 
 
-def _same_bytes(base: Checkpoint, baked: Checkpoint, name: str) -> bool:
-    left, right = base.tensors[name], baked.tensors[name]
+def _miscomputed(base: Checkpoint, baked: Checkpoint, edit: Transform) -> Iterator[str]:
+    """Yield the outputs of a Transform that are stored with other bytes than it makes of the base."""
+    if not all(name in baked.tensors for name in edit.outputs):
+        return  # Told as missing.
+    for name, tensor in edit.function(base.read(edit.name)).items():
+        made, entry = spec_of(name, tensor), baked.tensors[name]
+        same = (made.dtype, made.shape) == (entry.dtype, entry.shape)
+        if not same or encode_tensor(tensor) != baked.read_bytes(name):
+            yield name
+
+
+def _same_bytes(base: Checkpoint, base_name: str, baked: Checkpoint, name: str) -> bool:
+    left, right = base.tensors[base_name], baked.tensors[name]
     if (left.dtype, left.shape, left.size) != (right.dtype, right.shape, right.size):
         return False
     with (

@@ -15,6 +15,7 @@ from bake.anatomy.flags import (
     find_bias_flags,
     parameter_shapes,
 )
+from bake.anatomy.insertion import find_insertion
 from bake.anatomy.rewriting import Rewriter
 from bake.anatomy.slots import (
     Proposal,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 RouteName = Literal["native", "flag", "host", "insert"]
+ROUTES = ("auto", "native", "flag", "host", "insert")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class SiteRoute:
         return {
             "site": self.site,
             "route": self.route,
+            **({"rewritten_as": self.rewriter.name} if self.rewriter is not None else {}),
             "kind": self.kind,
             "flags": dict(self.flags),
             "slots": [slot.to_dict() for slot in self._templates()],
@@ -152,30 +155,42 @@ class Anatomy:
         kind: str | None = None,
         found_at: str | None = None,
         target: str | None = None,
+        route: str = "auto",
+        host: str | None = None,
     ) -> SiteRoute:
         """Return the route for a site, or for `auto` the first exact site in the order of preference.
 
         kind: "norm" or "projection" where a site has both. found_at: the site of a given direction;
-        `auto` considers only sites that suit it. target: only routes that are known to survive in that
-        engine. Raises UnsupportedError with the reason and what works instead.
+        `auto` considers only sites that suit it. route: `native`, `flag`, `host` or `insert`; with
+        `auto` the base is not given extra layers. host: the name of one rewriter. target: only routes
+        that are known to survive in that engine. Raises UnsupportedError with the reason and what
+        works instead.
         """
         if target is not None:
             check_engine(target)
         if site != "auto":
             check_site(site)
+        if route not in ROUTES:
+            raise UnsupportedError(f"unknown route {route!r}; the routes are {', '.join(ROUTES)}")
+        if route == "insert":
+            return self._choose_insertion(site, found_at)
         candidates = [
-            route
-            for route in self.routes
-            if site in ("auto", route.site)
-            and (kind is None or route.kind == kind)
-            and (site != "auto" or found_at is None or suits(found_at, route.site))
+            entry
+            for entry in self.routes
+            if site in ("auto", entry.site)
+            and (kind is None or entry.kind == kind)
+            and (site != "auto" or found_at is None or suits(found_at, entry.site))
+            and (entry.route != "insert" if route == "auto" else entry.route == route)
+            and (host is None or (entry.rewriter is not None and entry.rewriter.name == host))
         ]
         if candidates:
             if target is not None:
                 candidates = self._surviving(candidates, target)
-            return min(candidates, key=lambda route: _PREFERENCE.index(route.site))
+            return min(candidates, key=lambda entry: _PREFERENCE.index(entry.site))
         instead = ", ".join(dict.fromkeys(route.site for route in self.routes)) or NO_SITE
         wanted = "the direction at any site" if site == "auto" else site
+        if route != "auto":
+            wanted += f" by route {route}"
         reason = self.refusals.get(site, f"no {kind or 'such'} slot suits")
         raise UnsupportedError(
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
@@ -207,6 +222,44 @@ class Anatomy:
             f"there: {', '.join(instead) or 'no route that is known'}; "
             f"{first.site} {describe_survivals(self.survivals(first), brief=True)}"
         )
+
+    @cached_property
+    def insertion(self) -> SiteRoute:
+        """The route `insert`, proven on the twin when it is first asked for.
+
+        Raises UnsupportedError with the reason where no layer can be inserted.
+        """
+        import torch
+
+        with single_thread(), torch.random.fork_rng(devices=[]):
+            try:
+                return _Examination(self.config).insertion()
+            except TWIN_ERRORS as error:
+                raise UnsupportedError(
+                    f"{self.model_type}: no layer can be inserted, the twin cannot be baked "
+                    f"({_one_line(error)})"
+                ) from error
+
+    def with_insertion(self) -> Anatomy:
+        """Return the anatomy with the route `insert` among its routes, or why there is none."""
+        try:
+            return replace(self, routes=(*self.routes, self.insertion))
+        except UnsupportedError as error:
+            return replace(self, refusals={**self.refusals, "insert": str(error)})
+
+    def _choose_insertion(self, site: str, found_at: str | None) -> SiteRoute:
+        found = self.insertion
+        if site not in ("auto", found.site):
+            raise UnsupportedError(
+                f"an inserted layer adds to the residual stream at {found.site}, not at {site}; "
+                f"leave --site out"
+            )
+        if site == "auto" and found_at is not None and not suits(found_at, found.site):
+            raise UnsupportedError(
+                f"the direction was found at {found_at}, and an inserted layer adds at {found.site}; "
+                f"find it there (bake direction --site {found.site})"
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -307,6 +360,21 @@ class _Examination:
             routes=tuple(routes),
             refusals=refusals,
             config=self.config,
+        )
+
+    def insertion(self) -> SiteRoute:
+        """Find and prove what an extra layer can hold; see `Anatomy.insertion`."""
+        rewriter, verdict = find_insertion(self.config, self.twin, self.structure, self.effects)
+        return SiteRoute(
+            site="mlp_out",
+            route="insert",
+            kind="write",
+            flags=dict(rewriter.filling.flags),
+            slots={},
+            new_parameters={},
+            twin=verdict,
+            layers=tuple(range(self.layer_count)),
+            rewriter=rewriter,
         )
 
     @cached_property

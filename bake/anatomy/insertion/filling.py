@@ -138,9 +138,15 @@ class _Bench:
         )
         scale = self.structure.attention_scale
         yield Filling("squares", None, units, (), kinds, scale)
+        wide = {
+            name
+            for layer in plain
+            for name, parameter in layer.named_parameters()
+            if parameter.shape == (self.twin.hidden_size,)
+        }
         for name, unit in dict.fromkeys((c.parameter, c.value) for c in units):
             # Behind the MLP a norm can take the push, if its weight is what multiplies.
-            if unit == 1.0:
+            if unit == 1.0 and name in wide:
                 others = tuple(c for c in units if c.parameter != name)
                 yield Filling("squares", Slot(name, scale=scale), others, (), kinds, scale)
 
@@ -179,13 +185,16 @@ class _Bench:
                 yield _filling(source, slot, constants, kind)
                 continue
             for name, unit in self._units(index):
-                if name in (slot.bias, *(c.parameter for c in constants)):
+                taken = name in (slot.bias, *(c.parameter for c in constants))
+                if taken or layer.get_parameter(name).shape != (self.twin.hidden_size,):
                     continue
                 if unit == 1.0:
                     whole = Constant(slot.bias, 1.0, first_column=slot.axis is not None)
                     yield _filling(source, Slot(name), (*constants, whole), kind)
                 elif (epsilon := _epsilon(layer, name)) is not None:
-                    small = Slot(slot.bias, scale=GAIN / epsilon**0.5, axis=slot.axis, span=slot.span)
+                    small = Slot(
+                        slot.bias, scale=GAIN / epsilon**0.5, axis=slot.axis, span=slot.span
+                    )
                     yield _filling(source, small, (*constants, Constant(name, GAIN)), kind)
 
     def _sources(

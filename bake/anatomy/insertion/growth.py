@@ -118,9 +118,7 @@ def check_growth(
         found, wanted = _facts(new[index], index), facts[place.source]
         if found != wanted:
             differing = sorted(
-                name
-                for name in found.keys() | wanted.keys()
-                if found.get(name) != wanted.get(name)
+                name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
             )
             raise UnsupportedError(
                 f"{model_type}: what a layer is follows from its number ({differing[0]} of layer "

@@ -164,7 +164,9 @@ class _Rewriting:
                 if inside == parameter or f"{self.insertion.path}.{source}.{inside}" in self.plain:
                     continue
                 code = self._beside(source, inside).dtype
-                yield Add(self.disk.name(index, inside), torch.zeros(shape, dtype=self._dtype(code)))
+                yield Add(
+                    self.disk.name(index, inside), torch.zeros(shape, dtype=self._dtype(code))
+                )
 
     def new_layers(self) -> Iterator[Edit]:
         """Yield the tensors of the inserted layers, zero but for the filling's constants and slots."""
@@ -326,9 +328,7 @@ class _Rewriting:
         return torch_dtype(self.dtype or code)
 
 
-def _output_projections(
-    layer: Mapping[str, TensorEntry], width: int
-) -> Iterator[tuple[str, int]]:
+def _output_projections(layer: Mapping[str, TensorEntry], width: int) -> Iterator[tuple[str, int]]:
     """Yield (name, inner size) of matrices (hidden size, inner) with room for all squares twice."""
     for inside, entry in layer.items():
         shape = entry.shape
