@@ -8,17 +8,24 @@ from functools import cache
 import pytest
 import torch
 from conftest import TinyModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bake.anatomy import examine
-from bake.anatomy.insertion.growth import Place, arrange, check_growth, grow_config
+from bake.anatomy.insertion.growth import (
+    Place,
+    arrange,
+    check_growth,
+    grow_config,
+    plan_growth,
+)
 from bake.anatomy.twin import build_random
 from bake.api import export, inspect, verify
 from bake.checkpoint import open_checkpoint
-from bake.coefficients import LayerPush, Push
 from bake.cli import main
+from bake.coefficients import LayerPush, Push
 from bake.direction import Direction, direction_bytes
-from bake.edits import Rename
+from bake.edits import Drop, Rename
 from bake.errors import UnsupportedError
 from bake.loading import build_on_meta
 from bake.plan import make_plan
@@ -162,6 +169,63 @@ def test_large_zero_matrices_take_no_memory(tmp_path):
     assert matrix.untyped_storage().nbytes() == 4
 
 
+def test_another_dtype_is_written_for_old_and_new_layers_alike(tmp_path):
+    save_base("qwen3", tmp_path / "base")
+    checkpoint = open_checkpoint(str(tmp_path / "base"))
+    anatomy = examine(config_of("qwen3"))
+    plan = make_plan(checkpoint, anatomy, route_of("qwen3"), push_of(), dtype="bfloat16")
+    (tmp_path / "baked").mkdir()
+    write_weights(checkpoint, plan.edits, tmp_path / "baked")
+    write_config(checkpoint, plan.config_changes, tmp_path / "baked")
+    baked = open_checkpoint(str(tmp_path / "baked"))
+    assert {entry.dtype for entry in checkpoint.tensors.values()} == {"F32"}
+    assert {entry.dtype for entry in baked.tensors.values()} == {"BF16"}
+    moved = baked.read("model.layers.5.mlp.up_proj.weight")
+    old = checkpoint.read("model.layers.3.mlp.up_proj.weight")
+    assert torch.equal(moved, old.bfloat16())
+
+
+def test_layers_beyond_the_last_are_left_out(tmp_path):
+    """Checkpoints with multi-token prediction carry one more layer, which would become a real one."""
+    model = save_base("qwen3", tmp_path / "base")
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    tensors["model.layers.4.eh_proj.weight"] = torch.ones(HIDDEN, 2 * HIDDEN)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    plan, _ = bake_into("qwen3", tmp_path / "base", tmp_path / "baked", push_of())
+    baked = open_checkpoint(str(tmp_path / "baked"))
+    assert Drop("model.layers.4.eh_proj.weight") in plan.edits
+    assert not [name for name in baked.tensors if name.endswith("eh_proj.weight")]
+
+
+def test_the_cheapest_layer_that_fits_is_inserted():
+    """A mixture of experts with a dense layer gets dense layers, where its config can say so."""
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        **COMMON,
+        head_dim=8,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    insertion = examine(config).choose("auto", route="insert").rewriter
+    growth = plan_growth(config, config.to_dict(), insertion.path, insertion.filling, [2])
+    assert growth.changes["mlp_only_layers"] == [0, 3]
+    dense = sum(p.numel() for p in growth.model.get_submodule("model.layers.3").parameters())
+    sparse = sum(p.numel() for p in growth.model.get_submodule("model.layers.2").parameters())
+    assert insertion.layer_parameters == dense < sparse
+
+
+def test_quantised_layers_are_refused_in_one_line(tmp_path):
+    save_base("qwen3", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match="float checkpoints only"):
+        bake_into("qwen3", tmp_path / "base", tmp_path / "baked", push_of())
+
+
 def test_a_fused_expert_is_one_slot_for_every_expert(tmp_path):
     save_base("mixtral", tmp_path / "base")
     plan, _ = bake_into("mixtral", tmp_path / "base", tmp_path / "baked", push_of((1,)))
@@ -246,7 +310,7 @@ def exported(make_model, tmp_path_factory, prompts_file):
 
 
 def test_a_bfloat16_export_is_proven_and_its_card_tells_the_cost(exported):
-    base, result = exported
+    _, result = exported
     assert result.equivalence.passed
     assert result.equivalence.loading_info_clean
     assert result.equivalence.greedy_equal

@@ -15,7 +15,7 @@ from bake.anatomy.flags import (
     find_bias_flags,
     parameter_shapes,
 )
-from bake.anatomy.insertion import find_insertion
+from bake.anatomy.insertion import Insertion, find_insertion
 from bake.anatomy.rewriting import Rewriter
 from bake.anatomy.slots import (
     Proposal,
@@ -100,6 +100,11 @@ class SiteRoute:
                 count *= size
             total += count
         return total
+
+    @property
+    def caveat(self) -> str | None:
+        """Why the real model may show an error that the twin did not; None where it cannot."""
+        return self.rewriter.caveat if isinstance(self.rewriter, Insertion) else None
 
     def describe(self) -> str:
         """Say in a phrase how the route works, for `bake inspect` and announcements."""

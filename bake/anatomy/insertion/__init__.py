@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bake.anatomy.flags import FlagEffect, with_flags
-from bake.anatomy.insertion.filling import Filling, layer_kind, propose_fillings
+from bake.anatomy.flags import FlagEffect
+from bake.anatomy.insertion.filling import Filling, propose_fillings
+from bake.anatomy.insertion.growth import plan_growth
 from bake.anatomy.insertion.rewriter import Insertion
 from bake.anatomy.twin import Twin, TwinVerdict
 from bake.errors import BakeError, UnsupportedError
@@ -17,6 +18,7 @@ from bake.loading import build_on_meta
 from bake.sites import LayerStructure
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig
 
 # How much louder the embeddings of the twin are for a filling that is exact up to the norm's epsilon over
@@ -38,15 +40,15 @@ def find_insertion(
         prover = twin
         if filling.source == "squares":
             prover = loud = loud or _make_louder(config)
-        layers: Any = prover.model.get_submodule(structure.layers)
         try:
             insertion = _make(prover.config, structure, filling)
-            verdict = prover.prove_rewriting(structure, "mlp_out", insertion, range(len(layers)))
+            layers = range(insertion.layer_count)
+            verdict = prover.prove_rewriting(structure, "mlp_out", insertion, layers)
+            if verdict.passed:
+                return _make(config, structure, filling), verdict
         except BakeError as error:
             reasons.append(str(error))
             continue
-        if verdict.passed:
-            return _make(config, structure, filling), verdict
         reasons.append(f"{filling.describe()}: {verdict.reason}")
     raise UnsupportedError(
         f"no layer can be inserted that only adds the push: {'; '.join(dict.fromkeys(reasons))}"
@@ -54,16 +56,20 @@ def find_insertion(
 
 
 def _make(config: PreTrainedConfig, structure: LayerStructure, filling: Filling) -> Insertion:
-    """Return the insertion for a model, the real one or its twin."""
-    model = build_on_meta(with_flags(config, dict(filling.flags)))
-    layers: Any = model.get_submodule(structure.layers)
-    sizes = [
+    """Return the insertion for a model, the real one or its twin; raise where it cannot grow."""
+    count = len(_layers(build_on_meta(config), structure))
+    growth = plan_growth(config, config.to_dict(), structure.layers, filling, range(count))
+    largest = max(
         sum(parameter.numel() for parameter in layer.parameters())
-        for layer in layers
-        if layer_kind(layer) in filling.kinds
-    ]
+        for layer, place in zip(_layers(growth.model, structure), growth.places, strict=True)
+        if place.inserted
+    )
     width = int(config.get_text_config(decoder=True).hidden_size)
-    return Insertion(structure.layers, filling, len(layers), width, max(sizes, default=0))
+    return Insertion(structure.layers, filling, count, width, largest)
+
+
+def _layers(model: nn.Module, structure: LayerStructure) -> Any:
+    return model.get_submodule(structure.layers)
 
 
 def _make_louder(config: PreTrainedConfig) -> Twin:

@@ -228,9 +228,10 @@ class _Bench:
         """Yield (weight of a norm, the value that makes it do nothing): one, or zero for 1 + weight."""
         for name, tensor in self.fresh[index].items():
             leaf = name.rpartition(".")[2]
-            if tensor.ndim == 1 and "bias" not in leaf and _is_constant(tensor):
-                if float(tensor[0]) in (0.0, 1.0):
-                    yield name, float(tensor[0])
+            if tensor.ndim != 1 or "bias" in leaf or not _is_constant(tensor):
+                continue
+            if float(tensor[0]) in (0.0, 1.0):
+                yield name, float(tensor[0])
 
     def _measured(self, tried: Filling, index: int, kind: frozenset[str]) -> Filling | None:
         """Return the filling with the scale that it has on the twin; None where it moves no constant."""

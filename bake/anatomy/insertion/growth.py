@@ -8,12 +8,19 @@ argued from names: the grown model is built on the meta device and compared with
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
+from bake.anatomy.flags import with_flags
+from bake.anatomy.insertion.filling import Filling, layer_kind
+from bake.config_text import edit_json
 from bake.errors import UnsupportedError
+from bake.loading import build_on_meta
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +46,87 @@ class Place:
 
     source: int
     inserted: bool = False
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A grown model: its layers, the changes to config.json, and itself on the meta device."""
+
+    places: tuple[Place, ...]
+    changes: Mapping[str, Any]
+    model: nn.Module
+
+
+def plan_growth(
+    config: PreTrainedConfig,
+    values: Mapping[str, Any],
+    path: str,
+    filling: Filling,
+    layers: Sequence[int],
+) -> Growth:
+    """Decide what layers are put in and what the config says then.
+
+    config: the base's. values: the JSON of its config.json. path: of the list of decoder layers. An
+    inserted layer is the cheapest that can be filled, where the config has a place for its kind, or
+    else of the kind of the layer before it. Raises UnsupportedError where old layers would not stay
+    what they are.
+    """
+    flagged = with_flags(config, dict(filling.flags))
+    before = build_on_meta(flagged)
+    old: Any = before.get_submodule(path)
+    refusal = UnsupportedError(
+        f"{config.model_type}: none of its layers is of a kind on which an inserted layer was proven"
+    )
+    for donors in _choose_donors(old, filling, layers):
+        places = arrange(len(old), donors)
+        changes = {**dict(filling.flags), **grow_config(flagged, places)}
+        changes = {_as_spelled(key, values): value for key, value in changes.items()}
+        try:
+            after = _build(values, changes)
+            check_growth(before, after, path, places, config.model_type)
+        except UnsupportedError as error:
+            refusal = error
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            refusal = UnsupportedError(
+                f"{config.model_type}: no config with more layers ({reason})"
+            )
+        else:
+            return Growth(places, changes, after)
+    raise refusal
+
+
+def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Yield choices of {pushed layer: the layer whose kind is put after it}, the best first."""
+    fit = {
+        index: sum(parameter.numel() for parameter in layer.parameters())
+        for index, layer in enumerate(old)
+        if layer_kind(layer) in filling.kinds
+    }
+    if not fit:
+        return
+    nearest = {layer: min(fit, key=lambda index: (abs(index - layer), index)) for layer in layers}
+    cheapest = {
+        layer: min(fit, key=lambda index: (fit[index], abs(index - layer), index))
+        for layer in layers
+    }
+    yield cheapest
+    if nearest != cheapest:
+        yield nearest
+
+
+def _build(values: Mapping[str, Any], changes: Mapping[str, Any]) -> nn.Module:
+    """Build the model that the written config.json will describe, on the meta device."""
+    from transformers import CONFIG_MAPPING
+
+    text = edit_json(json.dumps(values), changes)
+    return build_on_meta(CONFIG_MAPPING[values["model_type"]].from_dict(json.loads(text)))
+
+
+def _as_spelled(key: str, values: Mapping[str, Any]) -> str:
+    """Return a key as config.json has it: a wrapper's decoder may be saved on its own, unnested."""
+    parent, _, inside = key.partition(".")
+    return inside if inside and parent not in values else key
 
 
 def arrange(count: int, donors: Mapping[int, int]) -> tuple[Place, ...]:

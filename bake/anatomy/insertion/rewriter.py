@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bake.anatomy.flags import Shapes, parameter_shapes, with_flags
-from bake.anatomy.insertion.filling import Filling, layer_kind, set_constant
-from bake.anatomy.insertion.growth import Place, arrange, check_growth, grow_config
-from bake.anatomy.insertion.layers_on_disk import LayersOnDisk, find_layers
+from bake.anatomy.flags import Shapes, parameter_shapes
+from bake.anatomy.insertion.filling import Filling, set_constant
+from bake.anatomy.insertion.growth import Growth, plan_growth
+from bake.anatomy.insertion.layers_on_disk import find_layers
 from bake.anatomy.rewriting import Rewritten
-from bake.config_text import edit_json
 from bake.edits import Add, Drop, Edit, Rename, Transform
 from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import build_on_meta
@@ -26,7 +25,6 @@ from bake.sites import Slot
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedConfig
 
     from bake.checkpoint import Checkpoint
@@ -68,6 +66,16 @@ class Insertion:
             f"model's compute"
         )
 
+    @property
+    def caveat(self) -> str | None:
+        """What the route is exact up to; None where nothing is to be said."""
+        if self.filling.source != "squares" or self.filling.slot is not None:
+            return None
+        return (
+            "summed squares are exact up to the norm's epsilon over the mean square of the residual "
+            "stream, which is too small for that in a pushed layer of this model"
+        )
+
     def describe_cost(self, layers: int) -> str:
         """Say what `layers` pushed layers cost."""
         return (
@@ -84,27 +92,12 @@ class Insertion:
         dtype: str | None = None,
     ) -> Rewritten:
         """See `Rewriter`. Raises UnsupportedError where old layers would not stay what they are."""
-        flags = dict(self.filling.flags)
-        flagged = with_flags(config, flags)
-        before = build_on_meta(flagged)
-        old: Any = before.get_submodule(self.path)
-        places = arrange(len(old), self._find_donors(old, layers, config.model_type))
-        changes = {**flags, **grow_config(flagged, places)}
-        after = _build_grown(checkpoint, config, changes)
-        check_growth(before, after, self.path, places, config.model_type)
-        plain = parameter_shapes(build_on_meta(config)) if flags else parameter_shapes(before)
-        work = _Rewriting(self, checkpoint, places, after, plain, dtype)
+        values = json.loads(checkpoint.config_text)
+        growth = plan_growth(config, values, self.path, self.filling, layers)
+        plain = parameter_shapes(build_on_meta(config))
+        work = _Rewriting(self, checkpoint, growth, plain, dtype)
         edits = [*work.old_layers(), *work.new_biases(), *work.new_layers()]
-        return Rewritten(tuple(edits), changes, work.slots, work.names)
-
-    def _find_donors(self, old: Any, layers: Sequence[int], model_type: str) -> dict[int, int]:
-        """Return {pushed layer: the layer whose kind is inserted after it}: itself if it can be."""
-        fit = [index for index, layer in enumerate(old) if layer_kind(layer) in self.filling.kinds]
-        if not fit:
-            raise UnsupportedError(
-                f"{model_type}: none of its layers is of a kind on which an inserted layer was proven"
-            )
-        return {layer: min(fit, key=lambda index: (abs(index - layer), index)) for layer in layers}
+        return Rewritten(tuple(edits), growth.changes, work.slots, work.names)
 
 
 class _Rewriting:
@@ -114,23 +107,21 @@ class _Rewriting:
         self,
         insertion: Insertion,
         checkpoint: Checkpoint,
-        places: Sequence[Place],
-        after: nn.Module,
+        growth: Growth,
         plain: Shapes,
         dtype: str | None,
     ) -> None:
         self.insertion = insertion
         self.filling = insertion.filling
         self.checkpoint = checkpoint
-        self.places = places
-        self.after: Any = after.get_submodule(insertion.path)
-        self.after_shapes = parameter_shapes(after)
+        self.places = growth.places
+        self.after: Any = growth.model.get_submodule(insertion.path)
+        self.after_shapes = parameter_shapes(growth.model)
         self.plain = plain
         self.dtype = dtype
-        count = sum(not place.inserted for place in places)
-        self.disk = find_layers(checkpoint, insertion.path, count)
+        self.disk = find_layers(checkpoint, insertion.path, insertion.layer_count)
         self.moved = {
-            place.source: index for index, place in enumerate(places) if not place.inserted
+            place.source: index for index, place in enumerate(self.places) if not place.inserted
         }
         self.width = insertion.hidden_size
         self.slots: dict[int, tuple[Slot, ...]] = {}
@@ -334,14 +325,6 @@ def _output_projections(layer: Mapping[str, TensorEntry], width: int) -> Iterato
         shape = entry.shape
         if len(shape) == 2 and shape[0] == width and shape[1] >= 2 * width and "attn" not in inside:
             yield inside, shape[1]
-
-
-def _build_grown(
-    checkpoint: Checkpoint, config: PreTrainedConfig, changes: Mapping[str, Any]
-) -> nn.Module:
-    """Build the model that the written config.json will describe, on the meta device."""
-    values = json.loads(edit_json(checkpoint.config_text, changes))
-    return build_on_meta(type(config).from_dict(values))
 
 
 def _convert(name: str, new_name: str, entry: TensorEntry, code: str) -> Transform:
