@@ -369,7 +369,9 @@ class _Examination:
 
     def insertion(self) -> SiteRoute:
         """Find and prove what an extra layer can hold; see `Anatomy.insertion`."""
-        rewriter, verdict = find_insertion(self.config, self.twin, self.structure, self.effects)
+        rewriter, verdict = find_insertion(
+            self.config, self.twin, lambda: Twin(self.config), self.structure, self.effects
+        )
         return SiteRoute(
             site="mlp_out",
             route="insert",

@@ -5,7 +5,7 @@ Exact where the architecture has no slot at all, at the price of compute; only o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import FlagEffect
@@ -27,10 +27,15 @@ _LOUDER = 32.0
 
 
 def find_insertion(
-    config: PreTrainedConfig, twin: Twin, structure: LayerStructure, effects: Sequence[FlagEffect]
+    config: PreTrainedConfig,
+    twin: Twin,
+    make_twin: Callable[[], Twin],
+    structure: LayerStructure,
+    effects: Sequence[FlagEffect],
 ) -> tuple[Insertion, TwinVerdict]:
     """Find what an inserted layer can hold, and prove it on the twin.
 
+    structure: the twin's. make_twin: makes another like `twin`. effects: its config's bias flags.
     Raises UnsupportedError with a reason for everything that was tried, and whatever transformers
     raises for a twin that does not fit.
     """
@@ -39,7 +44,7 @@ def find_insertion(
     for filling in propose_fillings(twin, structure, effects):
         prover = twin
         if filling.source == "squares":
-            prover = loud = loud or _make_louder(config)
+            prover = loud = loud or _make_louder(make_twin())
         try:
             insertion = _make(prover.config, structure, filling)
             layers = range(insertion.layer_count)
@@ -72,11 +77,10 @@ def _layers(model: nn.Module, structure: LayerStructure) -> Any:
     return model.get_submodule(structure.layers)
 
 
-def _make_louder(config: PreTrainedConfig) -> Twin:
-    """Return a twin whose residual stream is as large as a trained model's."""
+def _make_louder(twin: Twin) -> Twin:
+    """Give a twin a residual stream as large as a trained model's."""
     import torch
 
-    twin = Twin(config)
     embeddings: Any = twin.model.get_input_embeddings()  # type: ignore[operator]
     with torch.no_grad():
         embeddings.weight.mul_(_LOUDER)
