@@ -209,7 +209,7 @@ def test_the_cheapest_layer_that_fits_is_inserted():
         mlp_only_layers=[0],
     )
     insertion = examine(config).choose("auto", route="insert").rewriter
-    growth = plan_growth(config, config.to_dict(), insertion.path, insertion.filling, [2])
+    growth = plan_growth(config, config.to_json_string(), insertion.path, insertion.filling, [2])
     assert growth.changes["mlp_only_layers"] == [0, 3]
     dense = sum(p.numel() for p in growth.model.get_submodule("model.layers.3").parameters())
     sparse = sum(p.numel() for p in growth.model.get_submodule("model.layers.2").parameters())

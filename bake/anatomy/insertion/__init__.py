@@ -63,7 +63,8 @@ def find_insertion(
 def _make(config: PreTrainedConfig, structure: LayerStructure, filling: Filling) -> Insertion:
     """Return the insertion for a model, the real one or its twin; raise where it cannot grow."""
     count = len(_layers(build_on_meta(config), structure))
-    growth = plan_growth(config, config.to_dict(), structure.layers, filling, range(count))
+    text = config.to_json_string(use_diff=False)
+    growth = plan_growth(config, text, structure.layers, filling, range(count))
     largest = max(
         sum(parameter.numel() for parameter in layer.parameters())
         for layer, place in zip(_layers(growth.model, structure), growth.places, strict=True)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -59,18 +61,19 @@ class Growth:
 
 def plan_growth(
     config: PreTrainedConfig,
-    values: Mapping[str, Any],
+    config_text: str,
     path: str,
     filling: Filling,
     layers: Sequence[int],
 ) -> Growth:
     """Decide what layers are put in and what the config says then.
 
-    config: the base's. values: the JSON of its config.json. path: of the list of decoder layers. An
+    config: the base's. config_text: its config.json. path: of the list of decoder layers. An
     inserted layer is the cheapest that can be filled, where the config has a place for its kind, or
     else of the kind of the layer before it. Raises UnsupportedError where old layers would not stay
     what they are.
     """
+    values = json.loads(config_text)
     flagged = with_flags(config, dict(filling.flags))
     before = build_on_meta(flagged)
     old: Any = before.get_submodule(path)
@@ -82,11 +85,11 @@ def plan_growth(
         changes = {**dict(filling.flags), **grow_config(flagged, places)}
         changes = {_as_spelled(key, values): value for key, value in changes.items()}
         try:
-            after = _build(values, changes)
+            after = _build(edit_json(config_text, changes))
             check_growth(before, after, path, places, config.model_type)
         except UnsupportedError as error:
             refusal = error
-        except (StrictDataclassError, TypeError, ValueError) as error:
+        except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             refusal = UnsupportedError(
                 f"{config.model_type}: no config with more layers ({reason})"
@@ -115,12 +118,13 @@ def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterato
         yield nearest
 
 
-def _build(values: Mapping[str, Any], changes: Mapping[str, Any]) -> nn.Module:
-    """Build the model that the written config.json will describe, on the meta device."""
-    from transformers import CONFIG_MAPPING
+def _build(config_text: str) -> nn.Module:
+    """Build the model that a config.json describes, on the meta device, as transformers reads it."""
+    from transformers import AutoConfig
 
-    text = edit_json(json.dumps(values), changes)
-    return build_on_meta(CONFIG_MAPPING[values["model_type"]].from_dict(json.loads(text)))
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(config_text, encoding="utf-8")
+        return build_on_meta(AutoConfig.from_pretrained(directory))
 
 
 def _as_spelled(key: str, values: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ compute. Old layers keep their bytes and get new numbers.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,8 +91,7 @@ class Insertion:
         dtype: str | None = None,
     ) -> Rewritten:
         """See `Rewriter`. Raises UnsupportedError where old layers would not stay what they are."""
-        values = json.loads(checkpoint.config_text)
-        growth = plan_growth(config, values, self.path, self.filling, layers)
+        growth = plan_growth(config, checkpoint.config_text, self.path, self.filling, layers)
         plain = parameter_shapes(build_on_meta(config))
         work = _Rewriting(self, checkpoint, growth, plain, dtype)
         edits = [*work.old_layers(), *work.new_biases(), *work.new_layers()]
