@@ -20,7 +20,7 @@ from bake.anatomy.insertion.growth import (
     plan_growth,
 )
 from bake.anatomy.twin import build_random
-from bake.api import export, inspect, verify
+from bake.api import estimate, export, inspect, verify
 from bake.checkpoint import open_checkpoint
 from bake.cli import main
 from bake.coefficients import LayerPush, Push
@@ -30,6 +30,7 @@ from bake.errors import UnsupportedError
 from bake.loading import build_on_meta
 from bake.plan import make_plan
 from bake.steering import steered
+from bake.thin import check_route
 from bake.writer import write_config, write_weights
 
 HIDDEN, LAYERS, PUSHED = 32, 4, (1, 2)
@@ -338,6 +339,22 @@ def test_a_bfloat16_export_reloads_and_continues_as_the_hooked_base(exported):
     assert not torch.equal(alone, continued)
     assert (logits_of(baked.eval(), ids) - wanted).abs().max() < 5e-3 * effect
     assert torch.equal(greedily(baked, ids), continued)
+
+
+def test_an_estimate_counts_the_new_layers(exported, capsys):
+    base, result = exported
+    found = estimate(str(base), route="insert", multiplier=2.0)
+    weights = [p for p in result.output.glob("*.safetensors") if p.name.startswith("model")]
+    assert sum(entry.bytes for entry in found.files) == sum(p.stat().st_size for p in weights)
+    assert sum(p.stat().st_size for p in weights) > 1.2 * found.base_bytes
+    assert found.route == "insert"
+    assert "3 decoder layers are added to 6" in capsys.readouterr().err
+
+
+def test_a_thin_bake_cannot_insert(exported):
+    route = exported[1].plan.route
+    with pytest.raises(UnsupportedError, match="the weights are rewritten"):
+        check_route(exported[1].base.anatomy, route)
 
 
 def test_verify_rebuilds_an_inserted_bake(exported):
