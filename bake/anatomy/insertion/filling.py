@@ -148,7 +148,8 @@ class _Bench:
             # Behind the MLP a norm can take the push, if its weight is what multiplies.
             if unit == 1.0 and name in wide:
                 others = tuple(c for c in units if c.parameter != name)
-                yield Filling("squares", Slot(name, scale=scale), others, (), kinds, scale)
+                having = frozenset(kind for kind in kinds if name in kind)
+                yield Filling("squares", Slot(name, scale=scale), others, (), having, scale)
 
     def with_needed_flags(self, found: Filling, effects: Sequence[FlagEffect]) -> Filling:
         """Return the filling with those flags only that create its parameters."""

@@ -228,6 +228,8 @@ def _facts(layer: nn.Module, index: int) -> dict[str, Any]:
         for key, value in vars(module).items():
             if key.startswith("_") or not isinstance(value, bool | int | float | str | None):
                 continue
-            numbered = type(value) is int and value == index and _NUMBER_OF_THE_LAYER.search(key)
+            # A layer with two attentions counts them in this number; it is where the cache keeps them.
+            counted = key == "layer_idx" or (value == index and _NUMBER_OF_THE_LAYER.search(key))
+            numbered = type(value) is int and counted
             facts[f"{name}.{key}"] = "its number" if numbered else value
     return facts

@@ -47,7 +47,7 @@ def find_layers(checkpoint: Checkpoint, path: str, count: int) -> LayersOnDisk:
     found: dict[str, dict[int, dict[str, TensorEntry]]] = {}
     for name, entry in checkpoint.tensors.items():
         match = pattern.fullmatch(name)
-        if match and not _OTHER_TOWERS.search(match[1]):
+        if match and (_OTHER_TOWERS.search(path) or not _OTHER_TOWERS.search(match[1])):
             found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = entry
     complete = [prefix for prefix, layers in found.items() if set(range(count)) <= set(layers)]
     if not complete:
