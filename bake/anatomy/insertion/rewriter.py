@@ -170,6 +170,8 @@ class _Rewriting:
             if self.filling.slot is None:
                 self.slots[pushed] = tuple(downs)
             else:
+                if self.filling.slot.bias not in held:
+                    raise self._absent(place.source, self.filling.slot.bias)
                 bias = f"{self.insertion.path}.{index}.{self.filling.slot.bias}"
                 self.slots[pushed] = (replace(self.filling.slot, bias=bias),)
                 self.names[bias] = self.disk.name(index, self.filling.slot.bias)
@@ -198,11 +200,8 @@ class _Rewriting:
         for constant in self.filling.constants:
             if constant.parameter not in held and self.filling.source == "squares":
                 continue  # A norm that layers of another kind have.
-            name = self.disk.name(donor, constant.parameter)
             if constant.parameter not in held:
-                raise CheckpointError(
-                    f"{self.checkpoint.model_id} has no tensor {name}; is the checkpoint complete?"
-                )
+                raise self._absent(donor, constant.parameter)
             key = (constant, tuple(held[constant.parameter].shape))
             held[constant.parameter] = self._share(key, held[constant.parameter], constant)
         return held
@@ -312,6 +311,12 @@ class _Rewriting:
                 f"the new {bias} would stand; is the checkpoint complete?"
             )
         return entry
+
+    def _absent(self, layer: int, inside: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.checkpoint.model_id} has no tensor {self.disk.name(layer, inside)}, or calls it "
+            f"otherwise on disk"
+        )
 
     def _dtype(self, code: str) -> torch.dtype:
         return torch_dtype(self.dtype or code)
