@@ -397,7 +397,7 @@ def describe_bake(
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     route = plan.route
-    added = {"added_layers": len(push.layers)} if isinstance(route.rewriter, Insertion) else {}
+    added = {"added_layers": count_added_layers(plan)} if count_added_layers(plan) else {}
     return {
         "version": 1,
         "bake_version": __version__,
@@ -416,6 +416,12 @@ def describe_bake(
     }
 
 
+def count_added_layers(plan: Plan) -> int:
+    """Return how many decoder layers the output has beyond its base's."""
+    inserts = isinstance(plan.route.rewriter, Insertion)
+    return len({edit.layer for edit in plan.slot_edits}) if inserts else 0
+
+
 def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
     """Return the phrases that the card needs beside the values of `bake.json`."""
     known = direction.metadata
@@ -430,6 +436,7 @@ def card_words(base: Base, plan: Plan, direction: Direction) -> dict[str, Any]:
     return {
         "site_description": DESCRIPTIONS[plan.route.site],
         "slots": plan.route.describe(),
+        "added_layers": count_added_layers(plan),
         "config_changes": dict(plan.config_changes),
         "direction_story": story,
     }
