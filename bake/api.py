@@ -64,8 +64,15 @@ def estimate(model: str, **options: Any) -> Estimate:
 
 
 def inspect(model: str, *, revision: str | None = None) -> Anatomy:
-    """Say which sites and routes of a model are exact, and why others are not; from its config."""
-    return examine(read_config(open_description(find_model(model), revision=revision)))
+    """Say which sites and routes of a model are exact, and why others are not; from its config.
+
+    An extra layer is tried where `mlp_out` has no slot in place: it costs compute, and a second here.
+    """
+    anatomy = examine(read_config(open_description(find_model(model), revision=revision)))
+    in_place = any(
+        route.site == "mlp_out" and route.route in ("native", "flag") for route in anatomy.routes
+    )
+    return anatomy if in_place else anatomy.with_insertion()
 
 
 def inspect_all() -> list[CatalogueEntry]:

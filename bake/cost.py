@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bake.anatomy.insertion import Insertion
 from bake.checkpoint import Checkpoint
 from bake.disk_names import DiskNames
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
@@ -24,6 +25,7 @@ from bake.pairs import read_pairs
 from bake.pipeline import (
     EQUIVALENCE_PROMPTS,
     Base,
+    announce_cost,
     choose_layers,
     choose_route,
     hold_against,
@@ -126,6 +128,7 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     check_links(checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
     layers, _ = choose_layers(base.anatomy, recipe, route)
+    announce_cost(route, layers)
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
     if recipe.thin:
@@ -142,9 +145,14 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     passes = tuple(_count_passes(base, recipe, layers))
     beside = 0 if recipe.thin else LOGIT_BYTES + _activation_bytes(base)
     parameters = sum(entry.elements for entry in checkpoint.tensors.values())
+    largest = parameters + (
+        len(layers) * route.rewriter.layer_parameters
+        if isinstance(route.rewriter, Insertion)
+        else 0
+    )
     shared = _disk_seconds(written, 0 if recipe.thin else sum(sizes.values()))
     tokens = sum(entry.tokens for entry in passes)
-    computing = 2 * parameters * tokens / (FLOPS_PER_CORE * _cores())
+    computing = 2 * largest * tokens / (FLOPS_PER_CORE * _cores())
     reading = sum(entry.forwards for entry in passes) * checkpoint.size / READ_BYTES_PER_SECOND
     return Estimate(
         base=base.to_dict(),
@@ -161,7 +169,7 @@ def estimate_cost(recipe: Recipe) -> Estimate:
         write_bytes=written,
         cloned_bytes=0 if elsewhere else kept,
         upload_bytes=upload - (kept if recipe.thin else 0),
-        memory_whole=RUNTIME_BYTES + (0 if recipe.thin else 4 * parameters + beside),
+        memory_whole=RUNTIME_BYTES + (0 if recipe.thin else 4 * largest + beside),
         memory_streamed=RUNTIME_BYTES
         + (0 if recipe.thin else 4 * _streamed_parameters(base) + beside),
         passes=passes,

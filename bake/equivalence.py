@@ -211,7 +211,7 @@ def _find_failures(
     elif not result.mechanism_error <= MECHANISM_TOLERANCE:
         yield (
             f"mechanism: hooked and baked differ by {result.mechanism_error:.1e} of the effect with "
-            f"exact slots (bound {MECHANISM_TOLERANCE:.0e}); the route is wrong"
+            f"exact slots (bound {MECHANISM_TOLERANCE:.0e}); {plan.route.caveat or 'the route is wrong'}"
         )
     elif not result.greedy_equal:
         yield f"mechanism: greedy continuations of {NEW_TOKENS} tokens differ with exact slots"

@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from bake.model import (
     default_device,
     load_model,
 )
-from bake.plan import Plan
+from bake.plan import Plan, SlotEdit
 from bake.progress import track
 from bake.prompts import Encoded, TokenBatch, make_batches
 from bake.sites import LayerStructure
@@ -246,16 +246,29 @@ def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> 
     if missing:
         return BakedRun(stored, stored, [], missing, padding_error)
     if factor != 1.0:
-        rounded = {
-            e.parameter: e.old + factor * (e.stored.double() - e.old) for e in plan.slot_edits
-        }
+        rounded = _by_parameter(plan, lambda e: e.old + factor * (e.stored.double() - e.old))
         hold(loaded.model, loaded.weights, rounded)
         stored = exam.logits("baked, scaled", loaded, batches)
-    exact = {e.parameter: e.old + factor * e.delta for e in plan.slot_edits}
+    exact = _by_parameter(plan, lambda e: e.old + factor * e.delta)
     hold(loaded.model, loaded.weights, exact)
     logits = exam.logits("baked, exact slots", loaded, batches)
     choices = choose_greedily(loaded, exam.canaries, reference.greedy)
     return BakedRun(stored, logits, choices, missing, padding_error)
+
+
+def _by_parameter(plan: Plan, value: Callable[[SlotEdit], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return {parameter: value}, slots that are parts of one parameter put together."""
+    import torch
+
+    parts: dict[str, list[SlotEdit]] = {}
+    for edit in plan.slot_edits:
+        parts.setdefault(edit.parameter, []).append(edit)
+    return {
+        name: value(edits[0])
+        if edits[0].slot.part is None
+        else torch.stack([value(e) for e in sorted(edits, key=lambda e: e.slot.part or 0)])
+        for name, edits in parts.items()
+    }
 
 
 def _has(loaded: LoadedModel, name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake import __version__, hub
 from bake.anatomy import Anatomy, SiteRoute, examine
+from bake.anatomy.insertion import Insertion
 from bake.card import render_card
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
@@ -148,6 +149,7 @@ def export(recipe: Recipe) -> Export:
     check_links(base.checkpoint, recipe.shards)
     route = choose_route(base.anatomy, recipe, given)
     layers, explicit = choose_layers(base.anatomy, recipe, route)
+    announce_cost(route, layers)
     if given is not None:
         given.select(layers, base.anatomy.hidden_size)
 
@@ -276,6 +278,12 @@ def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> S
         if note:
             announce(note)
     return route
+
+
+def announce_cost(route: SiteRoute, layers: Sequence[int]) -> None:
+    """Say what a route costs that makes the model larger, before anything is done."""
+    if isinstance(route.rewriter, Insertion):
+        announce(route.rewriter.describe_cost(len(layers)))
 
 
 def choose_layers(
@@ -459,6 +467,7 @@ def describe_bake(
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     route = plan.route
+    added = {"added_layers": count_added_layers(plan)} if count_added_layers(plan) else {}
     return {
         "version": 1,
         "bake_version": __version__,
@@ -466,6 +475,7 @@ def describe_bake(
         "architecture": base.anatomy.architecture,
         "auto_class": auto_class(base.anatomy.config).__name__,
         "layer_count": base.anatomy.layer_count,
+        **added,
         "site": route.site,
         "route": route.route,
         "slot": route.to_dict(),
@@ -477,8 +487,18 @@ def describe_bake(
     }
 
 
+def count_added_layers(plan: Plan) -> int:
+    """Return how many decoder layers the output has beyond its base's."""
+    inserts = isinstance(plan.route.rewriter, Insertion)
+    return len({edit.layer for edit in plan.slot_edits}) if inserts else 0
+
+
 def card_words(
-    site: str, slots: str, plan: Mapping[str, Any], direction: Mapping[str, Any]
+    site: str,
+    slots: str,
+    plan: Mapping[str, Any],
+    direction: Mapping[str, Any],
+    added_layers: int = 0,
 ) -> dict[str, Any]:
     """Return the phrases that the card needs beside the values of `bake.json`."""
     known = direction["metadata"]
@@ -494,6 +514,7 @@ def card_words(
     return {
         "site_description": DESCRIPTIONS[site],
         "slots": slots,
+        "added_layers": added_layers,
         "config_changes": plan["config_changes"],
         "config_removed": plan.get("config_removed", []),
         "direction_story": story,
@@ -503,7 +524,13 @@ def card_words(
 def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
     """Return the card's phrases for a bake that is being made."""
     route = plan.route
-    return card_words(route.site, route.describe(), plan.to_dict(), direction.to_dict())
+    return card_words(
+        route.site,
+        route.describe(),
+        plan.to_dict(),
+        direction.to_dict(),
+        count_added_layers(plan),
+    )
 
 
 def encode_result(result: Mapping[str, Any]) -> str:

@@ -192,12 +192,19 @@ def fold_push(rewritten: Rewritten, vectors: Mapping[int, torch.Tensor]) -> tupl
     found = []
     for layer in sorted(vectors):
         for slot in rewritten.slots[layer]:
-            name = rewritten.names.get(slot.bias, slot.bias)
-            old = added[name].double()
+            name = rewritten.names.get(slot.key, slot.bias)
+            old = _widen(added[name])
             delta = slot.delta(vectors[layer], shape=tuple(old.shape))
             stored = (old + delta).to(added[name].dtype)
             found.append(SlotEdit(layer, slot, slot.bias, name, True, old, delta, stored))
     return tuple(found)
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64; one number seen as a large matrix stays one number."""
+    if tensor.numel() > 1 and not any(tensor.stride()):
+        return tensor[(0,) * tensor.ndim].double().expand(tensor.shape)
+    return tensor.double()
 
 
 def place_push(rewritten: Rewritten, folded: Sequence[SlotEdit]) -> Iterator[Edit]:

@@ -12,7 +12,7 @@ from bake.sites import DESCRIPTIONS, SITES
 from bake.wording import list_numbers
 
 if TYPE_CHECKING:
-    from bake.anatomy import Anatomy
+    from bake.anatomy import Anatomy, SiteRoute
     from bake.anatomy.catalogue import CatalogueEntry
     from bake.cost import Estimate
     from bake.direction import Direction
@@ -308,12 +308,14 @@ def describe_anatomy(anatomy: Anatomy) -> str:
             )
             lines += [
                 f"  exact, {route.route}: {route.describe()}{where}",
-                f"    config: {changes or 'unchanged'}; adds {route.added_values:,} values, "
-                f"no compute to speak of; on the twin {route.twin.push_error:.0e} from the hook",
+                f"    config: {changes or 'unchanged'}; {_cost_of(route)}; on the twin "
+                f"{route.twin.push_error:.0e} from the hook",
                 f"    {describe_survivals(anatomy.survivals(route), brief=True)}",
             ]
         if site in anatomy.refusals:
             lines.append(f"  no: {anatomy.refusals[site]}")
+    if "insert" in anatomy.refusals:
+        lines += ["", f"extra layers (--route insert): no: {anatomy.refusals['insert']}"]
     return "\n".join(lines)
 
 
@@ -364,3 +366,10 @@ def describe_set(shown: ShownSet) -> str:
         return "\n\n".join(f"+ {positive}\n- {negative}" for positive, negative in shown.entries)
     texts = [text for (text,) in shown.entries]
     return ("\n\n" if any("\n" in text for text in texts) else "\n").join(texts)
+
+
+def _cost_of(route: SiteRoute) -> str:
+    """Say what a route costs the baked model."""
+    if route.route == "insert":
+        return "only with --route insert"
+    return f"adds {route.added_values:,} values, no compute to speak of"

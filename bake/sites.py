@@ -79,7 +79,8 @@ class Slot:
     GPT-2's Conv1D does. `inert` is the part of the bias, as fractions of its length, that no output
     depends on: a key bias without rotary positions cancels in the softmax. `axis` is for slots that
     are matrices: v lies along that axis, in each of the rows or columns `span` [start, stop) of the
-    other one (None: in all of them, as experts' biases do).
+    other one (None: in all of them, as experts' biases do). `part` is for a parameter that is merged on
+    loading of several tensors on disk, experts: the slot is this one of them.
     """
 
     bias: str
@@ -89,6 +90,12 @@ class Slot:
     inert: tuple[float, float] | None = None
     axis: int | None = None
     span: tuple[int, int] | None = None
+    part: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What names the slot: the parameter, and which part of it."""
+        return self.bias if self.part is None else f"{self.bias}[{self.part}]"
 
     def delta(
         self,

@@ -119,6 +119,7 @@ def words_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
         recorded["slot"]["description"],
         recorded["plan"],
         recorded["direction"],
+        recorded.get("added_layers", 0),
     )
 
 

@@ -66,6 +66,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 8,
     },
+    "gemma2": {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 88,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+    },
 }
 
 PAIRS = [

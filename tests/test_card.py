@@ -30,6 +30,7 @@ VALUES = {
     "site_description": "the residual stream after the MLP's add",
     "slots": "mlp.down_proj.bias (created by mlp_bias)",
     "config_changes": {"mlp_bias": True},
+    "added_layers": 0,
     "survives": {
         "vllm": {
             "name": "vLLM",
@@ -196,6 +197,13 @@ def test_missing_figure_of_a_layer_is_an_error(key):
     del incomplete["layers"][1][key]
     with pytest.raises(UndefinedError, match=key):
         render_card(incomplete)
+
+
+def test_added_layers_are_told_with_what_they_cost():
+    assert "were added" not in render_card(values())
+    card = render_card(values(added_layers=3, layer_count=6))
+    assert "3 decoder layers were added" in card
+    assert "grow by 50 %" in card
 
 
 def test_template_asks_for_nothing_else():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bake.anatomy.flags import added_parameters, find_bias_flags, parameter_shapes
 from bake.anatomy.hosts import HostRewriter, find_hosts
 from bake.anatomy.in_place import InPlace, InPlaceSearch
+from bake.anatomy.insertion import Insertion, find_insertion
 from bake.anatomy.layers import LayerKind, LayerMap, choose_layers_to_keep, find_layer_kinds
 from bake.anatomy.residual import trace_residual
 from bake.anatomy.rewriting import Rewriter
@@ -81,6 +82,11 @@ class SiteRoute:
                 count *= size
             total += count
         return total
+
+    @property
+    def caveat(self) -> str | None:
+        """Why the real model may show an error that the twin did not; None where it cannot."""
+        return self.rewriter.caveat if isinstance(self.rewriter, Insertion) else None
 
     def describe(self) -> str:
         """Say in a phrase how the route works, for `bake inspect` and announcements."""
@@ -154,6 +160,8 @@ class Anatomy:
             check_site(site)
         if route not in ROUTES:
             raise UnsupportedError(f"unknown route {route!r}; the routes are {', '.join(ROUTES)}")
+        if route == "insert":
+            return self._choose_insertion(site, found_at)
         candidates = [
             entry
             for entry in self.routes
@@ -202,6 +210,44 @@ class Anatomy:
             f"there: {', '.join(instead) or 'no route that is known'}; "
             f"{first.site} {describe_survivals(self.survivals(first), brief=True)}"
         )
+
+    @cached_property
+    def insertion(self) -> SiteRoute:
+        """The route `insert`, proven on the twin when it is first asked for.
+
+        Raises UnsupportedError with the reason where no layer can be inserted.
+        """
+        import torch
+
+        with single_thread(), torch.random.fork_rng(devices=[]):
+            try:
+                return _Examination(self.config).insertion()
+            except TWIN_ERRORS as error:
+                raise UnsupportedError(
+                    f"{self.model_type}: no layer can be inserted, the twin cannot be baked "
+                    f"({one_line(error)})"
+                ) from error
+
+    def with_insertion(self) -> Anatomy:
+        """Return the anatomy with the route `insert` among its routes, or why there is none."""
+        try:
+            return replace(self, routes=(*self.routes, self.insertion))
+        except UnsupportedError as error:
+            return replace(self, refusals={**self.refusals, "insert": str(error)})
+
+    def _choose_insertion(self, site: str, found_at: str | None) -> SiteRoute:
+        found = self.insertion
+        if site not in ("auto", found.site):
+            raise UnsupportedError(
+                f"an inserted layer adds to the residual stream at {found.site}, not at {site}; "
+                f"leave --site out"
+            )
+        if site == "auto" and found_at is not None and not suits(found_at, found.site):
+            raise UnsupportedError(
+                f"the direction was found at {found_at}, and an inserted layer adds at {found.site}; "
+                f"find it there (bake direction --site {found.site})"
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -285,8 +331,8 @@ class _Examination:
                 f"transformers has no causal language model for model type {config.model_type!r}"
             ) from error
         self.layers, self.layer_count = find_decoder_layers(self.real)
-        self.layer_map, keep = self._match_layers()
-        self.twin = Twin(config, keep=keep)
+        self.layer_map, self.keep = self._match_layers()
+        self.twin = Twin(config, keep=self.keep)
         self.structures: dict[LayerKind, LayerStructure] = {}
         self.no_attention: dict[LayerKind, str | None] = {}
         for kind in self.layer_map.kinds:
@@ -333,6 +379,27 @@ class _Examination:
             routes=tuple(routes),
             refusals=refusals,
             config=self.config,
+        )
+
+    def insertion(self) -> SiteRoute:
+        """Find and prove what an extra layer can hold; see `Anatomy.insertion`."""
+        rewriter, verdict = find_insertion(
+            self.config,
+            self.twin,
+            lambda: Twin(self.config, keep=self.keep),
+            self.twin_structure,
+            self.in_place.effects,
+        )
+        return SiteRoute(
+            site="mlp_out",
+            route="insert",
+            kind="write",
+            flags=dict(rewriter.filling.flags),
+            slots={},
+            new_parameters={},
+            twin=verdict,
+            layers=tuple(range(self.layer_count)),
+            rewriter=rewriter,
         )
 
     def _match_layers(self) -> tuple[LayerMap, Sequence[int]]:

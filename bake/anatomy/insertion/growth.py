@@ -1,0 +1,235 @@
+"""Growth: a configuration with more decoder layers, in which every old layer stays what it was.
+
+What a configuration says of single layers comes as a list with one entry a layer, as a list of
+indices, or as a count of layers from the first on. All three grow; a pattern that the architecture
+computes from the layer's number (every fourth layer is another) cannot. Whether it worked is not
+argued from names: the grown model is built on the meta device and compared with the old, layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from bake.anatomy.flags import with_flags
+from bake.anatomy.insertion.filling import Filling, layer_kind
+from bake.config_text import edit_json
+from bake.errors import UnsupportedError
+from bake.loading import build_on_meta
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "n_block")
+# How many layers, from the first on, are of another kind than the rest.
+_PREFIX_COUNTS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+    "max_window_layers",
+)
+# Lists of layers' indices; others are recognised by their form.
+_INDICES = re.compile(r"(layers|idxs?|indices|layer_ids)$")
+_NOT_OF_LAYERS = re.compile(r"token|architectures|section|sizes?$")
+_NUMBER_OF_THE_LAYER = re.compile(r"idx|index|layer_id|layer_number|depth")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer of the grown model: the base's layer `source`, or a new one of the same kind."""
+
+    source: int
+    inserted: bool = False
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A grown model: its layers, the changes to config.json, and itself on the meta device."""
+
+    places: tuple[Place, ...]
+    changes: Mapping[str, Any]
+    model: nn.Module
+
+
+def plan_growth(
+    config: PreTrainedConfig,
+    config_text: str,
+    path: str,
+    filling: Filling,
+    layers: Sequence[int],
+) -> Growth:
+    """Decide what layers are put in and what the config says then.
+
+    config: the base's. config_text: its config.json. path: of the list of decoder layers. An
+    inserted layer is the cheapest that can be filled, where the config has a place for its kind, or
+    else of the kind of the layer before it. Raises UnsupportedError where old layers would not stay
+    what they are.
+    """
+    values = json.loads(config_text)
+    flagged = with_flags(config, dict(filling.flags))
+    before = build_on_meta(flagged)
+    old: Any = before.get_submodule(path)
+    refusal = UnsupportedError(
+        f"{config.model_type}: none of its layers is of a kind on which an inserted layer was proven"
+    )
+    for donors in _choose_donors(old, filling, layers):
+        places = arrange(len(old), donors)
+        changes = {**dict(filling.flags), **grow_config(flagged, places)}
+        changes = {_as_spelled(key, values): value for key, value in changes.items()}
+        try:
+            after = _build(edit_json(config_text, changes))
+            check_growth(before, after, path, places, config.model_type)
+        except UnsupportedError as error:
+            refusal = error
+        except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            refusal = UnsupportedError(
+                f"{config.model_type}: no config with more layers ({reason})"
+            )
+        else:
+            return Growth(places, changes, after)
+    raise refusal
+
+
+def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Yield choices of {pushed layer: the layer whose kind is put after it}, the best first."""
+    fit = {
+        index: sum(parameter.numel() for parameter in layer.parameters())
+        for index, layer in enumerate(old)
+        if layer_kind(layer) in filling.kinds
+    }
+    if not fit:
+        return
+    nearest = {layer: min(fit, key=lambda index: (abs(index - layer), index)) for layer in layers}
+    cheapest = {
+        layer: min(fit, key=lambda index: (fit[index], abs(index - layer), index))
+        for layer in layers
+    }
+    yield cheapest
+    if nearest != cheapest:
+        yield nearest
+
+
+def _build(config_text: str) -> nn.Module:
+    """Build the model that a config.json describes, on the meta device, as transformers reads it."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(config_text, encoding="utf-8")
+        return build_on_meta(AutoConfig.from_pretrained(directory))
+
+
+def _as_spelled(key: str, values: Mapping[str, Any]) -> str:
+    """Return a key as config.json has it: a wrapper's decoder may be saved on its own, unnested."""
+    parent, _, inside = key.partition(".")
+    return inside if inside and parent not in values else key
+
+
+def arrange(count: int, donors: Mapping[int, int]) -> tuple[Place, ...]:
+    """Return the layers of the grown model. donors: {layer: of which kind the one put after it is}."""
+    places: list[Place] = []
+    for layer in range(count):
+        places.append(Place(layer))
+        if layer in donors:
+            places.append(Place(donors[layer], inserted=True))
+    return tuple(places)
+
+
+def grow_config(config: PreTrainedConfig, places: Sequence[Place]) -> dict[str, Any]:
+    """Return the config keys that have to change, {dotted key: value}."""
+    text = config.get_text_config(decoder=True)
+    prefix = _nesting(config, text)
+    count = sum(not place.inserted for place in places)
+    changes: dict[str, Any] = {}
+    for key, value in vars(text).items():
+        grown = _grow(key, value, count, places)
+        if grown is not None and grown != value:
+            changes[prefix + key] = grown
+    return changes
+
+
+def _grow(key: str, value: Any, count: int, places: Sequence[Place]) -> Any:
+    """Return a key's value in the grown config; None where the key says nothing of single layers."""
+    if key.startswith("_") or isinstance(value, bool):
+        return None
+    if key in _COUNTS and value == count:
+        return len(places)
+    if key in _PREFIX_COUNTS and isinstance(value, int):
+        return sum(place.source < value for place in places) if value <= count else None
+    if isinstance(value, list | tuple) and value and not _NOT_OF_LAYERS.search(key):
+        if _are_indices(key, value, count):
+            return [index for index, place in enumerate(places) if place.source in value]
+        if len(value) == count:
+            return [value[place.source] for place in places]
+    return None
+
+
+def _are_indices(key: str, value: Sequence[Any], count: int) -> bool:
+    """Tell a list of layers' numbers, [3, 7, 11], from one with an entry a layer, [1, 1, 1, 0]."""
+    if not _INDICES.search(key):
+        return False
+    numbers = all(type(entry) is int and 0 <= entry < count for entry in value)
+    return numbers and list(value) == sorted(set(value))
+
+
+def _nesting(config: PreTrainedConfig, text: PreTrainedConfig) -> str:
+    """Return the prefix of the keys of the config that describes the decoder."""
+    if text is config:
+        return ""
+    for name, value in vars(config).items():
+        if value is text:
+            return f"{name}."
+    raise UnsupportedError(
+        f"{config.model_type}: config.json has no place of its own for the text decoder's keys"
+    )
+
+
+def check_growth(
+    before: nn.Module, after: nn.Module, path: str, places: Sequence[Place], model_type: str
+) -> None:
+    """Raise UnsupportedError where a layer of the grown model is not what its source is.
+
+    before, after: on the meta device; path: of the list of decoder layers.
+    """
+    old: Any = before.get_submodule(path)
+    new: Any = after.get_submodule(path)
+    if len(new) != len(places):
+        raise UnsupportedError(
+            f"{model_type}: the grown config makes {len(new)} layers where {len(places)} were wanted"
+        )
+    facts = [_facts(layer, index) for index, layer in enumerate(old)]
+    for index, place in enumerate(places):
+        found, wanted = _facts(new[index], index), facts[place.source]
+        if found != wanted:
+            differing = sorted(
+                name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+            )
+            raise UnsupportedError(
+                f"{model_type}: what a layer is follows from its number ({differing[0]} of layer "
+                f"{place.source} would change at place {index}), so no layer can be put in between"
+            )
+
+
+def _facts(layer: nn.Module, index: int) -> dict[str, Any]:
+    """Return everything that tells one layer from another, its own number left out."""
+    facts: dict[str, Any] = {
+        name: tuple(tensor.shape) for name, tensor in layer.state_dict(keep_vars=True).items()
+    }
+    for name, module in layer.named_modules():
+        facts[f"{name}:"] = type(module).__name__
+        for key, value in vars(module).items():
+            if key.startswith("_") or not isinstance(value, bool | int | float | str | None):
+                continue
+            # A layer with two attentions counts them in this number; it is where the cache keeps them.
+            counted = key == "layer_idx" or (value == index and _NUMBER_OF_THE_LAYER.search(key))
+            numbered = type(value) is int and counted
+            facts[f"{name}.{key}"] = "its number" if numbered else value
+    return facts
