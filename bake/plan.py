@@ -37,7 +37,7 @@ class SlotEdit:
     """One slot of one layer: what it held, what it is pushed by, and what is stored.
 
     parameter: its name in the model; name: on disk; weight: the name on disk of the matrix that W·v is
-    made with. old and delta: float64, in the slot's shape; old is
+    made with, where it is stored as it is. old and delta: float64, in the slot's shape; old is
     zero for a new slot. stored: cast(old + delta) in the stored dtype.
     """
 
@@ -62,6 +62,7 @@ class SlotEdit:
             "layer": self.layer,
             "name": self.name,
             "weight": self.weight,
+            "through_weight": self.slot.weight is not None,
             "is_new": self.is_new,
             "old": first if uniform else None,
             "scale": self.slot.scale,
@@ -328,7 +329,7 @@ def _edit_slot(
         old,
         delta,
         (old + delta).to(target),
-        names.existing(slot.weight) if slot.weight else None,
+        names.find(slot.weight) if slot.weight else None,
     )
 
 

@@ -340,6 +340,11 @@ def plan_strength(
             axis=entry["axis"],
             span=tuple(entry["span"]) if entry["span"] else None,
         )
+        if entry["through_weight"] and slot.weight is None:
+            raise BakeError(
+                f"{name} is folded through a matrix that is not stored as it is (quantised, or made of "
+                f"several tensors), so its strength cannot be changed here; export again"
+            )
         weight = view.read(slot.weight) if slot.weight else None
         if entry["is_new"] and entry["old"] is None:
             raise BakeError(f"{name} does not say what it holds without a push; export again")
