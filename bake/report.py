@@ -332,7 +332,9 @@ def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
     for site in SITES:
         here = [entry for entry in entries if entry.site == site]
         first = [entry.routes[0].route if entry.routes else "none" for entry in here]
-        totals.append((site, *(str(first.count(name)) for name in ("native", "flag", "none"))))
+        totals.append(
+            (site, *(str(first.count(name)) for name in ("native", "flag", "host", "none")))
+        )
     return "\n\n".join(
         [
             format_table(
@@ -340,7 +342,7 @@ def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
                 rows,
                 text_columns=4,
             ),
-            format_table(("site", "native", "by a flag", "none"), totals),
+            format_table(("site", "native", "by a flag", "by a host", "none"), totals),
         ]
     )
 

@@ -87,6 +87,11 @@ def survey():
         }
 
 
+def in_place(entry):
+    """The routes in the architecture itself; those that rewrite it have tests of their own."""
+    return [route for route in entry.routes if route.route in ("native", "flag")]
+
+
 def test_every_architecture_and_site_is_judged(entries):
     assert list(entries) == [(name, site) for name in list_model_types() for site in SITES]
     assert all(bool(entry.routes) != bool(entry.refusal) for entry in entries.values())
@@ -108,14 +113,14 @@ def test_golden_file(entries):
 
 def test_reach_of_mlp_out(entries):
     reached = [
-        name for (name, site), entry in entries.items() if site == "mlp_out" and entry.routes
+        name for (name, site), entry in entries.items() if site == "mlp_out" and in_place(entry)
     ]
     assert len(reached) >= WITH_MLP_OUT
 
 
 def test_cells_of_the_survey(entries):
     cells = [cell for cell in survey() if "@" not in cell[0]]
-    refused = {cell: entries[cell].refusal for cell in cells if not entries[cell].routes}
+    refused = {cell: str(entries[cell].refusal) for cell in cells if not in_place(entries[cell])}
     post_norm = {cell for cell, why in refused.items() if NORMALISED in why}
     assert {site for _, site in post_norm} == {"attn_out"}
     assert {"gemma2", "gemma3_text", "olmo2", "olmo3"} <= {name for name, _ in post_norm}
@@ -132,9 +137,9 @@ def test_cells_of_the_survey(entries):
 def test_exact_everywhere_where_the_survey_was(entries):
     """A route of a uniform architecture covers all of its layers."""
     for cell, status in survey().items():
-        if "@" in cell[0] or "partly" in status or not entries[cell].routes:
+        if "@" in cell[0] or "partly" in status or not in_place(entries[cell]):
             continue
-        counts = [route.layers.split(" of ") for route in entries[cell].routes]
+        counts = [route.layers.split(" of ") for route in in_place(entries[cell])]
         assert any(covered == total for covered, total in counts), cell
 
 
@@ -198,8 +203,13 @@ def greedy(model, ids, tokens=10):
     return ids
 
 
+# What plans cannot name on disk yet: its flag also creates a bias beside a tied, unstored lm_head.
+UNNAMED = {"ernie4_5_moe": pytest.mark.xfail(strict=True, reason="new bias beside a tied weight")}
+IN_PLACE = sorted({row[0] for row in read_golden() if row[2] in ("native", "flag")})
+
+
 @pytest.mark.parametrize(
-    "model_type", sorted({row[0] for row in read_golden() if row[2] != "none"})
+    "model_type", [pytest.param(name, marks=UNNAMED.get(name, ())) for name in IN_PLACE]
 )
 def test_small_checkpoint_is_baked_by_its_first_route(model_type, tmp_path):
     """Plan, write and reload as for a real checkpoint: names on disk differ from names of modules."""
@@ -208,7 +218,7 @@ def test_small_checkpoint_is_baked_by_its_first_route(model_type, tmp_path):
     model.save_pretrained(tmp_path / "base")
     checkpoint = open_checkpoint(str(tmp_path / "base"))
     anatomy = examine(model.config)
-    route = anatomy.choose("auto")
+    route = in_place(anatomy)[0]
     push = random_push(route.layers, anatomy.hidden_size)
     plan = make_plan(checkpoint, anatomy, route, push)
     (tmp_path / "baked").mkdir()

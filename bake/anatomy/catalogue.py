@@ -28,7 +28,10 @@ PROCESSES, TIME_LIMIT = 2, 60.0
 
 @dataclass(frozen=True)
 class CatalogueRoute:
-    """One exact route of an architecture. slots: names inside a layer; layers: "40 of 48"."""
+    """One exact route of an architecture. slots: names inside a layer, or what the base is rewritten to.
+
+    layers: how many can be pushed, as "40 of 48".
+    """
 
     route: str
     kind: str
@@ -106,11 +109,14 @@ def examine_model_type(model_type: str) -> list[CatalogueEntry]:
 
 
 def _summarise(route: SiteRoute, layer_count: int) -> CatalogueRoute:
-    names = (
-        slot.bias.partition(f".{layer}.")[2]
-        for layer in route.layers
-        for slot in route.slots[layer]
-    )
+    if route.rewriter is not None:
+        names = [route.rewriter.name]
+    else:
+        names = [
+            slot.bias.partition(f".{layer}.")[2]
+            for layer in route.layers
+            for slot in route.slots[layer]
+        ]
     return CatalogueRoute(
         route.route,
         route.kind,
