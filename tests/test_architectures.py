@@ -19,6 +19,7 @@ from bake.anatomy.catalogue import default_config, examine_all, list_model_types
 from bake.anatomy.layers import choose_layers_to_keep, find_layer_kinds
 from bake.anatomy.shrink import shrink
 from bake.anatomy.structure import find_decoder_layers
+from bake.anatomy.tables import COMPLETIONS
 from bake.anatomy.twin import build_random
 from bake.checkpoint import open_checkpoint
 from bake.coefficients import LayerPush, Push
@@ -147,10 +148,10 @@ def variant_config(name):
     model_type, _, options = name.partition("@")
     values = {"True": True, "False": False, "None": None}
     given = dict(option.split("=") for option in options.split(","))
-    return CONFIG_MAPPING[model_type](
-        **{key: values.get(value, value) for key, value in given.items() if value in values},
-        **{key: float(value) for key, value in given.items() if value not in values},
-    )
+    options = {
+        key: values[value] if value in values else float(value) for key, value in given.items()
+    }
+    return CONFIG_MAPPING[model_type](**{**COMPLETIONS.get(model_type, {}), **options})
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in survey() if "@" in name}))
