@@ -135,7 +135,7 @@ class DiskNames:
         if self.sources(parameter):
             self.existing(parameter)  # Which says of what it is made.
         weight = parameter.removesuffix("bias") + "weight"
-        sources = self.sources(weight) or (self.existing(weight),)
+        sources = self.sources(weight) or self._tied(weight) or (self.existing(weight),)
         stored = next((name for name in sources if name.endswith("weight")), sources[0])
         beside = stored.removesuffix("weight") + "bias"
         for name in (beside, parameter) if parameter in self._wanted else ():
@@ -145,6 +145,13 @@ class DiskNames:
             f"no name on disk becomes {parameter} on loading (tried {beside} and {parameter}), so a "
             f"new bias would be dropped; another site may have a slot that is there already"
         )
+
+    def _tied(self, parameter: str) -> tuple[str, ...]:
+        """Return the names on disk of a tensor that the model has under another name as well."""
+        every = dict(self._model.named_parameters(remove_duplicate=False))
+        wanted = every.get(parameter)
+        aliases = (name for name, value in every.items() if value is wanted and name != parameter)
+        return next((found for name in aliases if (found := self.sources(name))), ())
 
     @cached_property
     def fusions(self) -> Mapping[str, Fusion]:

@@ -204,14 +204,10 @@ def greedy(model, ids, tokens=10):
     return ids
 
 
-# What plans cannot name on disk yet: its flag also creates a bias beside a tied, unstored lm_head.
-UNNAMED = {"ernie4_5_moe": pytest.mark.xfail(strict=True, reason="new bias beside a tied weight")}
 IN_PLACE = sorted({row[0] for row in read_golden() if row[2] in ("native", "flag")})
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=UNNAMED.get(name, ())) for name in IN_PLACE]
-)
+@pytest.mark.parametrize("model_type", IN_PLACE)
 def test_small_checkpoint_is_baked_by_its_first_route(model_type, tmp_path):
     """Plan, write and reload as for a real checkpoint: names on disk differ from names of modules."""
     with torch.random.fork_rng(devices=[]):
