@@ -25,6 +25,7 @@ __all__ = [
     "reproduce",
     "rescale",
     "show_direction",
+    "sweep",
     "undo",
     "verify",
 ]
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         reproduce,
         rescale,
         show_direction,
+        sweep,
         undo,
         verify,
     )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bake.hub import Publication
     from bake.reproduction import Reproduction
     from bake.restoration import Rescaled, Undone
+    from bake.trial import Trial
 
 
 def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export | thin.ThinExport:
@@ -243,6 +244,18 @@ def verify(
     return verify_directory(Path(directory), base, choose_placement(device_map, max_memory))
 
 
+def sweep(model: str, *, direction: str | Path, output: str | Path, **options: Any) -> Trial:
+    """Measure what a direction does at each strength, and what it costs; write report and figures.
+
+    options: the fields of `bake.trial.TrialOptions`, such as multipliers, pairs, words, html.
+    """
+    from bake import trial
+
+    return trial.sweep(
+        trial.TrialOptions(model=model, direction=str(direction), output=str(output), **options)
+    )
+
+
 def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:
     """Publish a baked directory to the Hub in one commit, and compare what arrived."""
     from bake import hub
@@ -323,6 +336,7 @@ __all__ = [
     "reproduce",
     "rescale",
     "show_direction",
+    "sweep",
     "undo",
     "verify",
 ]

@@ -212,7 +212,9 @@ def make_arms(
     return arms
 
 
-def random_direction(like: Direction, layers: Sequence[int], hidden_size: int, seed: int) -> Direction:
+def random_direction(
+    like: Direction, layers: Sequence[int], hidden_size: int, seed: int
+) -> Direction:
     """Return the direction turned at random: other vectors, the same cosines between layers.
 
     A push adds up over depth as far as its layers agree, so chance must agree over depth alike. The
@@ -229,7 +231,9 @@ def random_direction(like: Direction, layers: Sequence[int], hidden_size: int, s
     drawn = torch.randn(hidden_size, kept, generator=generator, dtype=torch.float64)
     drawn = drawn - basis @ (basis.T @ drawn)
     turned = stacked @ basis @ torch.linalg.qr(drawn).Q.T
-    vectors = {layer: (row / row.norm()).float() for layer, row in zip(layers, turned, strict=True)}
+    vectors: dict[int | None, torch.Tensor] = {
+        layer: (row / row.norm()).float() for layer, row in zip(layers, turned, strict=True)
+    }
     return replace(like, vectors=vectors)
 
 
