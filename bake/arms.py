@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["base", "direction", "random", "prompt"]
 Injection = Literal["broadcast", "last-token"]
-LOGIT_BYTES = 256 * 1024 * 1024  # of one forward's logits in float32
+ROW_BYTES = 512 * 1024 * 1024  # of one forward's logits, and of a key-value cache, in float32
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Arm:
 
     push: {layer: (hidden_size,) tensor}, empty for the base. injection: `broadcast` adds it at every
     position, as a bake does; `last-token` at the prompt's last token only, which no bake can do.
-    instruction: text put before every prompt (the prompt baseline).
+    instruction: text put before every prompt (the prompt baseline). variant: what distinguishes this
+    arm's way of pushing from the sweep's first, "" where nothing does.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     push: Mapping[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     instruction: str = ""
     seed: int | None = None
+    variant: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: everything but the vectors."""
@@ -57,6 +59,7 @@ class Arm:
             "injection": self.injection,
             "instruction": self.instruction,
             "seed": self.seed,
+            "variant": self.variant,
         }
 
 
@@ -111,11 +114,17 @@ def steered_rows(
         yield
 
 
-def rows_per_forward(loaded: LoadedModel, positions: int) -> int:
-    """Return how many rows of so many positions go through at once, by the logits' memory."""
+def rows_per_forward(loaded: LoadedModel, positions: int, *, cached: bool = False) -> int:
+    """Return how many rows of so many positions go through at once, by the memory of their logits.
+
+    cached: keys and values stay in memory as well, counted as if every head had its own.
+    """
     config: Any = loaded.model.config
-    size = 4 * int(config.get_text_config().vocab_size) * max(positions, 1)
-    return max(1, LOGIT_BYTES // size)
+    text = config.get_text_config()
+    width = int(text.vocab_size)
+    if cached:
+        width += 2 * int(text.num_hidden_layers) * loaded.hidden_size
+    return max(1, ROW_BYTES // (4 * width * max(positions, 1)))
 
 
 def compare_arms(

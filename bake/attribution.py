@@ -138,19 +138,21 @@ def attribute(
     def kl(point: Point) -> float:
         return point.neutral_kl["p95"].value
 
+    def shift(point: Point) -> float:
+        assert point.shift is not None
+        return point.shift.value
+
     shares = []
     for layer in layers:
         alone = points[parts[layer, layer + 1].name]
         rest = points[without[layer].name] if layer in without else points["base"]
-        lost = whole.shift.value - rest.shift.value
-        shares.append(LayerShare(layer, alone.shift.value, lost, kl(alone), kl(rest)))
+        lost = shift(whole) - shift(rest)
+        shares.append(LayerShare(layer, shift(alone), lost, kl(alone), kl(rest)))
     keeping = [
         bounds
         for bounds, entry in parts.items()
-        if points[entry.name].shift.value / whole.shift.value >= KEPT_SHARE
+        if shift(points[entry.name]) / shift(whole) >= KEPT_SHARE
     ]
     smallest = min(keeping, key=lambda bounds: (bounds[1] - bounds[0], bounds[0]))
     chosen = points[parts[smallest].name]
-    return Attribution(
-        tuple(shares), whole.shift.value, kl(whole), smallest, chosen.shift.value, kl(chosen)
-    )
+    return Attribution(tuple(shares), shift(whole), kl(whole), smallest, shift(chosen), kl(chosen))

@@ -15,10 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.arms import Arm
-from bake.coefficients import band_layers, compute_push
+from bake.arms import Arm, Injection
+from bake.coefficients import DEFAULT_BAND, DEFAULT_LAW, band_layers, compute_push
 from bake.direction import Direction
-from bake.errors import BakeError, OutputError
+from bake.errors import OutputError
 from bake.model import LoadedModel
 from bake.norms import measure_norms
 from bake.progress import announce
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     import torch
 
 MULTIPLIERS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
-AUTO_MULTIPLIERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 CONTROL_SEEDS = 8
 BASE = "base"
+KEPT_SAMPLES = 12  # openings whose continuations the report shows
 MEASUREMENTS_FILE, REPORT_FILE = "measurements.json", "report.json"
 
 
@@ -51,9 +51,9 @@ class Variant:
     """One way of pushing that is swept over all multipliers."""
 
     site: str = "mlp_out"
-    law: str = "inverse-sqrt-d"
-    band: tuple[float, float] = (0.4, 0.9)
-    injection: str = "broadcast"
+    law: str = DEFAULT_LAW
+    band: tuple[float, float] = DEFAULT_BAND
+    injection: Injection = "broadcast"
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,27 @@ class Design:
     sampling: Sampling = field(default_factory=Sampling)
     bounds: Bounds = field(default_factory=Bounds)
 
+    def label(self, variant: Variant) -> str:
+        """Return what distinguishes a variant from the first; "" for the first."""
+        first = self.variants[0]
+        parts = {
+            "site": variant.site,
+            "law": variant.law,
+            "band": "{:g}:{:g}".format(*(100 * share for share in variant.band)),
+            "injection": variant.injection,
+        }
+        return " ".join(
+            text for name, text in parts.items() if getattr(variant, name) != getattr(first, name)
+        )
+
 
 @dataclass(frozen=True)
 class Window:
     """The multipliers of one sign that stay within the bounds, from 0 outwards without a gap.
 
     largest: the largest |m| measured inside, with its sign; best: the m in it with the largest shift
-    that way. Both are None where even the smallest costs too much. reason: what ends the window.
+    that way, or the largest where no shift was measured. Both are None where even the smallest costs
+    too much. reason: what ends the window.
     """
 
     sign: int
@@ -96,6 +110,38 @@ class Window:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Specificity:
+    """A direction's shift beside that of random directions of the same norm, nats a token.
+
+    The largest of the random shifts grows with the number of seeds; their root mean square does not.
+    """
+
+    multiplier: float
+    shift: float
+    seeds: int
+    largest: float
+    rms: float
+
+    @property
+    def ratio(self) -> float:
+        """|shift| over the largest of the random ones."""
+        return abs(self.shift) / self.largest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "ratio": self.ratio, "ratio_rms": abs(self.shift) / self.rms}
+
+    def describe(self) -> str:
+        """Return the comparison as a sentence."""
+        return (
+            f"at m = {self.multiplier:g} the direction shifts {self.ratio:.1f} × the largest of "
+            f"{self.seeds} random directions of the same norm ({self.largest:.3f}), and "
+            f"{abs(self.shift) / self.rms:.1f} × their root mean square ({self.rms:.3f}), which does "
+            f"not grow with the number of seeds"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +161,12 @@ class DoseResponse:
 
     def curve(self, variant: Variant | None = None) -> list[Point]:
         """Return the base and one variant's points in the order of their multipliers."""
-        wanted = variant or self.design.variants[0]
-        chosen = [point for point in self.points if _is_of(point.arm, wanted)]
+        label = self.design.label(variant) if variant else ""
+        chosen = [
+            point
+            for point in self.points
+            if point.arm.kind == "direction" and point.arm.variant == label
+        ]
         return sorted([self.points[0], *chosen], key=lambda point: point.arm.multiplier)
 
     @property
@@ -125,28 +175,41 @@ class DoseResponse:
         return [point for point in self.points if point.arm.kind == "random"]
 
     @property
-    def specificity(self) -> float | None:
-        """|shift| at the multiplier nearest to 1 over the largest of the random directions there."""
+    def specificity(self) -> Specificity | None:
+        """What chance does at the multiplier nearest to 1; None where no control was run."""
         curve = [point for point in self.curve() if point.arm.kind == "direction"]
-        if not curve or not self.controls:
+        own = min(curve, key=lambda point: abs(point.arm.multiplier - 1), default=None)
+        if own is None or own.shift is None:
             return None
-        own = min(curve, key=lambda point: abs(point.arm.multiplier - 1))
-        beside = [c for c in self.controls if c.arm.multiplier == abs(own.arm.multiplier)]
-        largest = max((abs(control.shift.value) for control in beside), default=0.0)
-        return abs(own.shift.value) / largest if largest else None
+        size = abs(own.arm.multiplier)
+        shifts = [c.shift.value for c in self.controls if c.shift and c.arm.multiplier == size]
+        if not any(shifts):
+            return None
+        return Specificity(
+            own.arm.multiplier,
+            own.shift.value,
+            len(shifts),
+            max(abs(shift) for shift in shifts),
+            math.sqrt(math.fsum(shift**2 for shift in shifts) / len(shifts)),
+        )
 
     def laws_at_equal_shift(self) -> dict[str, float]:
-        """Return {law: fluency ratio} at the shift that the first variant has at m nearest 1."""
-        own = [point for point in self.curve() if point.arm.multiplier > 0]
+        """Return {law: fluency ratio} at the shift that the first variant has at m nearest 1.
+
+        Only of variants that differ from the first in nothing but their law.
+        """
+        first = self.design.variants[0]
+        own = [point for point in self.curve() if point.arm.multiplier > 0 and point.shift]
         if not own:
             return {}
-        target = min(own, key=lambda point: abs(point.arm.multiplier - 1)).shift.value
-        found = {}
-        for variant in self.design.variants:
-            cost = _fluency_at(self.curve(variant), target)
-            if cost is not None:
-                found[variant.law] = cost
-        return found
+        nearest = min(own, key=lambda point: abs(point.arm.multiplier - 1))
+        assert nearest.shift is not None
+        costs = {
+            variant.law: _fluency_at(self.curve(variant), nearest.shift.value)
+            for variant in self.design.variants
+            if replace(variant, law=first.law) == first
+        }
+        return {law: cost for law, cost in costs.items() if cost is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `report.json` and `--json`."""
@@ -157,20 +220,19 @@ class DoseResponse:
             "coefficients": {str(layer): value for layer, value in self.coefficients.items()},
             "points": [point.to_dict() for point in self.points],
             "windows": [window.to_dict() for window in self.windows],
-            "specificity": self.specificity,
+            "specificity": self.specificity.to_dict() if self.specificity else None,
             "fluency_at_equal_shift": self.laws_at_equal_shift(),
             "samples": list(self.samples),
         }
 
 
-def _is_of(arm: Arm, variant: Variant) -> bool:
-    return arm.kind == "direction" and arm.name.startswith(_label(variant))
-
-
-def _label(variant: Variant) -> str:
-    start, stop = (round(100 * share) for share in variant.band)
-    parts = [variant.site, variant.law, f"{start}:{stop}", variant.injection]
-    return " ".join(parts) + " m="
+def compare_laws(costs: Mapping[str, float]) -> str:
+    """Return what each law costs at equal shift, and which the least, as a sentence."""
+    listed = ", ".join(f"{law} × {cost:.3f}" for law, cost in costs.items())
+    return (
+        f"perplexity of sampled text at equal shift: {listed}; "
+        f"{min(costs, key=lambda law: costs[law])} costs the least"
+    )
 
 
 def make_arms(
@@ -183,18 +245,20 @@ def make_arms(
     """Return every arm, the base first. norms: {site: {layer: μ_l}} for every layer of every band."""
     arms = [Arm(BASE, "base")]
     for variant in design.variants:
+        label = design.label(variant)
         for multiplier in design.multipliers:
             push, band = _push(direction, variant, multiplier, norms, layer_count, hidden_size)
             arms.append(
                 Arm(
-                    f"{_label(variant)}{multiplier:+g}",
+                    f"{label} m={multiplier:+g}".strip(),
                     "direction",
                     multiplier,
                     variant.site,
                     variant.law,
                     band,
-                    "last-token" if variant.injection == "last-token" else "broadcast",
+                    variant.injection,
                     push,
+                    variant=label,
                 )
             )
     first = design.variants[0]
@@ -340,7 +404,7 @@ def _collect_samples(
     tokenizer: Any,
     sampling: Sampling,
 ) -> Iterator[dict[str, Any]]:
-    for index, opening in enumerate(texts.openings):
+    for index, opening in enumerate(texts.openings[:KEPT_SAMPLES]):
         written = {
             arm.name: tokenizer.decode(
                 rollouts[arm.name]["ids"][index * sampling.samples], skip_special_tokens=True
@@ -368,7 +432,11 @@ def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
                 reason = f"m = {point.arm.multiplier:+g}: {exceeded}"
                 break
             inside.append(point)
-        best = max(inside, key=lambda point: sign * point.shift.value, default=None)
+        best = max(
+            inside,
+            key=lambda p: sign * p.shift.value if p.shift else abs(p.arm.multiplier),
+            default=None,
+        )
         yield Window(
             sign,
             inside[-1].arm.multiplier if inside else None,
@@ -390,30 +458,15 @@ def _exceeds(point: Point, bounds: Bounds) -> str | None:
 
 def _fluency_at(curve: Sequence[Point], shift: float) -> float | None:
     """Return the fluency ratio at which a curve reaches a shift; log-linear between points."""
-    ordered = [point for point in curve if point.arm.multiplier >= 0 and point.fluency_ratio]
-    for left, right in pairwise(ordered):
-        low, high = left.shift.value, right.shift.value
+    ordered = [
+        (point.shift.value, math.log(point.fluency_ratio.value))
+        for point in curve
+        if point.arm.multiplier >= 0 and point.shift and point.fluency_ratio
+    ]
+    for (low, left), (high, right) in pairwise(ordered):
         if min(low, high) <= shift <= max(low, high) and high != low:
-            share = (shift - low) / (high - low)
-            assert left.fluency_ratio is not None
-            assert right.fluency_ratio is not None
-            logs = math.log(left.fluency_ratio.value), math.log(right.fluency_ratio.value)
-            return math.exp(logs[0] + share * (logs[1] - logs[0]))
+            return math.exp(left + (shift - low) / (high - low) * (right - left))
     return None
-
-
-def choose_multiplier(found: DoseResponse) -> float:
-    """Return the multiplier with the best shift inside the positive window.
-
-    Raises BakeError where no strength that was tried stays within the bounds.
-    """
-    window = next((window for window in found.windows if window.sign > 0), None)
-    if window is None or window.best is None:
-        reason = window.reason if window else "no positive multiplier was tried"
-        raise BakeError(
-            f"--multiplier auto: no strength stays within the bounds ({reason}); give one yourself"
-        )
-    return window.best
 
 
 def _fingerprint(arms: Sequence[Arm], design: Design, texts: Texts) -> str:

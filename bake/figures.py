@@ -87,20 +87,24 @@ def draw_dose_response(path: Path, found: DoseResponse) -> Path:
     """Draw shift, fluency and KL over m: 95 % intervals, window shaded, chance as a grey band."""
     curve = found.curve()
     with _canvas(path, 3, 3.1) as (shift, fluency, kl):
-        multipliers = [point.arm.multiplier for point in curve]
         for axes in (shift, fluency, kl):
             _shade_window(axes, found)
             axes.set_xlabel("multiplier m")
             axes.axvline(0, color=GRID, lw=1)
         _draw_controls(shift, found, "shift")
-        _draw_series(shift, multipliers, [point.shift for point in curve], BLUE, "o")
+        _draw_series(
+            shift,
+            [point.arm.multiplier for point in curve if point.shift],
+            [point.shift for point in curve if point.shift],
+            BLUE,
+            "o",
+        )
         shift.axhline(0, color=INK, lw=0.6)
         shift.set_title("Shift, nats a token")
-        with_text = [point for point in curve if point.fluency_ratio is not None]
         _draw_series(
             fluency,
-            [point.arm.multiplier for point in with_text],
-            [point.fluency_ratio for point in with_text if point.fluency_ratio],
+            [point.arm.multiplier for point in curve if point.fluency_ratio],
+            [point.fluency_ratio for point in curve if point.fluency_ratio],
             BLUE,
             "o",
         )
@@ -231,7 +235,9 @@ def _draw_controls(axes: Axes, found: DoseResponse, what: str) -> None:
     """Shade what the random directions reach; they are as likely to point the other way."""
 
     def value(point: Point) -> float:
-        return abs(point.shift.value) if what == "shift" else point.neutral_kl["p95"].value
+        if what == "kl":
+            return point.neutral_kl["p95"].value
+        return abs(point.shift.value) if point.shift else 0.0
 
     sizes = sorted({point.arm.multiplier for point in found.controls})
     if not sizes:

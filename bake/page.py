@@ -6,13 +6,13 @@ import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bake.dose_response import compare_laws
 from bake.resources import shipped
 
 if TYPE_CHECKING:
     from bake.trial import Trial
 
 TEMPLATE = "sweep.html.jinja"
-SHOWN = 12  # openings
 
 
 def render_page(trial: Trial) -> str:
@@ -27,6 +27,7 @@ def render_page(trial: Trial) -> str:
         lstrip_blocks=True,
     )
     found = trial.found
+    costs = found.laws_at_equal_shift()
     curve = found.curve()
     written = [point.arm.name for point in curve if point.fluency is not None]
     return environment.get_template(TEMPLATE).render(
@@ -40,20 +41,16 @@ def render_page(trial: Trial) -> str:
         controls=found.controls,
         windows=found.windows,
         specificity=found.specificity,
-        costs=found.laws_at_equal_shift(),
+        costs=costs,
+        costs_sentence=compare_laws(costs),
         figures=[
             {"name": path.stem, "data": _encode(path)}
             for path in sorted((trial.output / "figures").glob("*.png"))
         ],
-        arms=[(name, _heading(name)) for name in written],
-        samples=found.samples[:SHOWN],
+        arms=written,
+        samples=found.samples,
         attribution=trial.attribution,
     )
-
-
-def _heading(name: str) -> str:
-    """Return the column's heading: the base, or the multiplier."""
-    return f"m = {name.rpartition('m=')[2]}" if "m=" in name else name
 
 
 def _encode(path: Path) -> str:

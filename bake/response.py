@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Tokens = tuple[int, ...]
 Scorer = Callable[[str], float]
 NGRAM = 3
-STAGES = ("pairs", "neutral", "rollouts")
+NEUTRAL_TOKENS = 256  # of each text; perplexity settles long before
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,15 @@ class Interval:
     low: float
     high: float
 
-    def to_dict(self) -> dict[str, float]:
-        """Return plain values."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def to_dict(self) -> dict[str, float | None]:
+        """Return plain values; None for what is no number, which JSON cannot hold."""
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one arm does. Ratios are to the unsteered base; nats are per token.
+    """What one arm does. Ratios are to the unsteered base; nats are per token; None: not measured.
 
     shift: mean over pairs of (log p(positive) − log p(negative)) per token, less the base's. accuracy:
     share of pairs whose positive completion is the likelier. target_share: of the words of sampled
@@ -84,12 +85,12 @@ class Point:
     """
 
     arm: Arm
-    shift: Interval
-    accuracy: Interval
-    on_axis_ratio: Interval
-    opposite_ratio: Interval
-    neutral_ratio: Interval
-    neutral_kl: Mapping[str, Interval]
+    shift: Interval | None = None
+    accuracy: Interval | None = None
+    on_axis_ratio: Interval | None = None
+    opposite_ratio: Interval | None = None
+    neutral_ratio: Interval | None = None
+    neutral_kl: Mapping[str, Interval] = field(default_factory=dict)
     target_share: Interval | None = None
     target_ratio: Interval | None = None
     fluency: Interval | None = None
@@ -143,13 +144,16 @@ def measure_neutral(
 ) -> Measurements:
     """Run neutral texts: {arm: {"nats": [per text], "tokens": […], "kl": [[per token] per text]}}.
 
-    kl is KL(base ‖ arm) in nats. `arms` begins with the base.
+    kl is KL(base ‖ arm) in nats. `arms` begins with the base. Arms that only a prompt distinguishes
+    are left out: an instruction, and a push at a prompt's last token, do nothing to a text alone.
+    Raises PromptError where no text has two tokens.
     """
-    found: Measurements = {arm.name: {"nats": [], "tokens": [], "kl": []} for arm in arms}
-    shared = [arm for arm in arms if not arm.instruction]
-    for text in track(encode(tokenizer, texts, 256), "neutral texts"):
-        if len(text.ids) < 2:
-            continue
+    shared = [arm for arm in arms if not arm.instruction and arm.injection == "broadcast"]
+    found: Measurements = {arm.name: {"nats": [], "tokens": [], "kl": []} for arm in shared}
+    encoded = [text for text in encode(tokenizer, texts, NEUTRAL_TOKENS) if len(text.ids) > 1]
+    if not encoded:
+        raise PromptError("the neutral texts have no two tokens to predict; give longer ones")
+    for text in track(encoded, "neutral texts"):
         reference: torch.Tensor | None = None
         for arm, logs in compare_arms(loaded, structure, shared, text.ids):
             reference = logs if reference is None else reference
@@ -157,7 +161,7 @@ def measure_neutral(
             entry["nats"].append(-float(_chosen(logs, text.ids).sum()))
             entry["tokens"].append(len(text.ids) - 1)
             entry["kl"].append(_round(_divergence(reference, logs)))
-    return {arm.name: found[arm.name] for arm in shared}
+    return found
 
 
 def measure_rollouts(
@@ -180,7 +184,10 @@ def measure_rollouts(
             prompt = _without_end(encode(tokenizer, [prefix + opening])[0].ids, stop)
             plain = _without_end(encode(tokenizer, [opening])[0].ids, stop)
             rows = [(arm, sample) for arm in group for sample in range(sampling.samples)]
-            step = max(1, min(len(rows), rows_per_forward(loaded, 1)))
+            if not prompt:
+                raise PromptError(f"the opening {opening!r} has no token to continue; write a word")
+            width = len(prompt) + sampling.new_tokens
+            step = rows_per_forward(loaded, width, cached=True)
             for start in range(0, len(rows), step):
                 chunk = rows[start : start + step]
                 drawn = _continue(loaded, structure, chunk, prompt, index, sampling)
@@ -194,19 +201,20 @@ def measure_rollouts(
 
 
 def _by_instruction(arms: Sequence[Arm]) -> Iterable[tuple[list[Arm], str]]:
-    """Group arms by the text that is put before every prompt."""
-    for prefix in dict.fromkeys(arm.instruction for arm in arms):
-        yield [arm for arm in arms if arm.instruction == prefix], prefix
+    """Group arms by the text that is put before every prompt, an instruction and a line break."""
+    for text in dict.fromkeys(arm.instruction for arm in arms):
+        yield [arm for arm in arms if arm.instruction == text], f"{text}\n" if text else ""
 
 
 def _split(tokenizer: Any, prompt: str, completion: str) -> tuple[Tokens, int]:
     """Return the ids of prompt + completion and how many of them are the prompt's; at least one."""
+    end = getattr(tokenizer, "eos_token_id", None)
     text = encode(tokenizer, [prompt + completion])[0]
+    ids = _without_end(text.ids, end)
     if tokenizer.is_fast:
-        start = sum(stop <= len(prompt) for _, stop in text.offsets)
+        start = sum(stop <= len(prompt) for _, stop in text.offsets[: len(ids)])
     else:
-        start = len(encode(tokenizer, [prompt])[0].ids)
-    ids = _without_end(text.ids, getattr(tokenizer, "eos_token_id", None))
+        start = len(_without_end(encode(tokenizer, [prompt])[0].ids, end))
     start = max(1, min(start, len(ids)))
     if start >= len(ids):
         raise PromptError(
@@ -333,9 +341,7 @@ def summarise(
     """Return every arm's figures with their intervals. `arms` begins with the base."""
     base = arms[0].name
     return tuple(
-        _Figures(arm, base, measured, tokenizer, texts, sampling, scorer).point()
-        for arm in arms
-        if arm.name in measured["pairs"] and arm.name in measured["neutral"]
+        _Figures(arm, base, measured, tokenizer, texts, sampling, scorer).point() for arm in arms
     )
 
 
@@ -359,17 +365,28 @@ class _Figures:
 
     def point(self) -> Point:
         """Return all of them."""
-        rollouts = self._rollouts() if self.own.get("rollouts") else {}
         return Point(
             self.arm,
-            shift=self._shift(),
-            accuracy=self._accuracy(),
-            on_axis_ratio=self._perplexity_ratio("positive"),
-            opposite_ratio=self._perplexity_ratio("negative"),
-            neutral_ratio=self._neutral_ratio(),
-            neutral_kl=_percentiles(self._required("neutral")["kl"]),
-            **rollouts,
+            **(self._pairs() if self.own.get("pairs") else {}),
+            **(self._neutral() if self.own.get("neutral") else {}),
+            **(self._rollouts() if self.own.get("rollouts") else {}),
         )
+
+    def _pairs(self) -> dict[str, Any]:
+        if not self._required("pairs")["positive"]:
+            return {}
+        return {
+            "shift": self._shift(),
+            "accuracy": self._accuracy(),
+            "on_axis_ratio": self._perplexity_ratio("positive"),
+            "opposite_ratio": self._perplexity_ratio("negative"),
+        }
+
+    def _neutral(self) -> dict[str, Any]:
+        return {
+            "neutral_ratio": self._neutral_ratio(),
+            "neutral_kl": _percentiles(self._required("neutral")["kl"]),
+        }
 
     def _required(self, stage: str, *, base: bool = False) -> dict[str, Any]:
         found = (self.base if base else self.own)[stage]

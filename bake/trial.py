@@ -9,17 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import pipeline
+from bake import pipeline, processes
 from bake.contrast import read_pairs
 from bake.direction import Direction, load_direction
 from bake.dose_response import (
     CONTROL_SEEDS,
+    MEASUREMENTS_FILE,
     MULTIPLIERS,
     REPORT_FILE,
     Bounds,
     Design,
     DoseResponse,
     Variant,
+    compare_laws,
     measure_sites,
     run_sweep,
 )
@@ -28,7 +30,7 @@ from bake.figures import draw_dose_response, draw_norms
 from bake.model import LoadedModel
 from bake.prompts import load_tokenizer, read_prompts
 from bake.resources import DEMO_NAME, find_direction, find_set
-from bake.response import Sampling, Scorer, Texts
+from bake.response import Point, Sampling, Scorer, Texts
 from bake.sampling import read_words
 from bake.streaming import choose_placement
 from bake.timing import Stopwatch, peak_memory
@@ -120,6 +122,8 @@ def sweep(options: TrialOptions) -> Trial:
     The directory keeps what is measured as it is made: the same command again goes on from there.
     Raises a BakeError that names what is wrong.
     """
+    if processes.count() > 1:
+        raise BakeError("bake sweep runs in one process; start it without accelerate launch")
     clock = Stopwatch()
     texts = read_texts(options)
     scorer = load_scorer(options.scorer)
@@ -173,6 +177,9 @@ def read_texts(options: TrialOptions) -> Texts:
             "a sweep measures the shift on contrast pairs that the direction was not found from: "
             "give them with --pairs FILE"
         )
+    read = tuple(read_pairs(pairs))
+    if len(read) < 2:
+        raise BakeError(f"{pairs} holds one contrast pair; an interval needs two or more")
     listed: frozenset[str] = frozenset()
     if words is not None:
         path = find_set(words, "words")
@@ -180,7 +187,7 @@ def read_texts(options: TrialOptions) -> Texts:
             raise BakeError(f"no word list {words!r}; give a file with one word a line")
         listed = read_words(path)
     return Texts(
-        tuple(read_pairs(pairs)),
+        read,
         tuple(read_prompts(options.neutral or known.get("neutral", "neutral"))),
         tuple(read_prompts(options.openings)),
         listed,
@@ -205,17 +212,26 @@ def load_scorer(name: str | None) -> Scorer | None:
         sys.path.pop(0)
     if not callable(found):
         raise BakeError(f"--scorer {name} is not a function from text to a number")
-    return found  # type: ignore[no-any-return]
+
+    def score(text: str) -> float:
+        try:
+            return float(found(text))
+        except Exception as error:  # The user's code may raise anything; it is not bake's traceback.
+            raise BakeError(f"--scorer {name} failed on {text[:40]!r}: {error!r}") from error
+
+    return score
 
 
 def make_design(options: TrialOptions, base: pipeline.Base, direction: Direction) -> Design:
     """Return what is compared: every combination of site, law and band, the first one leading."""
-    from bake.coefficients import LAWS, parse_band
+    from bake.coefficients import LAWS, band_layers, parse_band
     from bake.sites import check_direction_site
 
     multipliers = tuple(sorted({m for m in options.multipliers if m}))
     if not multipliers:
-        raise BakeError("a sweep needs multipliers other than 0, such as --multipliers -1,1")
+        raise BakeError("a sweep needs multipliers other than 0, such as --multipliers=-1,1")
+    if min(options.samples, options.new_tokens) < 1 or options.control_seeds < 0:
+        raise BakeError("--samples and --new-tokens are 1 or more, --control-seeds 0 or more")
     unknown = next((law for law in options.laws if law not in LAWS), None)
     if unknown:
         raise BakeError(f"unknown law {unknown!r}; the laws are {', '.join(LAWS)}")
@@ -231,6 +247,9 @@ def make_design(options: TrialOptions, base: pipeline.Base, direction: Direction
         for law in options.laws
         for band in options.bands
     ]
+    for variant in variants:
+        layers = band_layers(base.anatomy.layer_count, variant.band)
+        direction.select(layers, base.anatomy.hidden_size)
     if options.last_token:
         variants.append(replace(variants[0], injection="last-token"))
     return Design(
@@ -284,7 +303,8 @@ def _attribute(
 
 def _prepare(output: Path) -> Path:
     """Make the directory; one that holds something else than a sweep is left alone."""
-    known = {"measurements.json", REPORT_FILE, PAGE_FILE, FIGURES, "measurements.partial"}
+    partial = Path(MEASUREMENTS_FILE).with_suffix(".partial").name
+    known = {MEASUREMENTS_FILE, partial, REPORT_FILE, PAGE_FILE, FIGURES}
     try:
         if output.is_dir():
             strange = sorted({entry.name for entry in output.iterdir()} - known)
@@ -314,14 +334,8 @@ def describe(trial: Trial) -> str:
         format_table(header, rows),
         "",
     ]
-    if found.controls:
-        largest = max(found.controls, key=lambda control: abs(control.shift.value))
-        parts.append(
-            f"random directions of the same norm: largest |shift| {abs(largest.shift.value):.3f} "
-            f"({largest.arm.name})"
-        )
     if found.specificity is not None:
-        parts.append(f"at m = 1 the direction shifts {found.specificity:.1f} × the largest of them")
+        parts.append(found.specificity.describe())
     for window in found.windows:
         sign = "positive" if window.sign > 0 else "negative"
         if window.best is None:
@@ -333,8 +347,7 @@ def describe(trial: Trial) -> str:
             )
     costs = found.laws_at_equal_shift()
     if len(costs) > 1:
-        listed = ", ".join(f"{law} × {cost:.3f}" for law, cost in costs.items())
-        parts.append(f"perplexity of sampled text at equal shift: {listed}")
+        parts.append(compare_laws(costs))
     if trial.attribution is not None:
         parts += ["", trial.attribution.describe()]
     parts += ["", f"written to {trial.output}: {', '.join(_written(trial.output))}"]
@@ -349,15 +362,15 @@ def _written(output: Path) -> Sequence[str]:
     )
 
 
-def _row(point: Any) -> tuple[str, ...]:
+def _row(point: Point) -> tuple[str, ...]:
     def ratio(value: Any) -> str:
         return f"× {value.value:.3g}" if value else "-"
 
-    shift = point.shift
+    shift, accuracy = point.shift, point.accuracy
     return (
         point.arm.name,
-        f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]",
-        f"{point.accuracy.value:.0%}",
+        f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]" if shift else "-",
+        f"{accuracy.value:.0%}" if accuracy else "-",
         ratio(point.target_ratio),
         ratio(point.fluency_ratio),
         ratio(point.neutral_ratio),
