@@ -216,7 +216,9 @@ def load_scorer(name: str | None) -> Scorer | None:
     def score(text: str) -> float:
         try:
             return float(found(text))
-        except Exception as error:  # The user's code may raise anything; it is not bake's traceback.
+        except (
+            Exception
+        ) as error:  # The user's code may raise anything; it is not bake's traceback.
             raise BakeError(f"--scorer {name} failed on {text[:40]!r}: {error!r}") from error
 
     return score

@@ -37,9 +37,8 @@ def alone(tiny, arm):
 def test_rows_equal_separate_hooked_runs(open_tiny, architecture, site):
     tiny = open_tiny(architecture)
     arms = make_arms(site)
-    found = dict(
-        (arm.name, logs) for arm, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS)
-    )
+    compared = compare_arms(tiny.loaded, tiny.structure, arms, IDS)
+    found = {arm.name: logs for arm, logs in compared}
     base = found["base"]
     for arm in arms:
         with torch.no_grad(), alone(tiny, arm):

@@ -69,7 +69,9 @@ class TestWindow:
         assert found[1].reason == "every strength that was measured is within the bounds"
 
     def test_negative_multipliers_are_judged_by_their_own_shift(self):
-        found = self.windows(point(-1, -0.5), point(-2, -0.9), point(-3, -1.0, kl=2.0), point(1, 3.0))
+        found = self.windows(
+            point(-1, -0.5), point(-2, -0.9), point(-3, -1.0, kl=2.0), point(1, 3.0)
+        )
         assert (found[-1].largest, found[-1].best) == (-2, -2)
         assert "95th percentile KL on neutral text is 2.00 nats (bound 1)" in found[-1].reason
         assert found[1].best == 1

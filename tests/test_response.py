@@ -211,7 +211,9 @@ def test_texts_without_tokens_are_refused(given, tiny):
         measure_neutral(*given, ARMS, [""])
     bare = type("Bare", (Tokenizer,), {"__call__": lambda self, text, **_: {"input_ids": []}})
     with pytest.raises(PromptError, match="opening '' has no token"):
-        measure_rollouts(tiny.loaded, tiny.structure, bare(tiny.tokenizer, False), ARMS, [""], SAMPLING)
+        measure_rollouts(
+            tiny.loaded, tiny.structure, bare(tiny.tokenizer, False), ARMS, [""], SAMPLING
+        )
 
 
 def test_repeated_grams():
