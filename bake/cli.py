@@ -113,7 +113,12 @@ def _add_export(commands: Any) -> None:
         "not verified until the base's shards are beside them (needs --direction and --calibration)",
     )
     option(
-        "--multiplier", "-m", type=float, metavar="M", help="strength m; negative reverses (1.0)"
+        "--multiplier",
+        "-m",
+        type=_multiplier,
+        metavar="M",
+        help="strength m; negative reverses (1.0). auto: a short sweep, and the largest shift that stays "
+        "within bake sweep's bounds",
     )
     option("--band", metavar="A:B", help="layers to push, per cent of the depth (40:90)")
     option("--law", choices=LAWS, help="how α follows from μ (inverse-sqrt-d: α = m·μ/√d)")
@@ -285,6 +290,10 @@ def _add_sweep(commands: Any) -> None:
     option("--html", action="store_true", help="also one self-contained page, samples side by side")
     option("--seed", type=int, default=0, metavar="N", help="of the sampling noise (0)")
     option("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+
+
+def _multiplier(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -37,6 +37,7 @@ from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
+from bake.strength import MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.timing import Stopwatch, peak_memory
 from bake.tokenization import keep_tokenizer
 from bake.wording import list_numbers
@@ -91,6 +92,7 @@ class Export:
     timings: Mapping[str, float]
     peak_memory: int
     publication: hub.Publication | None = None
+    choice: MultiplierChoice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -98,7 +100,9 @@ class Export:
         return {
             "output": str(self.output),
             **published,
-            **describe_bake(self.base, self.push, self.plan, self.norms, self.direction),
+            **describe_bake(
+                self.base, self.push, self.plan, self.norms, self.direction, self.choice
+            ),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
             "timings": dict(self.timings),
@@ -143,6 +147,9 @@ def export(recipe: Recipe) -> Export:
     extraction_options(recipe)
     given = open_direction(recipe)
     prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
+    trial_texts = (
+        read_trial_texts(recipe.direction, recipe.held_out) if recipe.chooses_multiplier else None
+    )
     base = open_base(recipe.model, recipe.revision, clock)
     given = given and hold_against(base, given, recipe)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
@@ -156,21 +163,43 @@ def export(recipe: Recipe) -> Export:
     saved = saved_norms(base, recipe, route.site, layers)
 
     tokenizer = load_tokenizer(base.checkpoint.directory)
-    if given is not None and saved is not None and not crosses_norm(given, route.site):
+
+    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
+        return compute_push(
+            norms.values(),
+            direction.select(layers, base.anatomy.hidden_size),
+            hidden_size=base.anatomy.hidden_size,
+            multiplier=multiplier,
+            law=recipe.law,
+            explicit=explicit,
+            lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
+        )
+
+    choice = None
+    complete = given is not None and saved is not None and not crosses_norm(given, route.site)
+    if complete and trial_texts is None:
+        assert given is not None
+        assert saved is not None
         direction, norms = given, saved  # Nothing to measure, so the model is not loaded.
     else:
+        with clock.stage("load"):
+            loaded = load_base(base.checkpoint, placement)
         direction, norms = measure(
-            base, recipe, route.site, layers, given, saved, tokenizer, prompts, clock, placement
+            base, loaded, recipe, route.site, layers, given, saved, tokenizer, prompts, clock
         )
-    push = compute_push(
-        norms.values(),
-        direction.select(layers, base.anatomy.hidden_size),
-        hidden_size=base.anatomy.hidden_size,
-        multiplier=recipe.multiplier,
-        law=recipe.law,
-        explicit=explicit,
-        lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
-    )
+        if trial_texts is not None:
+            with clock.stage("strength"):
+                choice = choose_multiplier(
+                    loaded,
+                    base.anatomy.structure,
+                    tokenizer,
+                    route.site,
+                    lambda m: push_at(m, direction, norms),
+                    trial_texts,
+                )
+            announce(choice.describe())
+        del loaded  # The proof loads base and bake by itself.
+    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
     with clock.stage("plan"):
         plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
 
@@ -185,7 +214,7 @@ def export(recipe: Recipe) -> Export:
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
             )
             equivalence.raise_if_failed()
-        story = describe_bake(base, push, plan, norms, direction)
+        story = describe_bake(base, push, plan, norms, direction, choice)
         story["undo"] = describe_undo(
             base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
         )
@@ -223,6 +252,7 @@ def export(recipe: Recipe) -> Export:
         clock.seconds,
         peak_memory(),
         publication,
+        choice,
     )
 
 
@@ -332,6 +362,7 @@ def _within_route(band: range, route: SiteRoute) -> Sequence[int]:
 
 def measure(
     base: Base,
+    loaded: LoadedModel,
     recipe: Recipe,
     site: str,
     layers: Sequence[int],
@@ -340,11 +371,8 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     clock: Stopwatch,
-    placement: Placement | None,
 ) -> tuple[Direction, ActivationNorms]:
-    """Load the base and find what is neither given nor saved: the direction at the site, the norms."""
-    with clock.stage("load"):
-        loaded = load_base(base.checkpoint, placement)
+    """Find what is neither given nor saved: the direction at the site, the norms."""
     with clock.stage("direction"):
         direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
         if crosses_norm(direction, site):
@@ -463,7 +491,12 @@ def prove(
 
 
 def describe_bake(
-    base: Base, push: Push, plan: Plan, norms: ActivationNorms, direction: Direction
+    base: Base,
+    push: Push,
+    plan: Plan,
+    norms: ActivationNorms,
+    direction: Direction,
+    choice: MultiplierChoice | None = None,
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     route = plan.route
@@ -480,6 +513,7 @@ def describe_bake(
         "route": route.route,
         "slot": route.to_dict(),
         **push.to_dict(),
+        **({"multiplier_choice": choice.to_dict()} if choice else {}),
         "calibration": norms.to_dict(),
         "direction": direction.to_dict(),
         "plan": plan.to_dict(),

@@ -98,7 +98,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
         norms.values(),
         direction.select(layers, base.anatomy.hidden_size),
         hidden_size=base.anatomy.hidden_size,
-        multiplier=recipe.multiplier,
+        multiplier=float(recipe.multiplier),
         law=recipe.law,
         explicit=explicit,
         lengths=direction.own_lengths(layers) if recipe.keep_scale else None,

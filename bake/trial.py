@@ -29,7 +29,7 @@ from bake.errors import BakeError, OutputError
 from bake.figures import draw_dose_response, draw_norms
 from bake.model import LoadedModel
 from bake.prompts import load_tokenizer, read_prompts
-from bake.resources import DEMO_NAME, find_direction, find_set
+from bake.resources import find_direction, find_set, tried_on
 from bake.response import Point, Sampling, Scorer, Texts
 from bake.sampling import read_words
 from bake.streaming import choose_placement
@@ -41,14 +41,6 @@ if TYPE_CHECKING:
     from bake.attribution import Attribution
 
 PAGE_FILE, FIGURES = "index.html", "figures"
-# What a direction that ships is tried on, where the user names nothing else.
-_SHIPPED = {
-    DEMO_NAME: {
-        "pairs": "cheerful-gloomy.held-out",
-        "words": "cheerful",
-        "neutral": "neutral-stories",
-    }
-}
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ def sweep(options: TrialOptions) -> Trial:
 
 def read_texts(options: TrialOptions) -> Texts:
     """Read what the arms are run on. Raises a BakeError where no held-out pairs are named."""
-    known = _SHIPPED.get(options.direction, {})
+    known = tried_on(options.direction)
     pairs, words = options.pairs or known.get("pairs"), options.words or known.get("words")
     if pairs is None:
         raise BakeError(

@@ -49,6 +49,18 @@ VALUES = {
     },
     "config_removed": [],
     "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
+    "multiplier_choice": {
+        "reason": "m = 1.5 is the largest shift on 24 held-out pairs within the bounds",
+        "points": [
+            {
+                "multiplier": 1.5,
+                "shift": 0.64,
+                "fluency_ratio": 1.32,
+                "neutral_kl_p95": 0.35,
+            },
+            {"multiplier": 2.0, "shift": None, "fluency_ratio": None, "neutral_kl_p95": None},
+        ],
+    },
     "equivalence": {
         "mechanism_error": 3.1e-7,
         "relative_error": 1.3e-3,
@@ -66,7 +78,8 @@ VALUES = {
     },
 }
 EQUIVALENCE_KEYS = sorted(VALUES["equivalence"])
-TOP_KEYS = sorted(VALUES.keys() - {"version", "architecture", "route", "equivalence"})
+OPTIONAL = {"multiplier_choice"}
+TOP_KEYS = sorted(VALUES.keys() - {"version", "architecture", "route", "equivalence"} - OPTIONAL)
 
 
 def values(**changes):
@@ -109,6 +122,15 @@ def test_proof_table_has_found_and_bound():
     assert table["representation of the push"] == ["0.17 %", ""]
     assert table["same most likely token"] == ["98.7 %", ""]
     assert table["loads without missing or unexpected keys"] == ["yes", "yes"]
+
+
+def test_why_this_multiplier_is_said_where_a_sweep_chose_it():
+    card = render_card(values())
+    assert "m = 1.5 is the largest shift on 24 held-out pairs within the bounds." in card
+    assert rows(card, "| m |") == [["1.5", "+0.640", "1.32", "0.350"], ["2", "–", "–", "–"]]
+    given = values()
+    del given["multiplier_choice"]
+    assert "short sweep" not in render_card(given)
 
 
 def test_accepted_rounding_is_said():
