@@ -307,7 +307,7 @@ def undo(
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
-    paths = ("pairs", "held_out", "prompts", "calibration", "output")
+    paths = ("pairs", "held_out", "prompts", "calibration", "sweep", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
 
 

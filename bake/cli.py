@@ -142,6 +142,7 @@ def _add_export(commands: Any) -> None:
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
     option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
+    option("--sweep", metavar="DIR", help="a bake sweep of this bake: its figures go into the card")
     option("--device-map", choices=("auto",), help="spread weights over GPUs, CPU and disk")
     option(
         "--max-memory", metavar="SIZES", help="weights kept in memory: 600MB, or 0=20GB,cpu=60GB"

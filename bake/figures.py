@@ -31,6 +31,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "font.size": 9,
@@ -41,12 +42,23 @@ _STYLE = {
     "svg.hashsalt": "bake",
 }
 WIDTH, HEIGHT, DPI = 7.2, 3.0, 160
+MOST_TICKS = 9
+FIGURES = "figures"  # the folder, of a sweep and of a bake
 
 
 def draw_norms(
-    path: Path, norms: Mapping[int, float], coefficients: Mapping[int, float], site: str
+    path: Path,
+    norms: Mapping[int, float],
+    coefficients: Mapping[int, float],
+    site: str,
+    multiplier: float = 1.0,
 ) -> Path:
-    """Draw μ_l over depth, and α_l over the band, which is shaded. {layer: value} each."""
+    """Draw μ_l over depth, and |α_l| at m over the band, which is shaded. {layer: value} each."""
+    alpha = (
+        f"|α| at m = {multiplier:g}"
+        if min(coefficients.values()) < 0
+        else (f"α at m = {multiplier:g}")
+    )
     with _canvas(path, 1, HEIGHT) as (axes,):
         layers = sorted(norms)
         band = sorted(coefficients)
@@ -61,19 +73,20 @@ def draw_norms(
         )
         axes.set(xlabel="decoder layer", ylabel=f"μ at {site}", ylim=(0, None))
         axes.set_title("How large the activations are, and how far each layer is pushed")
+        axes.grid(visible=False)  # It would lie over the bars, which belong to other axes.
         _whole_numbers(axes)
         beside = axes.twinx()
         beside.axvspan(band[0] - 0.5, band[-1] + 0.5, color=GREEN, zorder=0, label="band")
         beside.bar(
             band,
-            [coefficients[layer] for layer in band],
+            [abs(coefficients[layer]) for layer in band],
             width=0.55,
             color=ORANGE,
             alpha=0.75,
-            label="coefficient α at m = 1",
+            label=f"coefficient {alpha}",
         )
         top = max(abs(value) for value in coefficients.values())
-        beside.set(ylabel="α at m = 1", ylim=(0, 3 * top))
+        beside.set(ylabel=alpha, ylim=(0, 3 * top))
         beside.grid(visible=False)
         beside.spines["right"].set_visible(True)
         axes.set_zorder(beside.get_zorder() + 1)
@@ -90,6 +103,9 @@ def draw_dose_response(path: Path, found: DoseResponse) -> Path:
         for axes in (shift, fluency, kl):
             _shade_window(axes, found)
             axes.set_xlabel("multiplier m")
+            if len(curve) <= MOST_TICKS:
+                multipliers = [point.arm.multiplier for point in curve]
+                axes.set_xticks(multipliers, [f"{m:g}" for m in multipliers])
             axes.axvline(0, color=GRID, lw=1)
         _draw_controls(shift, found, "shift")
         _draw_series(
@@ -161,7 +177,8 @@ def draw_layers(path: Path, layers: Sequence[Mapping[str, Any]], title: str) -> 
         axes.axhline(0, color=INK, lw=0.6)
         axes.set(xlabel="decoder layer", ylabel="shift, nats a token", title=title)
         _whole_numbers(axes)
-        axes.legend(loc="best")
+        axes.margins(y=0.22)  # Room for the legend above the bars.
+        axes.legend(loc="upper right", ncols=2)
     return path
 
 

@@ -18,8 +18,10 @@ from bake.direction import Direction, convert_to_input, direction_bytes
 from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
 from bake.extraction import extract as extract_direction
+from bake.figures import FIGURES, draw_norms
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
 from bake.loading import auto_class
@@ -93,6 +95,7 @@ class Export:
     peak_memory: int
     publication: hub.Publication | None = None
     choice: MultiplierChoice | None = None
+    evidence: Evidence | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -101,7 +104,13 @@ class Export:
             "output": str(self.output),
             **published,
             **describe_bake(
-                self.base, self.push, self.plan, self.norms, self.direction, self.choice
+                self.base,
+                self.push,
+                self.plan,
+                self.norms,
+                self.direction,
+                self.choice,
+                self.evidence,
             ),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
@@ -146,6 +155,7 @@ def export(recipe: Recipe) -> Export:
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     extraction_options(recipe)
     given = open_direction(recipe)
+    evidence = read_evidence(Path(recipe.sweep)) if recipe.sweep else None
     prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
     trial_texts = (
         read_trial_texts(recipe.direction, recipe.held_out) if recipe.chooses_multiplier else None
@@ -200,6 +210,8 @@ def export(recipe: Recipe) -> Export:
             announce(choice.describe())
         del loaded  # The proof loads base and bake by itself.
     push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
+    if evidence is not None:
+        evidence.check(base.to_dict(), route.site, push)
     with clock.stage("plan"):
         plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
 
@@ -214,7 +226,7 @@ def export(recipe: Recipe) -> Export:
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
             )
             equivalence.raise_if_failed()
-        story = describe_bake(base, push, plan, norms, direction, choice)
+        story = describe_bake(base, push, plan, norms, direction, choice, evidence)
         story["undo"] = describe_undo(
             base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
         )
@@ -226,6 +238,7 @@ def export(recipe: Recipe) -> Export:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
+            draw_figures(staging, push, route.site, evidence)
             card = render_card({**story, **words_for(plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
         with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
@@ -253,6 +266,7 @@ def export(recipe: Recipe) -> Export:
         peak_memory(),
         publication,
         choice,
+        evidence,
     )
 
 
@@ -497,6 +511,7 @@ def describe_bake(
     norms: ActivationNorms,
     direction: Direction,
     choice: MultiplierChoice | None = None,
+    evidence: Evidence | None = None,
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     route = plan.route
@@ -514,6 +529,7 @@ def describe_bake(
         "slot": route.to_dict(),
         **push.to_dict(),
         **({"multiplier_choice": choice.to_dict()} if choice else {}),
+        **({"sweep": evidence.summarise(push.multiplier)} if evidence else {}),
         "calibration": norms.to_dict(),
         "direction": direction.to_dict(),
         "plan": plan.to_dict(),
@@ -525,6 +541,19 @@ def count_added_layers(plan: Plan) -> int:
     """Return how many decoder layers the output has beyond its base's."""
     inserts = isinstance(plan.route.rewriter, Insertion)
     return len({edit.layer for edit in plan.slot_edits}) if inserts else 0
+
+
+def draw_figures(directory: Path, push: Push, site: str, evidence: Evidence | None) -> None:
+    """Write `figures/`: the norms with the coefficients, and a sweep's where one is given."""
+    draw_norms(
+        directory / FIGURES / "norms.png",
+        {entry.layer: entry.activation_norm for entry in push.layers},
+        {entry.layer: entry.coefficient for entry in push.layers},
+        site,
+        push.multiplier,
+    )
+    if evidence is not None:
+        evidence.copy_figures(directory)
 
 
 def card_words(

@@ -36,7 +36,8 @@ class Recipe:
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
     multiplier: a number, or "auto" for the best inside the operating window, for which `held_out` names
     contrast pairs that the direction was not found from. calibration: a file of `bake calibrate`
-    instead of measuring. thin: write no base shard.
+    instead of measuring. sweep: a directory of `bake sweep` whose figures the card shows. thin: write
+    no base shard.
     direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
     it names, direction_site overrides its site, keep_scale uses its vectors as long as they are.
     method, token, chat_template, held_out, from_layer, seed, steps, kl_weight: how a direction is found
@@ -71,6 +72,7 @@ class Recipe:
     statistic: str = "mean"
     prompts: str = "neutral"
     calibration: str | None = None
+    sweep: str | None = None
     dtype: str | None = None
     device_map: str | None = None
     max_memory: str | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake import pipeline, processes
 from bake.contrast import read_pairs
-from bake.direction import Direction, load_direction
+from bake.direction import Direction, hash_vectors, load_direction
 from bake.dose_response import (
     CONTROL_SEEDS,
     MEASUREMENTS_FILE,
@@ -26,7 +26,7 @@ from bake.dose_response import (
     run_sweep,
 )
 from bake.errors import BakeError, OutputError
-from bake.figures import draw_dose_response, draw_norms
+from bake.figures import FIGURES, draw_dose_response, draw_norms
 from bake.model import LoadedModel
 from bake.prompts import load_tokenizer, read_prompts
 from bake.resources import find_direction, find_set, tried_on
@@ -36,11 +36,12 @@ from bake.streaming import choose_placement
 from bake.timing import Stopwatch, peak_memory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from bake.attribution import Attribution
 
-PAGE_FILE, FIGURES = "index.html", "figures"
+PAGE_FILE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Trial:
     base: pipeline.Base
     direction: Direction
     found: DoseResponse
+    texts: Texts
     attribution: Attribution | None
     timings: dict[str, float]
     peak_memory: int
@@ -91,12 +93,21 @@ class Trial:
         """Return what `report.json` holds: no times and no paths."""
         values = {
             "base": self.base.to_dict(),
-            "direction": self.direction.to_dict(),
+            "direction": {**self.direction.to_dict(), "sha256": hash_vectors(self._vectors())},
+            "texts": {
+                "pairs": len(self.texts.pairs),
+                "neutral": len(self.texts.neutral),
+                "openings": len(self.texts.openings),
+            },
             **self.found.to_dict(),
         }
         if self.attribution is not None:
             values["by_layer"] = self.attribution.to_dict()
         return values
+
+    def _vectors(self) -> dict[int, torch.Tensor]:
+        """Return the unit vectors that were pushed."""
+        return {layer: self.direction.layer(layer) for layer in self.found.coefficients}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -154,7 +165,7 @@ def sweep(options: TrialOptions) -> Trial:
     if options.by_layer:
         with clock.stage("by layer"):
             attribution = _attribute(loaded, base, tokenizer, direction, design, texts, norms)
-    trial = Trial(output, base, direction, found, attribution, clock.seconds, peak_memory())
+    trial = Trial(output, base, direction, found, texts, attribution, clock.seconds, peak_memory())
     with clock.stage("report"):
         write_report(trial, html=options.html)
     return replace(trial, timings=clock.seconds, peak_memory=peak_memory())
