@@ -28,6 +28,7 @@ __all__ = [
     "sweep",
     "undo",
     "verify",
+    "verify_endpoint",
 ]
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         sweep,
         undo,
         verify,
+        verify_endpoint,
     )
 
 

@@ -14,7 +14,7 @@ from bake.checkpoint import open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
-from bake.errors import OutputError
+from bake.errors import EndpointError, OutputError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
@@ -36,6 +36,7 @@ from bake.verification import verify as verify_directory
 
 if TYPE_CHECKING:
     from bake.compare import Difference
+    from bake.endpoint import EndpointCheck
     from bake.hub import Publication
     from bake.reproduction import Reproduction
     from bake.restoration import Rescaled, Undone
@@ -244,6 +245,15 @@ def verify(
     return verify_directory(Path(directory), base, choose_placement(device_map, max_memory))
 
 
+def verify_endpoint(url: str, model: str | None, *, directory: str | Path = ".") -> EndpointCheck:
+    """Ask an OpenAI-compatible server for a baked directory's canary: baked, base or neither."""
+    from bake.endpoint import check_endpoint
+
+    if not model:
+        raise EndpointError("--endpoint needs --model NAME, what the server calls the model")
+    return check_endpoint(url, model, Path(directory))
+
+
 def sweep(model: str, *, direction: str | Path, output: str | Path, **options: Any) -> Trial:
     """Measure what a direction does at each strength, and what it costs; write report and figures.
 
@@ -339,4 +349,5 @@ __all__ = [
     "sweep",
     "undo",
     "verify",
+    "verify_endpoint",
 ]

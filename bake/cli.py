@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bake import __version__, direction_commands
-from bake.errors import BakeError
+from bake.errors import BakeError, EquivalenceError
 from bake.results import print_result as _print
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
@@ -302,12 +302,20 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _add_verify(commands: Any) -> None:
-    command = commands.add_parser("verify", help="prove a baked directory again")
+    command = commands.add_parser(
+        "verify",
+        help="prove a baked directory again, or ask a server whether it serves it",
+        description="Prove a baked directory again. With --endpoint: ask an OpenAI-compatible server to "
+        "continue the canary of the directory's bake.json, and say whether it serves the bake or "
+        "the base. Exit code 3 where it is not the bake.",
+    )
     command.set_defaults(run=_run_verify)
-    command.add_argument("directory", metavar="DIR")
+    command.add_argument("directory", metavar="DIR", nargs="?", default=".", help="(.)")
     command.add_argument(
         "--base", metavar="MODEL", help="the base (default: as bake.json names it)"
     )
+    command.add_argument("--endpoint", metavar="URL", help="a server, as http://localhost:8000/v1")
+    command.add_argument("--model", metavar="NAME", help="what the server calls the model")
 
 
 def _add_placement(command: Any) -> None:
@@ -482,6 +490,12 @@ def _run_sweep(parsed: argparse.Namespace) -> int:
 def _run_verify(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
+    if parsed.endpoint:
+        checked = api.verify_endpoint(parsed.endpoint, parsed.model, directory=parsed.directory)
+        _print(parsed, checked.to_dict(), checked.describe())
+        return 0 if checked.verdict == "baked" else EquivalenceError.exit_code
+    if parsed.model:
+        raise BakeError("--model is what a server calls the model; it goes with --endpoint URL")
     verification = api.verify(
         parsed.directory,
         base=parsed.base,
