@@ -1,12 +1,13 @@
 """`make bench`: what bake costs, beside what it is compared with, both sides in one run.
 
-    python benchmarks/bench.py [--work DIR] [--only a,b,c,d,e] [--runs 3]
+    python benchmarks/bench.py [--work DIR] [--only a,b,c,d,e,f] [--runs 3]
 
 (a) the write stage against load + set biases + save_pretrained, and against cp
 (b) peak memory of a whole export with --max-memory, against the checkpoint's size
 (c) calibration against a bare forward of the same batches
 (d) `bake --help` against `python -c "import torch"`
 (e) tokens a second of generation: base, hooked, baked
+(f) a sweep of 7 multipliers in one batch against 7 hooked runs, the model loaded, same measurements
 
 Sides alternate, so that a drift of the machine's speed meets both; medians are printed, with the ratio.
 Files are warm in the page cache on both sides. The base is random and needs 2.2 GB of disk three times.
@@ -233,12 +234,57 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
     )
 
 
+def bench_sweep(work: Path, base: Path, runs: int) -> dict[str, float]:
+    """(f) Shift, neutral text and sampled text under 7 pushes: all rows together, and one by one."""
+    from bake.anatomy import examine
+    from bake.arms import Arm
+    from bake.coefficients import band_layers, compute_push
+    from bake.contrast import ContrastPair
+    from bake.direction import load_direction
+    from bake.model import load_model, read_config
+    from bake.prompts import load_tokenizer
+    from bake.response import Sampling, measure_neutral, measure_pairs, measure_rollouts
+
+    structure = examine(read_config(base)).structure
+    given = load_model(base), structure, load_tokenizer(base)
+    layers = band_layers(LAYERS)
+    vectors = load_direction(work / "direction.safetensors").select(layers, HIDDEN)
+    arms = []
+    for multiplier in (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0):
+        push = compute_push(
+            dict.fromkeys(layers, 10.0), vectors, hidden_size=HIDDEN, multiplier=multiplier
+        )
+        arms.append(Arm(f"m={multiplier:+g}", "direction", multiplier, push=push.vectors))
+    pairs = [ContrastPair("The day was ", "bright and kind.", "grey and cold.")]
+    sampling = Sampling(samples=1, new_tokens=12)
+
+    def measure(chosen: list[Arm]) -> None:
+        measure_pairs(*given, chosen, pairs)
+        measure_neutral(*given, chosen, TEXTS[:1])
+        measure_rollouts(*given, chosen, ["The library "], sampling)
+
+    def together() -> float:
+        start = time.perf_counter()
+        measure(arms)
+        return time.perf_counter() - start
+
+    def apart() -> float:
+        start = time.perf_counter()
+        for arm in arms:
+            measure([arm])
+        return time.perf_counter() - start
+
+    figures = alternate({"7 hooked runs": apart, "one batched sweep": together}, runs)
+    return report("(f) sweep of 7 multipliers", figures, "s", "7 hooked runs")
+
+
 BENCHMARKS = {
     "a": bench_write,
     "b": bench_memory,
     "c": bench_calibration,
     "d": bench_help,
     "e": bench_generation,
+    "f": bench_sweep,
 }
 
 
@@ -248,7 +294,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where to work")
-    parser.add_argument("--only", default="a,b,c,d,e", help="which benchmarks")
+    parser.add_argument("--only", default="a,b,c,d,e,f", help="which benchmarks")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each side")
     parsed = parser.parse_args()
     parsed.work.mkdir(parents=True, exist_ok=True)
