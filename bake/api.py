@@ -254,16 +254,18 @@ def verify_endpoint(url: str, model: str | None, *, directory: str | Path = ".")
     return check_endpoint(url, model, Path(directory))
 
 
-def sweep(model: str, *, direction: str | Path, output: str | Path, **options: Any) -> Trial:
+def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> Trial:
     """Measure what a direction does at each strength, and what it costs; write report and figures.
 
-    options: the fields of `bake.trial.TrialOptions`, such as multipliers, pairs, words, html.
+    direction: as for `export`. options: the fields of `bake.trial.TrialOptions`, such as multipliers,
+    pairs, words, html.
     """
     from bake import trial
 
-    return trial.sweep(
-        trial.TrialOptions(model=model, direction=str(direction), output=str(output), **options)
-    )
+    with given_as_file(direction) as path:
+        return trial.sweep(
+            trial.TrialOptions(model=model, direction=str(path), output=str(output), **options)
+        )
 
 
 def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:

@@ -47,6 +47,12 @@ class Attribution:
     smallest_shift: float
     smallest_kl: float
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no smaller band will do."""
+        first, last = self.layers[0].layer, self.layers[-1].layer
+        return self.smallest == (first, last + 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `report.json`."""
         return {**asdict(self), "smallest": list(self.smallest)}
@@ -72,6 +78,11 @@ class Attribution:
         ]
         header = ("layer", "shift alone", "lost without", "KL alone", "KL without")
         start, stop = self.smallest
+        if self.is_whole:
+            return (
+                f"{format_table(header, rows)}\n\nno smaller band keeps {KEPT_SHARE:.0%} of the shift "
+                f"({self.shift:+.3f})"
+            )
         return (
             f"{format_table(header, rows)}\n\nthe smallest band that keeps {KEPT_SHARE:.0%} of the shift "
             f"({self.shift:+.3f}): layers {start} to {stop - 1}, {self.smallest_shift:+.3f} at "

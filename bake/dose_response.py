@@ -230,7 +230,7 @@ def compare_laws(costs: Mapping[str, float]) -> str:
     """Return what each law costs at equal shift, and which the least, as a sentence."""
     listed = ", ".join(f"{law} × {cost:.3f}" for law, cost in costs.items())
     return (
-        f"perplexity of sampled text at equal shift: {listed}; "
+        f"sampled text's perplexity is {listed}; "
         f"{min(costs, key=lambda law: costs[law])} costs the least"
     )
 

@@ -264,6 +264,8 @@ def _draw_controls(axes: Axes, found: DoseResponse, what: str) -> None:
     top = [*reversed(reach), 0.0, *reach]
     bottom = [-height for height in top] if what == "shift" else [0.0] * len(top)
     axes.fill_between(places, bottom, top, color=GREY, alpha=0.35, lw=0)
+    for edge in (bottom, top):  # In greyscale the outline tells chance from window and interval.
+        axes.plot(places, edge, color=GREY, lw=0.9, ls=":")
 
 
 def _shade_window(axes: Axes, found: DoseResponse) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake import pipeline, processes
 from bake.contrast import read_pairs
-from bake.direction import Direction, hash_vectors, load_direction
+from bake.direction import Direction, hash_vectors
 from bake.dose_response import (
     CONTROL_SEEDS,
     MEASUREMENTS_FILE,
@@ -27,9 +27,11 @@ from bake.dose_response import (
 )
 from bake.errors import BakeError, OutputError
 from bake.figures import FIGURES, draw_dose_response, draw_norms
+from bake.formats import fit_direction, read_direction
 from bake.model import LoadedModel
+from bake.progress import announce
 from bake.prompts import load_tokenizer, read_prompts
-from bake.resources import find_direction, find_set, tried_on
+from bake.resources import find_set, tried_on
 from bake.response import Point, Sampling, Scorer, Texts
 from bake.sampling import read_words
 from bake.streaming import choose_placement
@@ -130,8 +132,16 @@ def sweep(options: TrialOptions) -> Trial:
     clock = Stopwatch()
     texts = read_texts(options)
     scorer = load_scorer(options.scorer)
-    direction = load_direction(find_direction(options.direction))
+    given = read_direction(options.direction)
     base = pipeline.open_base(options.model, options.revision, clock)
+    direction, notes = fit_direction(
+        given,
+        options.direction,
+        hidden_size=base.anatomy.hidden_size,
+        layer_count=base.anatomy.layer_count,
+    )
+    for note in notes:
+        announce(note)
     design = make_design(options, base, direction)
     output = _prepare(Path(options.output))
     tokenizer = load_tokenizer(base.checkpoint.directory)
@@ -352,7 +362,7 @@ def describe(trial: Trial) -> str:
             )
     costs = found.laws_at_equal_shift()
     if len(costs) > 1:
-        parts.append(compare_laws(costs))
+        parts.append(f"at equal shift, {compare_laws(costs)}")
     if trial.attribution is not None:
         parts += ["", trial.attribution.describe()]
     parts += ["", f"written to {trial.output}: {', '.join(_written(trial.output))}"]
