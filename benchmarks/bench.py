@@ -234,34 +234,32 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
     )
 
 
-def bench_sweep(work: Path, base: Path, runs: int) -> dict[str, float]:
-    """(f) Shift, neutral text and sampled text under 7 pushes: all rows together, and one by one."""
+def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
+    """(f) The shipped model, its direction and sets: all rows together, and one push after the other."""
     from bake.anatomy import examine
-    from bake.arms import Arm
-    from bake.coefficients import band_layers, compute_push
-    from bake.contrast import ContrastPair
-    from bake.direction import load_direction
+    from bake.dose_response import Design, make_arms, measure_sites
+    from bake.formats import read_direction
     from bake.model import load_model, read_config
-    from bake.prompts import load_tokenizer
+    from bake.pairs import read_pairs
+    from bake.prompts import load_tokenizer, read_prompts
+    from bake.resources import DEMO_MODEL, DEMO_NAME
     from bake.response import Sampling, measure_neutral, measure_pairs, measure_rollouts
 
-    structure = examine(read_config(base)).structure
-    given = load_model(base), structure, load_tokenizer(base)
-    layers = band_layers(LAYERS)
-    vectors = load_direction(work / "direction.safetensors").select(layers, HIDDEN)
-    arms = []
-    for multiplier in (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0):
-        push = compute_push(
-            dict.fromkeys(layers, 10.0), vectors, hidden_size=HIDDEN, multiplier=multiplier
-        )
-        arms.append(Arm(f"m={multiplier:+g}", "direction", multiplier, push=push.vectors))
-    pairs = [ContrastPair("The day was ", "bright and kind.", "grey and cold.")]
-    sampling = Sampling(samples=1, new_tokens=12)
+    anatomy = examine(read_config(DEMO_MODEL))
+    given = load_model(DEMO_MODEL), anatomy.structure, load_tokenizer(DEMO_MODEL)
+    layer_count, neutral = anatomy.layer_count, read_prompts("neutral-stories")[:16]
+    norms = measure_sites(*given, ["mlp_out"], neutral, layer_count)
+    design = Design(multipliers=(-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0), control_seeds=0)
+    direction = read_direction(DEMO_NAME)
+    arms = make_arms(direction, design, norms, layer_count, anatomy.hidden_size)[1:]
+    pairs = read_pairs("cheerful-gloomy.held-out")[:16]
+    openings = read_prompts("openings")[:8]
+    sampling = Sampling(samples=1, new_tokens=32)
 
-    def measure(chosen: list[Arm]) -> None:
+    def measure(chosen: list[Any]) -> None:
         measure_pairs(*given, chosen, pairs)
-        measure_neutral(*given, chosen, TEXTS[:1])
-        measure_rollouts(*given, chosen, ["The library "], sampling)
+        measure_neutral(*given, chosen, neutral)
+        measure_rollouts(*given, chosen, openings, sampling)
 
     def together() -> float:
         start = time.perf_counter()
