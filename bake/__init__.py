@@ -25,8 +25,10 @@ __all__ = [
     "reproduce",
     "rescale",
     "show_direction",
+    "sweep",
     "undo",
     "verify",
+    "verify_endpoint",
 ]
 
 if TYPE_CHECKING:
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
         reproduce,
         rescale,
         show_direction,
+        sweep,
         undo,
         verify,
+        verify_endpoint,
     )
 
 

@@ -14,7 +14,7 @@ from bake.checkpoint import open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
-from bake.errors import OutputError
+from bake.errors import EndpointError, OutputError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
@@ -36,9 +36,11 @@ from bake.verification import verify as verify_directory
 
 if TYPE_CHECKING:
     from bake.compare import Difference
+    from bake.endpoint import EndpointCheck
     from bake.hub import Publication
     from bake.reproduction import Reproduction
     from bake.restoration import Rescaled, Undone
+    from bake.trial import Trial
 
 
 def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export | thin.ThinExport:
@@ -243,6 +245,29 @@ def verify(
     return verify_directory(Path(directory), base, choose_placement(device_map, max_memory))
 
 
+def verify_endpoint(url: str, model: str | None, *, directory: str | Path = ".") -> EndpointCheck:
+    """Ask an OpenAI-compatible server for a baked directory's canary: baked, base or neither."""
+    from bake.endpoint import check_endpoint
+
+    if not model:
+        raise EndpointError("--endpoint needs --model NAME, what the server calls the model")
+    return check_endpoint(url, model, Path(directory))
+
+
+def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> Trial:
+    """Measure what a direction does at each strength, and what it costs; write report and figures.
+
+    direction: as for `export`. options: the fields of `bake.trial.TrialOptions`, such as multipliers,
+    pairs, words, html.
+    """
+    from bake import trial
+
+    with given_as_file(direction) as path:
+        return trial.sweep(
+            trial.TrialOptions(model=model, direction=str(path), output=str(output), **options)
+        )
+
+
 def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:
     """Publish a baked directory to the Hub in one commit, and compare what arrived."""
     from bake import hub
@@ -294,7 +319,7 @@ def undo(
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
-    paths = ("pairs", "held_out", "prompts", "calibration", "output")
+    paths = ("pairs", "held_out", "prompts", "calibration", "sweep", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
 
 
@@ -323,6 +348,8 @@ __all__ = [
     "reproduce",
     "rescale",
     "show_direction",
+    "sweep",
     "undo",
     "verify",
+    "verify_endpoint",
 ]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bake.resources import shipped
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 CARD_TEMPLATE = "card.md.jinja"
 
@@ -20,8 +23,21 @@ def table_cell(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("|", "\\|")
 
 
-def render_card(values: Mapping[str, Any]) -> str:
-    """Return the card's Markdown. `values` are the keys of `bake.json`, see the template."""
+def figure(value: float | None, form: str, factor: float = 1.0) -> str:
+    """Return a figure as text, a dash for one that was not measured."""
+    return "–" if value is None else form % (factor * value)
+
+
+def interval(values: Mapping[str, float | None] | None, form: str) -> str:
+    """Return a figure with its interval in brackets, a dash for one that was not measured."""
+    if values is None:
+        return "–"
+    value, low, high = (figure(values[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def card_environment() -> Environment:
+    """Return the Jinja environment that the card's template is written for."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -32,5 +48,10 @@ def render_card(values: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; the values are numbers and names of our own.
     )
-    environment.filters["cell"] = table_cell
-    return environment.get_template(CARD_TEMPLATE).render(**values)
+    environment.filters |= {"cell": table_cell, "figure": figure, "interval": interval}
+    return environment
+
+
+def render_card(values: Mapping[str, Any]) -> str:
+    """Return the card's Markdown. `values` are the keys of `bake.json`, see the template."""
+    return card_environment().get_template(CARD_TEMPLATE).render(**values)

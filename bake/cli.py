@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bake import __version__, direction_commands
-from bake.errors import BakeError
+from bake.errors import BakeError, EquivalenceError
 from bake.results import print_result as _print
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_direction(commands)
     _add_calibrate(commands)
     _add_inspect(commands)
+    _add_sweep(commands)
     _add_verify(commands)
     _add_publish(commands)
     _add_prompts(commands)
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_rescale(commands)
     _add_undo(commands)
     _add_demo(commands)
-    for name in ("direction", "calibrate", "verify"):
+    for name in ("direction", "calibrate", "sweep", "verify"):
         _add_placement(commands.choices[name])
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -112,7 +113,12 @@ def _add_export(commands: Any) -> None:
         "not verified until the base's shards are beside them (needs --direction and --calibration)",
     )
     option(
-        "--multiplier", "-m", type=float, metavar="M", help="strength m; negative reverses (1.0)"
+        "--multiplier",
+        "-m",
+        type=_multiplier,
+        metavar="M",
+        help="strength m; negative reverses (1.0). auto: a short sweep, and the largest shift that stays "
+        "within bake sweep's bounds",
     )
     option("--band", metavar="A:B", help="layers to push, per cent of the depth (40:90)")
     option("--law", choices=LAWS, help="how α follows from μ (inverse-sqrt-d: α = m·μ/√d)")
@@ -136,6 +142,7 @@ def _add_export(commands: Any) -> None:
     option("--prompts", metavar="FILE", help="calibration prompts: text, JSONL or a set (neutral)")
     option("--calibration", metavar="FILE", help="norms from bake calibrate instead of measuring")
     option("--statistic", choices=("mean", "median"), help="what μ is of the token norms (mean)")
+    option("--sweep", metavar="DIR", help="a bake sweep of this bake: its figures go into the card")
     option("--device-map", choices=("auto",), help="spread weights over GPUs, CPU and disk")
     option(
         "--max-memory", metavar="SIZES", help="weights kept in memory: 600MB, or 0=20GB,cpu=60GB"
@@ -244,13 +251,71 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
 
 
+def _add_sweep(commands: Any) -> None:
+    command = commands.add_parser(
+        "sweep",
+        help="measure what a direction does at each strength, and what it costs",
+        description="Hooks on one loaded model: shift, fluency and side effects at each multiplier, with "
+        "random directions beside them; report.json, figures and the operating window. The same "
+        "command again goes on after a break.",
+    )
+    command.set_defaults(run=_run_sweep)
+    option = command.add_argument
+    option("model", metavar="MODEL", help="path, Hub id, or bake-demo")
+    option("--direction", required=True, metavar="FILE", help="direction file, or bake-demo")
+    option("--output", "-o", required=True, metavar="DIR", help="where report and figures go")
+    option(
+        "--multipliers", type=_numbers, default=(-3, -2, -1, 1, 2, 3), metavar="M,…",
+        help="strengths, written --multipliers=-2,-1,1,2 (-3,-2,-1,1,2,3)",
+    )  # fmt: skip
+    option("--band", nargs="+", default=["40:90"], metavar="A:B", help="one or more bands (40:90)")
+    option("--site", nargs="+", default=["auto"], choices=SITES, help="one or more sites (auto)")
+    option("--law", nargs="+", default=["inverse-sqrt-d"], choices=LAWS, help="one or more laws")
+    option("--pairs", metavar="FILE", help="held-out contrast pairs, not those it was found from")
+    option("--words", metavar="FILE", help="target words to count in sampled text, one a line")
+    option("--openings", default="openings", metavar="FILE", help="texts to continue (openings)")
+    option("--neutral", metavar="FILE", help="text that must not change (neutral)")
+    option("--prompts", default="neutral", metavar="FILE", help="calibration prompts (neutral)")
+    option("--scorer", metavar="MODULE:FUNCTION", help="your own score of a sampled text")
+    option("--instruction", default="", metavar="TEXT", help="a prompt that asks for the same")
+    option("--control-seeds", type=int, default=8, metavar="N", help="random directions (8)")
+    option("--samples", type=int, default=2, metavar="N", help="continuations an opening (2)")
+    option("--new-tokens", type=int, default=40, metavar="N", help="tokens of each (40)")
+    option("--max-fluency", type=float, default=1.5, metavar="X", help="window's bound on "
+           "sampled text's perplexity, × base (1.5)")  # fmt: skip
+    option("--max-kl", type=float, default=1.0, metavar="NATS", help="window's bound on the 95th "
+           "percentile KL on neutral text (1)")  # fmt: skip
+    option("--last-token", action="store_true", help="also push the prompt's last token only, which "
+           "no bake can do: to compare with")  # fmt: skip
+    option("--by-layer", action="store_true", help="what each layer of the band contributes")
+    option("--html", action="store_true", help="also one self-contained page, samples side by side")
+    option("--seed", type=int, default=0, metavar="N", help="of the sampling noise (0)")
+    option("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+
+
+def _multiplier(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
 def _add_verify(commands: Any) -> None:
-    command = commands.add_parser("verify", help="prove a baked directory again")
+    command = commands.add_parser(
+        "verify",
+        help="prove a baked directory again, or ask a server whether it serves it",
+        description="Prove a baked directory again. With --endpoint: ask an OpenAI-compatible server to "
+        "continue the canary of the directory's bake.json, and say whether it serves the bake or "
+        "the base. Exit code 3 where it is not the bake.",
+    )
     command.set_defaults(run=_run_verify)
-    command.add_argument("directory", metavar="DIR")
+    command.add_argument("directory", metavar="DIR", nargs="?", default=".", help="(.)")
     command.add_argument(
         "--base", metavar="MODEL", help="the base (default: as bake.json names it)"
     )
+    command.add_argument("--endpoint", metavar="URL", help="a server, as http://localhost:8000/v1")
+    command.add_argument("--model", metavar="NAME", help="what the server calls the model")
 
 
 def _add_placement(command: Any) -> None:
@@ -410,9 +475,27 @@ def _run_inspect(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _run_sweep(parsed: argparse.Namespace) -> int:
+    from bake import trial
+
+    words = ("run", "command", "json")
+    options = {key: value for key, value in vars(parsed).items() if key not in words}
+    for one, many in (("band", "bands"), ("site", "sites"), ("law", "laws")):
+        options[many] = tuple(options.pop(one))
+    found = trial.sweep(trial.TrialOptions(**options))
+    _print(parsed, found.to_dict(), trial.describe(found))
+    return 0
+
+
 def _run_verify(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
+    if parsed.endpoint:
+        checked = api.verify_endpoint(parsed.endpoint, parsed.model, directory=parsed.directory)
+        _print(parsed, checked.to_dict(), checked.describe())
+        return 0 if checked.verdict == "baked" else EquivalenceError.exit_code
+    if parsed.model:
+        raise BakeError("--model is what a server calls the model; it goes with --endpoint URL")
     verification = api.verify(
         parsed.directory,
         base=parsed.base,

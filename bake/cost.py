@@ -35,7 +35,9 @@ from bake.pipeline import (
 from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe
+from bake.response import Texts
 from bake.safetensors_file import TensorEntry
+from bake.strength import AUTO_MULTIPLIERS, SAMPLING, read_trial_texts
 from bake.thin import check_base, check_route
 from bake.writer import check_links
 
@@ -198,12 +200,25 @@ def _count_passes(base: Base, recipe: Recipe, layers: Sequence[int]) -> list[Pas
         passes.append(_measuring("direction", texts, share))
     if recipe.calibration is None:
         passes.append(_measuring("calibrate", read_prompts(recipe.prompts), share))
+    if recipe.chooses_multiplier:
+        passes.append(_choosing(read_trial_texts(recipe.direction, recipe.held_out)))
     return [*passes, _proving(base)]
 
 
 def _measuring(stage: str, texts: Sequence[str], share: float) -> PassCost:
     tokens = sum(_tokens(text) for text in texts)
     return PassCost(stage, math.ceil(tokens / BATCH_TOKENS), round(tokens * share))
+
+
+def _choosing(texts: Texts) -> PassCost:
+    """The passes of `bake.strength`: every arm of a text together, and text that is sampled and scored."""
+    read = [pair.prompt + text for pair in texts.pairs for text in (pair.positive, pair.negative)]
+    read += texts.neutral
+    drawn = SAMPLING.new_tokens * SAMPLING.samples
+    tokens = sum(_tokens(text) for text in read)
+    tokens += sum(3 * (_tokens(opening) + drawn) for opening in texts.openings)
+    forwards = len(read) + len(texts.openings) * (SAMPLING.new_tokens + 2)
+    return PassCost("choose the multiplier", forwards, tokens * (len(AUTO_MULTIPLIERS) + 1))
 
 
 def _proving(base: Base) -> PassCost:

@@ -8,6 +8,7 @@ read by `bake.formats`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -265,6 +266,15 @@ def check_dtype(vector: torch.Tensor, name: str) -> None:
         raise DirectionError(
             f"{name} holds {kind} values; a direction is of real numbers (float32)"
         )
+
+
+def hash_vectors(vectors: Mapping[int, torch.Tensor]) -> str:
+    """Return the SHA-256 of {layer: unit vector}: the same for a direction however it was given."""
+    digest = hashlib.sha256()
+    for layer in sorted(vectors):
+        digest.update(layer.to_bytes(4, "little"))
+        digest.update(encode_tensor(vectors[layer].float()))
+    return digest.hexdigest()
 
 
 def direction_bytes(direction: Direction) -> bytes:

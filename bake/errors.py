@@ -35,6 +35,10 @@ class HubError(BakeError):
     """The Hub cannot be reached, or refuses."""
 
 
+class EndpointError(BakeError):
+    """A server cannot be asked, or has no model of that name."""
+
+
 class EquivalenceError(BakeError):
     """The baked model does not do what the hooked model does: nothing is published, exit code 3."""
 

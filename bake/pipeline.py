@@ -18,8 +18,10 @@ from bake.direction import Direction, convert_to_input, direction_bytes
 from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
 from bake.extraction import extract as extract_direction
+from bake.figures import FIGURES, draw_norms
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
 from bake.loading import auto_class
@@ -37,6 +39,7 @@ from bake.saved_norms import read_norms
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
+from bake.strength import MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.timing import Stopwatch, peak_memory
 from bake.tokenization import keep_tokenizer
 from bake.wording import list_numbers
@@ -91,6 +94,8 @@ class Export:
     timings: Mapping[str, float]
     peak_memory: int
     publication: hub.Publication | None = None
+    choice: MultiplierChoice | None = None
+    evidence: Evidence | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -98,7 +103,15 @@ class Export:
         return {
             "output": str(self.output),
             **published,
-            **describe_bake(self.base, self.push, self.plan, self.norms, self.direction),
+            **describe_bake(
+                self.base,
+                self.push,
+                self.plan,
+                self.norms,
+                self.direction,
+                self.choice,
+                self.evidence,
+            ),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
             "timings": dict(self.timings),
@@ -142,7 +155,11 @@ def export(recipe: Recipe) -> Export:
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     extraction_options(recipe)
     given = open_direction(recipe)
+    evidence = read_evidence(Path(recipe.sweep)) if recipe.sweep else None
     prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
+    trial_texts = (
+        read_trial_texts(recipe.direction, recipe.held_out) if recipe.chooses_multiplier else None
+    )
     base = open_base(recipe.model, recipe.revision, clock)
     given = given and hold_against(base, given, recipe)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
@@ -156,21 +173,45 @@ def export(recipe: Recipe) -> Export:
     saved = saved_norms(base, recipe, route.site, layers)
 
     tokenizer = load_tokenizer(base.checkpoint.directory)
-    if given is not None and saved is not None and not crosses_norm(given, route.site):
+
+    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
+        return compute_push(
+            norms.values(),
+            direction.select(layers, base.anatomy.hidden_size),
+            hidden_size=base.anatomy.hidden_size,
+            multiplier=multiplier,
+            law=recipe.law,
+            explicit=explicit,
+            lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
+        )
+
+    choice = None
+    complete = given is not None and saved is not None and not crosses_norm(given, route.site)
+    if complete and trial_texts is None:
+        assert given is not None
+        assert saved is not None
         direction, norms = given, saved  # Nothing to measure, so the model is not loaded.
     else:
+        with clock.stage("load"):
+            loaded = load_base(base.checkpoint, placement)
         direction, norms = measure(
-            base, recipe, route.site, layers, given, saved, tokenizer, prompts, clock, placement
+            base, loaded, recipe, route.site, layers, given, saved, tokenizer, prompts, clock
         )
-    push = compute_push(
-        norms.values(),
-        direction.select(layers, base.anatomy.hidden_size),
-        hidden_size=base.anatomy.hidden_size,
-        multiplier=recipe.multiplier,
-        law=recipe.law,
-        explicit=explicit,
-        lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
-    )
+        if trial_texts is not None:
+            with clock.stage("strength"):
+                choice = choose_multiplier(
+                    loaded,
+                    base.anatomy.structure,
+                    tokenizer,
+                    route.site,
+                    lambda m: push_at(m, direction, norms),
+                    trial_texts,
+                )
+            announce(choice.describe())
+        del loaded  # The proof loads base and bake by itself.
+    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
+    if evidence is not None:
+        evidence.check(base.to_dict(), route.site, push)
     with clock.stage("plan"):
         plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
 
@@ -185,7 +226,7 @@ def export(recipe: Recipe) -> Export:
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
             )
             equivalence.raise_if_failed()
-        story = describe_bake(base, push, plan, norms, direction)
+        story = describe_bake(base, push, plan, norms, direction, choice, evidence)
         story["undo"] = describe_undo(
             base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
         )
@@ -197,6 +238,7 @@ def export(recipe: Recipe) -> Export:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
+            draw_figures(staging, push, route.site, evidence)
             card = render_card({**story, **words_for(plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
         with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
@@ -223,6 +265,8 @@ def export(recipe: Recipe) -> Export:
         clock.seconds,
         peak_memory(),
         publication,
+        choice,
+        evidence,
     )
 
 
@@ -332,6 +376,7 @@ def _within_route(band: range, route: SiteRoute) -> Sequence[int]:
 
 def measure(
     base: Base,
+    loaded: LoadedModel,
     recipe: Recipe,
     site: str,
     layers: Sequence[int],
@@ -340,11 +385,8 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     clock: Stopwatch,
-    placement: Placement | None,
 ) -> tuple[Direction, ActivationNorms]:
-    """Load the base and find what is neither given nor saved: the direction at the site, the norms."""
-    with clock.stage("load"):
-        loaded = load_base(base.checkpoint, placement)
+    """Find what is neither given nor saved: the direction at the site, the norms."""
     with clock.stage("direction"):
         direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
         if crosses_norm(direction, site):
@@ -463,7 +505,13 @@ def prove(
 
 
 def describe_bake(
-    base: Base, push: Push, plan: Plan, norms: ActivationNorms, direction: Direction
+    base: Base,
+    push: Push,
+    plan: Plan,
+    norms: ActivationNorms,
+    direction: Direction,
+    choice: MultiplierChoice | None = None,
+    evidence: Evidence | None = None,
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     route = plan.route
@@ -480,6 +528,8 @@ def describe_bake(
         "route": route.route,
         "slot": route.to_dict(),
         **push.to_dict(),
+        **({"multiplier_choice": choice.to_dict()} if choice else {}),
+        **({"sweep": evidence.summarise(push.multiplier)} if evidence else {}),
         "calibration": norms.to_dict(),
         "direction": direction.to_dict(),
         "plan": plan.to_dict(),
@@ -491,6 +541,19 @@ def count_added_layers(plan: Plan) -> int:
     """Return how many decoder layers the output has beyond its base's."""
     inserts = isinstance(plan.route.rewriter, Insertion)
     return len({edit.layer for edit in plan.slot_edits}) if inserts else 0
+
+
+def draw_figures(directory: Path, push: Push, site: str, evidence: Evidence | None) -> None:
+    """Write `figures/`: the norms with the coefficients, and a sweep's where one is given."""
+    draw_norms(
+        directory / FIGURES / "norms.png",
+        {entry.layer: entry.activation_norm for entry in push.layers},
+        {entry.layer: entry.coefficient for entry in push.layers},
+        site,
+        push.multiplier,
+    )
+    if evidence is not None:
+        evidence.copy_figures(directory)
 
 
 def card_words(

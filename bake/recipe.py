@@ -15,6 +15,7 @@ from bake.errors import BakeError
 from bake.optimization import KL_WEIGHT, STEPS
 from bake.sites import check_site
 
+AUTO = "auto"
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "float": (float, int),
@@ -33,7 +34,10 @@ class Recipe:
     where a site has both, else None. target: an engine that the bake has to survive in.
     coefficients: "6=0.5,8=1.0" replaces the law.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
-    calibration: a file of `bake calibrate` instead of measuring. thin: write no base shard.
+    multiplier: a number, or "auto" for the best inside the operating window, for which `held_out` names
+    contrast pairs that the direction was not found from. calibration: a file of `bake calibrate`
+    instead of measuring. sweep: a directory of `bake sweep` whose figures the card shows. thin: write
+    no base shard.
     direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
     it names, direction_site overrides its site, keep_scale uses its vectors as long as they are.
     method, token, chat_template, held_out, from_layer, seed, steps, kl_weight: how a direction is found
@@ -48,7 +52,7 @@ class Recipe:
     direction_site: str | None = None
     keep_scale: bool = False
     revision: str | None = None
-    multiplier: float = 1.0
+    multiplier: float | str = 1.0
     band: str = DEFAULT_BAND
     law: str = DEFAULT_LAW
     coefficients: str | None = None
@@ -68,6 +72,7 @@ class Recipe:
     statistic: str = "mean"
     prompts: str = "neutral"
     calibration: str | None = None
+    sweep: str | None = None
     dtype: str | None = None
     device_map: str | None = None
     max_memory: str | None = None
@@ -93,10 +98,7 @@ class Recipe:
         """Raise BakeError for options that contradict each other: all that an estimate needs."""
         if self.direction is not None and self.pairs is not None:
             raise BakeError("give one of --direction FILE and --pairs FILE")
-        if self.multiplier == 0 or not math.isfinite(self.multiplier):
-            raise BakeError(
-                f"multiplier {abs(self.multiplier):g} steers nothing; give a number such as 1.0"
-            )
+        self._check_multiplier()
         if self.law not in LAWS:
             raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
         self._check_direction()
@@ -130,9 +132,31 @@ class Recipe:
                 "its own"
             )
 
+    @property
+    def chooses_multiplier(self) -> bool:
+        """Whether the multiplier is left to a short sweep."""
+        return isinstance(self.multiplier, str)
+
+    def _check_multiplier(self) -> None:
+        """Raise BakeError for a multiplier that steers nothing or is not one."""
+        if isinstance(self.multiplier, str):
+            if self.multiplier != AUTO:
+                raise BakeError(f"multiplier {self.multiplier!r} is neither a number nor auto")
+        elif self.multiplier == 0 or not math.isfinite(self.multiplier):
+            raise BakeError(
+                f"multiplier {abs(self.multiplier):g} steers nothing; give a number such as 1.0"
+            )
+        if self.held_out is not None and self.pairs is None and not self.chooses_multiplier:
+            raise BakeError("--held-out pairs go with --pairs or with --multiplier auto")
+
     def _check_thin(self) -> None:
         """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""
         for option, given, reason in (
+            (
+                "--multiplier auto",
+                self.chooses_multiplier,
+                "the sweep that chooses needs the weights; run bake sweep and give a number",
+            ),
             ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
             ("--shards", self.shards != "copy", "no base shard is written"),
             ("--convert-site", self.convert_site, "the conversion reads the norms' weights"),
@@ -198,7 +222,7 @@ def _check_type(name: str, value: Any, declared: str) -> None:
     """Refuse a value of another type than the field's: YAML reads 40:50 as a number of base 60."""
     if value is None and declared.endswith("None"):
         return
-    expected = _TYPES[declared.removesuffix(" | None")]
+    expected = tuple(t for name in declared.split(" | ") for t in _TYPES.get(name, ()))
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
         hint = f'; write it in quotes, {name}: "40:90"' if name == "band" else ""
         raise BakeError(

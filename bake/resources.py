@@ -12,6 +12,19 @@ _PACKAGE = Path(__file__).parent
 DEMO_NAME = "bake-demo"
 DEMO_MODEL = _PACKAGE / "demo" / "model"
 DEMO_DIRECTION = _PACKAGE / "demo" / "direction.safetensors"
+# What a direction that ships is tried on, where the user names nothing else.
+_TRIED_ON = {
+    DEMO_NAME: {
+        "pairs": "cheerful-gloomy.held-out",
+        "words": "cheerful",
+        "neutral": "neutral-stories",
+    }
+}
+
+
+def tried_on(direction: str | None) -> dict[str, str]:
+    """Return the sets that suit a direction that ships, by what they are for; none for a file."""
+    return dict(_TRIED_ON.get(direction or "", {}))
 
 
 def shipped(folder: str) -> Path:

@@ -71,14 +71,14 @@ def _sample_group(
     import torch
 
     def choose(logits: torch.Tensor, step: int) -> torch.Tensor:
-        noise = [_gumbel(seed, index, sample, step, logits.shape[-1]) for index, sample in group]
+        noise = [draw_noise(seed, index, sample, step, logits.shape[-1]) for index, sample in group]
         return (logits / temperature + torch.stack(noise)).argmax(dim=-1)
 
     tokens = torch.tensor([prompts[index] for index, _ in group])
     return [tuple(row) for row in decode(loaded, tokens, new_tokens, choose).tolist()]
 
 
-def _gumbel(seed: int, prompt: int, sample: int, step: int, size: int) -> torch.Tensor:
+def draw_noise(seed: int, prompt: int, sample: int, step: int, size: int) -> torch.Tensor:
     import numpy as np
     import torch
 

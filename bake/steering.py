@@ -44,7 +44,7 @@ def steered(
         for layer, vector in push.items():
             location, scale = addition_location(site, structure.at(layer))
             module = submodule(model, structure, layer, location.module)
-            handle = _register(module, location, _adder(vector * (factor * scale)))
+            handle = register(module, location, _adder(vector * (factor * scale)))
             hooks.callback(handle.remove)
         yield
 
@@ -66,7 +66,7 @@ def captured(
         for layer in layers:
             location = capture_location(site, structure.at(layer))
             module = submodule(model, structure, layer, location.module)
-            hooks.callback(_register(module, location, reader(layer)).remove)
+            hooks.callback(register(module, location, reader(layer)).remove)
         yield
 
 
@@ -74,7 +74,7 @@ def _adder(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda activation: activation + vector.to(activation.device, activation.dtype)
 
 
-def _register(
+def register(
     module: nn.Module, location: Location, function: Callable[[torch.Tensor], torch.Tensor | None]
 ) -> Any:
     """Hook one side of a module; what `function` returns, unless None, replaces the activation."""

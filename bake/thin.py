@@ -19,6 +19,7 @@ from bake.coefficients import Push, compute_push
 from bake.completion import NeededShard, describe_needs, unproven
 from bake.direction import Direction, direction_bytes
 from bake.errors import CheckpointError, UnsupportedError
+from bake.evidence import Evidence, read_evidence
 from bake.hashing import hash_files
 from bake.norms import ActivationNorms
 from bake.pipeline import (
@@ -29,6 +30,7 @@ from bake.pipeline import (
     choose_layers,
     choose_route,
     describe_bake,
+    draw_figures,
     encode_result,
     hold_against,
     open_base,
@@ -60,12 +62,20 @@ class ThinExport:
     equivalence: Mapping[str, Any]
     timings: Mapping[str, float]
     peak_memory: int
+    evidence: Evidence | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
         return {
             "output": str(self.output),
-            **describe_bake(self.base, self.push, self.plan, self.norms, self.direction),
+            **describe_bake(
+                self.base,
+                self.push,
+                self.plan,
+                self.norms,
+                self.direction,
+                evidence=self.evidence,
+            ),
             **describe_needs(self.needs),
             "equivalence": dict(self.equivalence),
             "files": dict(self.files),
@@ -84,6 +94,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
     direction = open_direction(recipe)
     assert direction is not None  # Recipe.check has seen to it.
+    evidence = read_evidence(Path(recipe.sweep)) if recipe.sweep else None
     base = open_base(recipe.model, recipe.revision, clock, headers_only=True)
     direction = hold_against(base, direction, recipe)
     checkpoint = base.checkpoint
@@ -98,11 +109,13 @@ def export_thin(recipe: Recipe) -> ThinExport:
         norms.values(),
         direction.select(layers, base.anatomy.hidden_size),
         hidden_size=base.anatomy.hidden_size,
-        multiplier=recipe.multiplier,
+        multiplier=float(recipe.multiplier),
         law=recipe.law,
         explicit=explicit,
         lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
     )
+    if evidence is not None:
+        evidence.check(base.to_dict(), route.site, push)
     with clock.stage("plan"):
         plan = make_plan(checkpoint, base.anatomy, route, push)
     equivalence = unproven(rounding_allowed=recipe.allow_rounding)
@@ -121,7 +134,8 @@ def export_thin(recipe: Recipe) -> ThinExport:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            story = describe_bake(base, push, plan, norms, direction)
+            draw_figures(staging, push, route.site, evidence)
+            story = describe_bake(base, push, plan, norms, direction, evidence=evidence)
             sources = {shard.name: shard.base_file for shard in needs}
             story["undo"] = describe_undo(checkpoint, plan, sources)
             story |= describe_needs(needs)
@@ -142,6 +156,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
         equivalence,
         clock.seconds,
         peak_memory(),
+        evidence,
     )
 
 

@@ -1,12 +1,13 @@
 """`make bench`: what bake costs, beside what it is compared with, both sides in one run.
 
-    python benchmarks/bench.py [--work DIR] [--only a,b,c,d,e] [--runs 3]
+    python benchmarks/bench.py [--work DIR] [--only a,b,c,d,e,f] [--runs 3]
 
 (a) the write stage against load + set biases + save_pretrained, and against cp
 (b) peak memory of a whole export with --max-memory, against the checkpoint's size
 (c) calibration against a bare forward of the same batches
 (d) `bake --help` against `python -c "import torch"`
 (e) tokens a second of generation: base, hooked, baked
+(f) a sweep of 7 multipliers in one batch against 7 hooked runs, the model loaded, same measurements
 
 Sides alternate, so that a drift of the machine's speed meets both; medians are printed, with the ratio.
 Files are warm in the page cache on both sides. The base is random and needs 2.2 GB of disk three times.
@@ -233,12 +234,55 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
     )
 
 
+def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
+    """(f) The shipped model, its direction and sets: all rows together, and one push after the other."""
+    from bake.anatomy import examine
+    from bake.dose_response import Design, make_arms, measure_sites
+    from bake.formats import read_direction
+    from bake.model import load_model, read_config
+    from bake.pairs import read_pairs
+    from bake.prompts import load_tokenizer, read_prompts
+    from bake.resources import DEMO_MODEL, DEMO_NAME
+    from bake.response import Sampling, measure_neutral, measure_pairs, measure_rollouts
+
+    anatomy = examine(read_config(DEMO_MODEL))
+    given = load_model(DEMO_MODEL), anatomy.structure, load_tokenizer(DEMO_MODEL)
+    layer_count, neutral = anatomy.layer_count, read_prompts("neutral-stories")[:16]
+    norms = measure_sites(*given, ["mlp_out"], neutral, layer_count)
+    design = Design(multipliers=(-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0), control_seeds=0)
+    direction = read_direction(DEMO_NAME)
+    arms = make_arms(direction, design, norms, layer_count, anatomy.hidden_size)[1:]
+    pairs = read_pairs("cheerful-gloomy.held-out")[:16]
+    openings = read_prompts("openings")[:8]
+    sampling = Sampling(samples=1, new_tokens=32)
+
+    def measure(chosen: list[Any]) -> None:
+        measure_pairs(*given, chosen, pairs)
+        measure_neutral(*given, chosen, neutral)
+        measure_rollouts(*given, chosen, openings, sampling)
+
+    def together() -> float:
+        start = time.perf_counter()
+        measure(arms)
+        return time.perf_counter() - start
+
+    def apart() -> float:
+        start = time.perf_counter()
+        for arm in arms:
+            measure([arm])
+        return time.perf_counter() - start
+
+    figures = alternate({"7 hooked runs": apart, "one batched sweep": together}, runs)
+    return report("(f) sweep of 7 multipliers", figures, "s", "7 hooked runs")
+
+
 BENCHMARKS = {
     "a": bench_write,
     "b": bench_memory,
     "c": bench_calibration,
     "d": bench_help,
     "e": bench_generation,
+    "f": bench_sweep,
 }
 
 
@@ -248,7 +292,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where to work")
-    parser.add_argument("--only", default="a,b,c,d,e", help="which benchmarks")
+    parser.add_argument("--only", default="a,b,c,d,e,f", help="which benchmarks")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each side")
     parsed = parser.parse_args()
     parsed.work.mkdir(parents=True, exist_ok=True)

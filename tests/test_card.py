@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import yaml
-from jinja2 import Environment, UndefinedError, meta
+from jinja2 import UndefinedError, meta
 
-from bake.card import CARD_TEMPLATE, render_card
+from bake.card import CARD_TEMPLATE, card_environment, render_card
 from bake.resources import shipped
 
 VALUES = {
@@ -49,6 +49,53 @@ VALUES = {
     },
     "config_removed": [],
     "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
+    "multiplier_choice": {
+        "reason": "m = 1.5 is the largest shift on 24 held-out pairs within the bounds",
+        "points": [
+            {
+                "multiplier": 1.5,
+                "shift": 0.64,
+                "fluency_ratio": 1.32,
+                "neutral_kl_p95": 0.35,
+            },
+            {"multiplier": 2.0, "shift": None, "fluency_ratio": None, "neutral_kl_p95": None},
+        ],
+    },
+    "sweep": {
+        "texts": {"pairs": 24, "neutral": 40, "openings": 48},
+        "bounds": {"fluency": 1.5, "kl": 1.0},
+        "points": [
+            {
+                "multiplier": 1.5,
+                "shift": {"value": 0.64, "low": 0.6, "high": 0.7},
+                "accuracy": 0.95,
+                "fluency_ratio": 1.32,
+                "neutral_ratio": 1.05,
+                "on_axis_ratio": 0.7,
+                "opposite_ratio": 1.9,
+                "neutral_kl_p95": 0.35,
+                "repetition": 0.012,
+            },
+            {
+                "multiplier": 3.0,
+                "shift": None,
+                "accuracy": None,
+                "fluency_ratio": None,
+                "neutral_ratio": None,
+                "on_axis_ratio": None,
+                "opposite_ratio": None,
+                "neutral_kl_p95": None,
+                "repetition": None,
+            },
+        ],
+        "windows": [
+            {"sign": 1, "largest": 1.5, "best": 1.5, "reason": "m = +3: too much"},
+            {"sign": -1, "largest": None, "best": None, "reason": "m = -1: too much"},
+        ],
+        "specificity": {"multiplier": 1.0, "seeds": 8, "ratio": 4.1, "ratio_rms": 8.3},
+        "samples": [{"opening": "The day", "base": " was | grey", "steered": " was bright"}],
+        "figures": ["figures/dose-response.png"],
+    },
     "equivalence": {
         "mechanism_error": 3.1e-7,
         "relative_error": 1.3e-3,
@@ -66,7 +113,8 @@ VALUES = {
     },
 }
 EQUIVALENCE_KEYS = sorted(VALUES["equivalence"])
-TOP_KEYS = sorted(VALUES.keys() - {"version", "architecture", "route", "equivalence"})
+OPTIONAL = {"multiplier_choice", "sweep"}
+TOP_KEYS = sorted(VALUES.keys() - {"version", "architecture", "route", "equivalence"} - OPTIONAL)
 
 
 def values(**changes):
@@ -109,6 +157,43 @@ def test_proof_table_has_found_and_bound():
     assert table["representation of the push"] == ["0.17 %", ""]
     assert table["same most likely token"] == ["98.7 %", ""]
     assert table["loads without missing or unexpected keys"] == ["yes", "yes"]
+
+
+def test_why_this_multiplier_is_said_where_a_sweep_chose_it():
+    card = render_card(values())
+    assert "m = 1.5 is the largest shift on 24 held-out pairs within the bounds." in card
+    table = rows(card, "| m | shift, nats a token |")
+    assert table == [["1.5", "+0.640", "1.32", "0.350"], ["2", "–", "–", "–"]]
+    given = values()
+    del given["multiplier_choice"]
+    assert "short sweep" not in render_card(given)
+
+
+def test_what_a_sweep_showed_is_told_with_its_controls():
+    card = render_card(values())
+    assert rows(card, "| m | shift |") == [
+        ["**1.5**", "+0.640 [+0.600, +0.700]", "95 %", "× 1.32", "× 1.050", "× 0.7", "× 1.9",
+         "0.350", "1.2 %"],
+        ["3", *["–"] * 8],
+    ]  # fmt: skip
+    assert "within the bounds up to m = 1.5" in card
+    assert "No negative multiplier stays within the bounds: m = -1: too much." in card
+    assert "4.1 × the largest of 8 random directions" in card
+    assert "8.3 × their root mean square" in card
+    assert "![figures/dose-response.png](figures/dose-response.png)" in card
+    assert '| "The day" | " was \\| grey" | " was bright" |' in card
+
+
+def test_limits_say_what_was_not_measured():
+    assert "not on knowledge, reasoning, code" in render_card(values())
+    without = values()
+    del without["sweep"]
+    card = render_card(without)
+    assert "How strong" not in card
+    assert "Only equivalence with the hooked model was measured here" in card
+    for text in (card, render_card(values())):
+        assert "cannot be switched or scaled per request" in text
+        assert "figures/norms.png" in text
 
 
 def test_accepted_rounding_is_said():
@@ -208,7 +293,7 @@ def test_added_layers_are_told_with_what_they_cost():
 
 def test_template_asks_for_nothing_else():
     source = (shipped("model_cards") / CARD_TEMPLATE).read_text(encoding="utf-8")
-    assert meta.find_undeclared_variables(Environment().parse(source)) <= {*VALUES, "thin"}
+    assert meta.find_undeclared_variables(card_environment().parse(source)) <= {*VALUES, "thin"}
 
 
 def test_card_ends_with_a_newline_and_has_no_leftover_markup():

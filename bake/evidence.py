@@ -1,0 +1,141 @@
+"""What a sweep showed, attached to a bake: `bake export --sweep DIR` puts it into the card.
+
+A report is only believed of the bake that it was made for: same base, direction, site, law, band and
+coefficients, else it is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.direction import hash_vectors
+from bake.dose_response import REPORT_FILE
+from bake.errors import BakeError
+from bake.figures import FIGURES
+
+if TYPE_CHECKING:
+    from bake.coefficients import Push
+
+CARRIED = ("dose-response.png", "layers.png")  # A bake draws its norms itself.
+SAME_COEFFICIENTS = 0.01  # relative; other calibration prompts give a little more
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A sweep's directory and its report."""
+
+    directory: Path
+    report: Mapping[str, Any]
+
+    def check(self, base: Mapping[str, Any], site: str, push: Push) -> None:
+        """Raise BakeError naming what the sweep was made for, where it is not this bake."""
+        first = self.report["design"]["variants"][0]
+        found = {
+            "base": (self.report["base"]["id"], self.report["base"]["revision"]),
+            "site": first["site"],
+            "law": first["law"],
+            "layers": sorted(int(layer) for layer in self.report["coefficients"]),
+            "direction": self.report["direction"]["sha256"],
+        }
+        wanted = {
+            "base": (base["id"], base["revision"]),
+            "site": site,
+            "law": push.law,
+            "layers": [entry.layer for entry in push.layers],
+            "direction": hash_vectors(push.directions),
+        }
+        for name, value in found.items():
+            if value != wanted[name]:
+                raise BakeError(
+                    f"--sweep {self.directory} was made for another {name} ({_short(value)}; this bake "
+                    f"has {_short(wanted[name])}); run bake sweep with this bake's options"
+                )
+        for entry in push.layers:
+            there = self.report["coefficients"][str(entry.layer)]
+            here = entry.coefficient / push.multiplier
+            if abs(there - here) > SAME_COEFFICIENTS * abs(here):
+                raise BakeError(
+                    f"--sweep {self.directory} pushed layer {entry.layer} by {there:.4g} at m = 1 and "
+                    f"this bake pushes it by {here:.4g}; calibrate both on the same prompts"
+                )
+
+    def summarise(self, multiplier: float) -> dict[str, Any]:
+        """Return what `bake.json` and the card hold: the curve, chance, the window, samples at m."""
+        report = self.report
+        curve = [p for p in report["points"] if p["kind"] in ("base", "direction")]
+        steered = f"m={multiplier:+g}"
+        return {
+            "texts": dict(report["texts"]),
+            "bounds": dict(report["design"]["bounds"]),
+            "points": [_row(p) for p in sorted(curve, key=_multiplier) if not p["variant"]],
+            "windows": list(report["windows"]),
+            "specificity": report["specificity"],
+            "fluency_at_equal_shift": dict(report["fluency_at_equal_shift"]),
+            "samples": [
+                {
+                    "opening": sample["opening"],
+                    "base": sample["texts"]["base"],
+                    "steered": sample["texts"][steered],
+                }
+                for sample in report["samples"][:SAMPLES]
+                if steered in sample["texts"]
+            ],
+            "figures": [f"{FIGURES}/{name}" for name in CARRIED if self._figure(name).is_file()],
+        }
+
+    def copy_figures(self, output: Path) -> None:
+        """Copy the sweep's figures into a bake's directory."""
+        for name in CARRIED:
+            if self._figure(name).is_file():
+                (output / FIGURES).mkdir(exist_ok=True)
+                shutil.copyfile(self._figure(name), output / FIGURES / name)
+
+    def _figure(self, name: str) -> Path:
+        return self.directory / FIGURES / name
+
+
+def read_evidence(directory: Path) -> Evidence:
+    """Read a sweep's report; raise BakeError where there is none, or it is not a report."""
+    path = directory / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise BakeError(
+            f"--sweep {directory} holds no {REPORT_FILE} that can be read; give the directory that "
+            f"bake sweep wrote"
+        ) from None
+    needed = ("base", "direction", "design", "coefficients", "points", "windows", "texts")
+    missing = [key for key in needed if not isinstance(report, dict) or key not in report]
+    if missing or report.get("version") != 1 or "sha256" not in report["direction"]:
+        raise BakeError(f"{path} is not a report of bake sweep, version 1; run bake sweep again")
+    return Evidence(directory, report)
+
+
+def _multiplier(point: Mapping[str, Any]) -> float:
+    return float(point["multiplier"])
+
+
+def _row(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one line of the card's table, None for what was not measured."""
+    return {
+        "multiplier": point["multiplier"],
+        "shift": point.get("shift"),
+        "accuracy": (point.get("accuracy") or {}).get("value"),
+        "fluency_ratio": (point.get("fluency_ratio") or {}).get("value"),
+        "neutral_ratio": (point.get("neutral_ratio") or {}).get("value"),
+        "on_axis_ratio": (point.get("on_axis_ratio") or {}).get("value"),
+        "opposite_ratio": (point.get("opposite_ratio") or {}).get("value"),
+        "neutral_kl_p95": point["neutral_kl"].get("p95", {}).get("value"),
+        "repetition": (point.get("repetition") or {}).get("value"),
+    }
+
+
+def _short(value: Any) -> str:
+    text = str(value[0] if isinstance(value, tuple) and value[1] is None else value)
+    return text if len(text) <= 40 else text[:12] + "…"

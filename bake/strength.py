@@ -1,0 +1,145 @@
+"""The strength that suits: a short sweep inside an export, for `--multiplier auto`.
+
+The same measurements and the same window as `bake sweep`, on fewer texts, on the positive side only
+and without controls: it chooses a multiplier and says why, it does not show that the direction works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from bake.arms import Arm
+from bake.contrast import read_pairs
+from bake.dose_response import BASE, Bounds, find_windows
+from bake.errors import BakeError
+from bake.prompts import read_prompts
+from bake.resources import tried_on
+from bake.response import (
+    Interval,
+    Point,
+    Sampling,
+    Texts,
+    measure_neutral,
+    measure_pairs,
+    measure_rollouts,
+    summarise,
+)
+
+if TYPE_CHECKING:
+    from bake.coefficients import Push
+    from bake.model import LoadedModel
+    from bake.sites import LayerStructure
+
+AUTO_MULTIPLIERS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+OPENINGS, NEUTRAL, PAIRS = 16, 24, 32  # texts of each kind, at most
+SAMPLING = Sampling(samples=1, new_tokens=32)
+
+
+@dataclass(frozen=True)
+class MultiplierChoice:
+    """Why this multiplier: the best shift inside the window, or its end where no shift is known.
+
+    largest: the largest multiplier inside. ended_by: what the next one breaks. pairs: how many
+    held-out pairs the shift was measured on. points: each multiplier's figures, four digits of them.
+    """
+
+    multiplier: float
+    largest: float
+    ended_by: str
+    bounds: Bounds
+    pairs: int
+    points: tuple[dict[str, float | None], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json` and the card."""
+        return {**asdict(self), "reason": self.describe()}
+
+    def describe(self) -> str:
+        """Return the choice and its reason as a sentence."""
+        if self.pairs:
+            why = f"the largest shift on {self.pairs} held-out pairs within the bounds"
+        else:
+            why = "the largest within the bounds, whatever it shifts: there are no held-out pairs"
+        return f"m = {self.multiplier:g} is {why}; the window ends at {self.largest:g} ({self.ended_by})"
+
+
+def read_trial_texts(direction: str | None, held_out: str | None) -> Texts:
+    """Return the first of the texts that a bake's strength is chosen on.
+
+    direction: as the user named it; one that ships has its own. held_out: a pairs file or set, None
+    where there is none: then `pairs` is empty.
+    """
+    known = tried_on(direction)
+    pairs = held_out or known.get("pairs")
+    return Texts(
+        tuple(read_pairs(pairs)[:PAIRS]) if pairs else (),
+        tuple(read_prompts(known.get("neutral", "neutral"))[:NEUTRAL]),
+        tuple(read_prompts("openings")[:OPENINGS]),
+    )
+
+
+def choose_multiplier(
+    loaded: LoadedModel,
+    structure: LayerStructure,
+    tokenizer: Any,
+    site: str,
+    push_at: Callable[[float], Push],
+    texts: Texts,
+    bounds: Bounds | None = None,
+) -> MultiplierChoice:
+    """Return the multiplier with the largest shift inside the window. push_at: m → push at `site`.
+
+    Raises BakeError where no strength that was tried stays within the bounds.
+    """
+    bounds = bounds or Bounds()
+    arms = [Arm(BASE, "base")]
+    for multiplier in AUTO_MULTIPLIERS:
+        push = push_at(multiplier)
+        arms.append(
+            Arm(
+                f"m={multiplier:+g}",
+                "direction",
+                multiplier,
+                site,
+                push.law,
+                push.band,
+                push=push.vectors,
+            )
+        )
+    given = loaded, structure, tokenizer
+    measured = {
+        "pairs": measure_pairs(*given, arms, texts.pairs),
+        "neutral": measure_neutral(*given, arms, texts.neutral),
+        "rollouts": measure_rollouts(*given, arms, texts.openings, SAMPLING),
+    }
+    points = summarise(arms, measured, tokenizer, texts, SAMPLING)
+    (window,) = find_windows(points, bounds)
+    if window.best is None or window.largest is None:
+        raise BakeError(
+            f"--multiplier auto: no strength stays within the bounds ({window.reason}); give one, "
+            f"after bake sweep, as --multiplier M"
+        )
+    return MultiplierChoice(
+        window.best,
+        window.largest,
+        window.reason,
+        bounds,
+        len(texts.pairs),
+        tuple(_in_short(point) for point in points[1:]),
+    )
+
+
+def _in_short(point: Point) -> dict[str, float | None]:
+    return {
+        "multiplier": point.arm.multiplier,
+        "shift": _figure(point.shift),
+        "fluency_ratio": _figure(point.fluency_ratio),
+        "neutral_kl_p95": _figure(point.neutral_kl.get("p95")),
+    }
+
+
+def _figure(interval: Interval | None) -> float | None:
+    value = interval.to_dict()["value"] if interval else None
+    return None if value is None else float(f"{value:.4g}")

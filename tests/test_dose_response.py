@@ -1,0 +1,254 @@
+"""Sweeps: the arms of a design, the window, chance, and going on after a break."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS
+
+from bake import dose_response
+from bake.arms import Arm
+from bake.contrast import ContrastPair
+from bake.direction import Direction
+from bake.dose_response import (
+    Bounds,
+    Design,
+    DoseResponse,
+    Variant,
+    compare_laws,
+    find_windows,
+    make_arms,
+    measure_sites,
+    random_direction,
+    run_sweep,
+)
+from bake.response import Interval, Point, Sampling, Texts
+
+FLAT = Variant(law="flat")
+
+
+def exactly(value):
+    return Interval(value, value, value)
+
+
+def point(m, shift=None, fluency=1.0, kl=0.1, *, kind="direction", variant="", seed=None):
+    return Point(
+        Arm(f"{variant} {kind} {seed} m={m}", kind, m, variant=variant, seed=seed),
+        shift=None if shift is None else exactly(shift),
+        fluency_ratio=None if fluency is None else exactly(fluency),
+        neutral_kl={} if kl is None else {"p95": exactly(kl)},
+    )
+
+
+def find(points, design=None):
+    base = point(0.0, 0.0, kind="base")
+    return DoseResponse((base, *points), (), {}, {}, design or Design())
+
+
+class TestWindow:
+    """The multipliers of a sign that stay within the bounds, from 0 outwards without a gap."""
+
+    def windows(self, *points, **bounds):
+        return {w.sign: w for w in find_windows(find(points).curve(), Bounds(**bounds))}
+
+    def test_it_ends_before_the_first_that_costs_too_much(self):
+        found = self.windows(point(1, 0.5, 1.2), point(2, 0.9, 1.4), point(3, 1.5, 1.6))
+        assert set(found) == {1}
+        assert (found[1].largest, found[1].best) == (2, 2)
+        assert found[1].reason == "m = +3: sampled text's perplexity is × 1.60 (bound 1.5)"
+
+    def test_what_lies_beyond_a_gap_is_outside(self):
+        found = self.windows(point(1, 0.5), point(2, 0.9, 9.0), point(3, 1.5))
+        assert (found[1].largest, found[1].best) == (1, 1)
+
+    def test_the_best_is_the_largest_shift_not_the_largest_multiplier(self):
+        found = self.windows(point(1, 0.9), point(2, 0.5))
+        assert (found[1].largest, found[1].best) == (2, 1)
+        assert found[1].reason == "every strength that was measured is within the bounds"
+
+    def test_negative_multipliers_are_judged_by_their_own_shift(self):
+        found = self.windows(
+            point(-1, -0.5), point(-2, -0.9), point(-3, -1.0, kl=2.0), point(1, 3.0)
+        )
+        assert (found[-1].largest, found[-1].best) == (-2, -2)
+        assert "95th percentile KL on neutral text is 2.00 nats (bound 1)" in found[-1].reason
+        assert found[1].best == 1
+
+    def test_nothing_inside(self):
+        found = self.windows(point(1, 0.5, 1.2), fluency=1.1)
+        assert (found[1].largest, found[1].best) == (None, None)
+        assert "bound 1.1" in found[1].reason
+
+    def test_bounds_are_inclusive_and_a_nan_breaks_them(self):
+        assert self.windows(point(1, 0.5, 1.5, 1.0))[1].largest == 1
+        assert self.windows(point(1, 0.5, math.nan))[1].largest is None
+        assert self.windows(point(1, 0.5, kl=math.nan))[1].largest is None
+
+    def test_without_a_shift_the_largest_inside_is_the_best(self):
+        assert self.windows(point(1), point(2), point(3, fluency=2.0))[1].best == 2
+
+
+def test_specificity_says_how_many_seeds_and_a_figure_that_does_not_grow_with_them():
+    randoms = [point(1.0, s, kind="random", seed=i) for i, s in enumerate((0.1, -0.2, 0.0, 0.1))]
+    elsewhere = point(2.0, 9.0, kind="random", seed=0)
+    found = find([point(1.0, 0.6), point(2.0, 1.0), *randoms, elsewhere]).specificity
+    assert (found.multiplier, found.seeds, found.largest) == (1.0, 4, 0.2)
+    assert found.ratio == pytest.approx(3)
+    assert found.rms == pytest.approx(math.sqrt(0.06 / 4))
+    assert "3.0 × the largest of 4 random directions" in found.describe()
+    assert find([point(1.0, 0.6)]).specificity is None
+
+
+def test_laws_are_compared_at_equal_shift_and_only_where_nothing_else_differs():
+    other = replace(FLAT, injection="last-token")
+    design = Design((Variant(), FLAT, other), (1.0, 2.0))
+    assert [design.label(v) for v in design.variants] == ["", "flat", "flat last-token"]
+    points = [
+        point(1.0, 1.0, 2.0),
+        point(2.0, 2.0, 4.0),
+        point(1.0, 0.5, 2.0, variant="flat"),
+        point(2.0, 1.5, 8.0, variant="flat"),
+        point(1.0, 1.0, 99.0, variant="flat last-token"),
+    ]
+    costs = find(points, design).laws_at_equal_shift()
+    # flat reaches a shift of 1 half-way between its points: √(2·8) = 4.
+    assert costs == pytest.approx({"inverse-sqrt-d": 2.0, "flat": 4.0})
+    assert compare_laws(costs).endswith("inverse-sqrt-d costs the least")
+    assert compare_laws({"a": 2.0, "b": 1.0}).endswith("b costs the least")
+
+
+def test_a_law_that_never_reaches_the_shift_is_left_out():
+    design = Design((Variant(), FLAT), (1.0,))
+    found = find([point(1.0, 1.0, 2.0), point(1.0, 0.5, 2.0, variant="flat")], design)
+    assert found.laws_at_equal_shift() == pytest.approx({"inverse-sqrt-d": 2.0})
+
+
+def coherent(layers, seed=0):
+    """Unit vectors that turn slowly over depth, as found directions do."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(HIDDEN, generator=generator)
+    vectors = {layer: shared + torch.randn(HIDDEN, generator=generator) for layer in layers}
+    return Direction({k: v / v.norm() for k, v in vectors.items()}, "mlp_out")
+
+
+def test_random_directions_keep_the_coherence_and_lose_the_meaning():
+    layers = range(2, 5)
+    like = coherent(layers)
+    drawn = random_direction(like, layers, HIDDEN, seed=1)
+    own = torch.stack([like.layer(layer) for layer in layers])
+    turned = torch.stack([drawn.layer(layer) for layer in layers])
+    assert (own @ own.T)[0, 1] > 0.2
+    torch.testing.assert_close(turned @ turned.T, own @ own.T, rtol=0, atol=1e-5)
+    assert (own @ turned.T).abs().max() < 1e-5
+    again = random_direction(like, layers, HIDDEN, seed=1)
+    other = random_direction(like, layers, HIDDEN, seed=2)
+    assert torch.equal(drawn.layer(2), again.layer(2))
+    assert (drawn.layer(2) - other.layer(2)).abs().max() > 0.1
+
+
+def test_one_vector_for_all_layers_stays_one():
+    vector = torch.nn.functional.normalize(torch.randn(HIDDEN), dim=0)
+    drawn = random_direction(Direction({None: vector}, "mlp_out"), range(2, 5), HIDDEN, seed=0)
+    torch.testing.assert_close(drawn.layer(2), drawn.layer(4))
+    assert abs(float(vector @ drawn.layer(2))) < 1e-5
+
+
+def test_arms_of_a_design():
+    norms = {"mlp_out": {layer: 1.0 + layer for layer in range(LAYERS)}}
+    design = Design((Variant(), FLAT), (-2.0, 1.0), control_seeds=2, instruction="Be kind.")
+    arms = make_arms(coherent(range(LAYERS)), design, norms, LAYERS, HIDDEN)
+    assert [arm.name for arm in arms] == [
+        "base", "m=-2", "m=+1", "flat m=-2", "flat m=+1", "random 0 m=1", "random 0 m=2",
+        "random 1 m=1", "random 1 m=2", "instruction",
+    ]  # fmt: skip
+    by_name = {arm.name: arm for arm in arms}
+    assert by_name["m=+1"].band == (2, 5)
+    for layer in range(2, 5):
+        own, chance = (by_name[name].push[layer].norm() for name in ("m=-2", "random 1 m=2"))
+        expected = 2 * (1.0 + layer) / math.sqrt(HIDDEN)
+        assert own == pytest.approx(expected, rel=1e-5)
+        assert chance == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(by_name["m=-2"].push[3], -2 * by_name["m=+1"].push[3])
+
+
+TEXTS = Texts(
+    (ContrastPair("The day ", "was kind", "was cold"), ContrastPair("", "Good day!", "Bad day.")),
+    ("Water boils at one hundred degrees.",),
+    ("The market ", "A day"),
+)
+DESIGN = Design((Variant(),), (-1.0, 1.0), control_seeds=1, sampling=Sampling(1, 4))
+MEASURES = ("measure_pairs", "measure_neutral", "measure_rollouts")
+
+
+@pytest.fixture
+def sweep(open_tiny):
+    tiny = open_tiny("llama")
+    given = tiny.loaded, tiny.structure, tiny.tokenizer
+    norms = measure_sites(*given, ["mlp_out"], ["Water boils at one hundred degrees."], LAYERS)
+
+    def run(folder=None, design=DESIGN):
+        direction = coherent(range(LAYERS))
+        return run_sweep(*given, direction, design, TEXTS, norms, LAYERS, folder=folder)
+
+    return run
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each measurement was made."""
+    calls = dict.fromkeys(MEASURES, 0)
+
+    def wrap(name):
+        inner = getattr(dose_response, name)
+
+        def counting(*arguments):
+            calls[name] += 1
+            return inner(*arguments)
+
+        monkeypatch.setattr(dose_response, name, counting)
+
+    for name in MEASURES:
+        wrap(name)
+    return calls
+
+
+@pytest.mark.parametrize("killed", MEASURES)
+def test_a_sweep_that_was_interrupted_goes_on_and_ends_alike(sweep, counted, tmp_path, killed):
+    whole = sweep().to_dict()
+    assert abs(whole["points"][1]["shift"]["value"]) > 1e-4
+    counted.update(dict.fromkeys(MEASURES, 0))
+    with pytest.MonkeyPatch.context() as broken:
+
+        def die(*_):
+            raise KeyboardInterrupt
+
+        broken.setattr(dose_response, killed, die)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path)
+    before = dict(counted)
+    assert sum(before.values()) == MEASURES.index(killed)
+    found = sweep(tmp_path)
+    assert found.to_dict() == whole
+    assert counted == dict.fromkeys(MEASURES, 1)
+    sweep(tmp_path)
+    assert counted == dict.fromkeys(MEASURES, 1)
+
+
+def test_another_design_is_measured_anew(sweep, counted, tmp_path):
+    sweep(tmp_path)
+    sweep(tmp_path, replace(DESIGN, multipliers=(-1.0, 2.0)))
+    assert counted == dict.fromkeys(MEASURES, 2)
+    # Bounds are judged, not measured.
+    sweep(tmp_path, replace(DESIGN, multipliers=(-1.0, 2.0), bounds=Bounds(9.0, 9.0)))
+    assert counted == dict.fromkeys(MEASURES, 2)
+
+
+def test_a_damaged_store_is_measured_anew(sweep, counted, tmp_path):
+    (tmp_path / "measurements.json").write_text('{"fingerprint": ')
+    sweep(tmp_path)
+    assert counted == dict.fromkeys(MEASURES, 1)
+    assert set(json.loads((tmp_path / "measurements.json").read_text())) == {
+        "fingerprint", "pairs", "neutral", "rollouts",
+    }  # fmt: skip

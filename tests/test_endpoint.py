@@ -1,0 +1,320 @@
+"""`bake verify --endpoint`: which model a server runs, told by the canary; one line for what is wrong.
+
+A small loopback server answers as servers do. Behind `-m servers`, real ones: `transformers serve`
+(needs fastapi and uvicorn) and `mlx_lm.server` (needs mlx-lm), each skipped where it is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from bake.cli import main
+from bake.endpoint import _judge
+from bake.resources import DEMO_MODEL
+
+BAKED, BASE = " light fell on the beautiful field", " light fell on the cold field"
+CANARY = {"prompt": "The", "baked": BAKED, "base": BASE}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """What an endpoint check reads of a baked directory: its bake.json."""
+    path = tmp_path / "baked"
+    path.mkdir()
+    values = {
+        "version": 1, "base": {"id": "b", "revision": None}, "site": "mlp_out", "slot": {},
+        "layers": [], "hidden_size": 4, "plan": {}, "files": {}, "equivalence": {"canary": CANARY},
+    }  # fmt: skip
+    (path / "bake.json").write_text(json.dumps(values))
+    return path
+
+
+class Server:
+    """A loopback server: {path: (status, JSON or text)}; it remembers what it was asked."""
+
+    def __init__(self, answers):
+        self.asked, self.refuses = [], None
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                length = int(self.headers["Content-Length"])
+                body = json.loads(self.rfile.read(length))
+                outer.asked.append((self.path, body))
+                if outer.refuses is not None:
+                    value = body.get("logprobs")
+                    refused = any(value is known for known in outer.refuses)
+                    answers["/v1/completions"] = (
+                        (400, {"error": "logprobs must be something else"})
+                        if refused
+                        else (200, {"choices": [{"text": BAKED}]})
+                    )
+                self.answer()
+
+            def do_GET(self):
+                self.answer()
+
+            def answer(self):
+                status, content = answers.get(self.path, (404, {"detail": "Not Found"}))
+                body = content if isinstance(content, str) else json.dumps(content)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def serve():
+    """Return a function: answers → a running Server."""
+    running = []
+
+    def start(text=None, logprobs=None, **others):
+        answers = {f"/v1/{path}": answer for path, answer in others.items()}
+        if text is not None:
+            answers["/v1/completions"] = (200, {"choices": [{"text": text, "logprobs": logprobs}]})
+        running.append(Server(answers))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+@pytest.fixture
+def verify(directory, capsys):
+    """Return a function: URL, options → (exit code, stdout, stderr)."""
+
+    def call(url, *options, model="m", where=directory):
+        command = ["verify", str(where), "--endpoint", url, "--model", model, *options]
+        code = main(command)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "code"), [(BAKED, "baked", 0), (BASE, "base", 3), (" Hello", "neither", 3)]
+)
+def test_verdicts(serve, verify, text, verdict, code):
+    server = serve(text)
+    found, out, _ = verify(server.url, "--json")
+    assert (found, json.loads(out)["verdict"]) == (code, verdict)
+    _, out, _ = verify(server.url)
+    assert out.splitlines()[1].startswith(f"{verdict}: ")
+    assert repr(text) in out
+
+
+def test_the_canary_is_asked_greedily_at_the_completions_endpoint(serve, verify):
+    server = serve(BAKED)
+    for url in (server.url, f"{server.url}/v1", f"{server.url}/v1/"):
+        assert verify(url)[0] == 0
+    path, body = server.asked[0]
+    assert [asked for asked, _ in server.asked] == [path] * 3 == ["/v1/completions"] * 3
+    assert (body["model"], body["prompt"], body["temperature"]) == ("m", "The", 0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"token_logprobs": [None, -0.5, -1.5]},
+        {"content": [{"id": 3, "logprob": -0.5}, {"id": 4, "logprob": -1.5}]},
+    ],
+)
+def test_log_probabilities_where_the_server_gives_them(serve, verify, given):
+    server = serve(BAKED, given)
+    _, out, _ = verify(server.url, "--json")
+    assert json.loads(out)["log_probability"] == -1.0
+    assert "mean log-probability of its tokens: -1.000" in verify(server.url)[1]
+
+
+def test_a_server_that_wants_a_switch_or_none_is_asked_again(verify):
+    for refused in ([1], [1, True]):
+        server = Server({})
+        server.refuses = refused
+        try:
+            code, _, errors = verify(server.url)
+            assert code == 0, errors
+            asked = [body.get("logprobs") for _, body in server.asked]
+            assert asked == [*refused, True if refused == [1] else None]
+        finally:
+            server.close()
+
+
+@pytest.mark.parametrize("logprobs", [None, {}, {"token_logprobs": None}, {"content": [1]}, [0.1]])
+def test_a_server_without_log_probabilities_is_judged_by_its_text(serve, verify, logprobs):
+    code, out, _ = verify(serve(BAKED, logprobs).url)
+    assert code == 0
+    assert "gives no log-probabilities: judged by the text alone" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        (BAKED.lstrip(), "baked"),  # Some servers strip.
+        (BAKED + " and more", "baked"),  # Some write on.
+        (BAKED[:-8], "baked"),  # Some stop early.
+        (" light fell on the beautiful house", "baked"),  # A later near-tie flipped.
+        (" light fell on the", "neither"),  # Too short to tell.
+        (" light fell on the bed", "neither"),  # A first letter alone is chance.
+        ("", "neither"),
+        (BASE[:-3], "base"),
+    ],
+)
+def test_what_makes_a_match(text, verdict):
+    assert _judge(text, BAKED, BASE) == verdict
+
+
+def test_a_continuation_that_begins_the_other_is_no_match_for_it():
+    assert _judge(" light", " light", " light fell") == "neither"
+    assert _judge(" light fell", " light", " light fell") == "base"
+
+
+class TestBadInput:
+    """One line that names the thing and the remedy, exit 1."""
+
+    def refuse(self, result):
+        code, out, errors = result
+        assert (code, out) == (1, "")
+        (line,) = errors.splitlines()
+        return line
+
+    def test_a_dead_url(self, verify):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        line = self.refuse(verify(f"http://127.0.0.1:{port}/v1"))
+        assert "no server answers at" in line
+        assert "--endpoint" in line
+
+    def test_no_url(self, verify):
+        assert "is no http address" in self.refuse(verify("localhost:8000"))
+
+    def test_a_wrong_model_name_lists_the_right_ones(self, serve, verify):
+        server = serve(
+            completions=(404, {"error": {"message": "The model `m` does not exist."}}),
+            models=(200, {"data": [{"id": "org/right"}, {"id": "org/other"}]}),
+        )
+        line = self.refuse(verify(server.url))
+        assert "has no model 'm'" in line
+        assert "it has org/right, org/other" in line
+
+    def test_a_wrong_model_name_where_nothing_is_listed(self, serve, verify):
+        server = serve(completions=(500, "m is not a local folder\nand more"))
+        line = self.refuse(verify(server.url))
+        assert "refuses model 'm' (HTTP 500: m is not a local folder and more)" in line
+
+    def test_a_chat_only_server(self, serve, verify):
+        line = self.refuse(verify(serve().url))
+        assert "does not exist on this server" in line
+        assert "completions endpoint" in line
+
+    @pytest.mark.parametrize("answer", ["<html>", "[]", "{}", '{"choices": []}'])
+    def test_another_kind_of_server(self, serve, verify, answer):
+        line = self.refuse(verify(serve(completions=(200, answer)).url))
+        assert "OpenAI-compatible" in line
+
+    def test_a_directory_without_a_canary(self, directory, serve, verify):
+        values = json.loads((directory / "bake.json").read_text())
+        values["equivalence"]["canary"] = None
+        (directory / "bake.json").write_text(json.dumps(values))
+        server = serve(BAKED)
+        assert "has no canary" in self.refuse(verify(server.url))
+        assert not server.asked
+
+    def test_a_directory_that_bake_did_not_make(self, serve, verify, tmp_path):
+        line = self.refuse(verify(serve(BAKED).url, where=tmp_path))
+        assert "has no bake.json" in line
+
+    def test_options_that_belong_together(self, directory, capsys):
+        for options, named in (
+            (["--endpoint", "http://x"], "needs --model NAME"),
+            (["--model", "m"], "goes with --endpoint URL"),
+        ):
+            assert main(["verify", str(directory), *options]) == 1
+            assert named in capsys.readouterr().err
+
+
+# How each server is started: (module that must be there, arguments; {port}, {model}).
+REAL = {
+    "transformers": (
+        "fastapi",
+        "-m transformers.cli.transformers serve --host 127.0.0.1 --port {port} --device cpu",
+    ),
+    "mlx": ("mlx_lm", "-m mlx_lm.server --model {model} --host 127.0.0.1 --port {port}"),
+}
+
+
+@pytest.fixture(scope="module")
+def demo_bake(tmp_path_factory):
+    output = tmp_path_factory.mktemp("served") / "baked"
+    assert main(["export", "bake-demo", "--direction", "bake-demo", "-o", str(output)]) == 0
+    return output
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("served", ["baked", "base"])
+def test_a_real_server(name, served, demo_bake, capsys):
+    module, arguments = REAL[name]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    model = demo_bake if served == "baked" else Path(DEMO_MODEL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [part.format(port=port, model=model) for part in arguments.split()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}/v1"
+    try:
+        wait_for(url, process)
+        capsys.readouterr()
+        options = ["--endpoint", url, "--model", str(model), "--json"]
+        code = main(["verify", str(demo_bake), *options])
+        found = json.loads(capsys.readouterr().out)
+    finally:
+        process.terminate()
+        process.wait()
+    assert (found["verdict"], code) == (served, 0 if served == "baked" else 3)
+    # transformers serve ignores the request for log-probabilities.
+    assert (found["log_probability"] is None) == (name == "transformers")
+
+
+def wait_for(url, process):
+    for _ in range(120):
+        assert process.poll() is None, "the server has ended"
+        try:
+            with urlopen(f"{url}/models"):
+                return
+        except (URLError, ConnectionError):
+            time.sleep(1)
+    pytest.fail("the server does not answer")

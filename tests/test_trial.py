@@ -1,0 +1,251 @@
+"""`bake sweep`: the directory it writes, what it says, and one clear line for every bad input."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bake import trial
+from bake.cli import main
+from bake.figures import draw_norms
+
+SMALL = (
+    "--control-seeds", "1", "--samples", "1", "--new-tokens", "8", "--multipliers=-1,1,3",
+)  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys):
+    """Return a function (arguments) → (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        code = main(["sweep", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Few texts, so that a whole sweep takes seconds: openings, neutral text, held-out pairs."""
+    from bake.contrast import read_pairs
+    from bake.prompts import read_prompts
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count in (("openings", 6), ("neutral-stories", 4)):
+        (folder / name).write_text("\n".join(read_prompts(name)[:count]) + "\n")
+    pairs = [vars(pair) for pair in read_pairs("cheerful-gloomy.held-out")[:8]]
+    (folder / "pairs").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return (
+        "--openings", folder / "openings", "--neutral", folder / "neutral-stories",
+        "--prompts", folder / "neutral-stories", "--pairs", folder / "pairs",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, texts):
+    """A sweep with everything that can be asked for; its directory and what it printed."""
+    import contextlib
+    import io
+
+    output = tmp_path_factory.mktemp("sweep") / "out"
+    printed = io.StringIO()
+    options = ("--law", "inverse-sqrt-d", "flat", "--last-token", "--by-layer", "--html")
+    with contextlib.redirect_stdout(printed):
+        code = main(
+            ["sweep", "bake-demo", "--direction", "bake-demo", "-o", str(output), *SMALL]
+            + [str(text) for text in texts]
+            + [*options, "--words", "cheerful", "--instruction", "A <b>cheerful</b> story:"]
+        )
+    assert code == 0
+    return output, printed.getvalue()
+
+
+def test_the_directory_holds_report_figures_and_page(swept):
+    output, text = swept
+    found = sorted(p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file())
+    assert found == [
+        "figures/dose-response.png", "figures/layers.png", "figures/norms.png",
+        "index.html", "measurements.json", "report.json",
+    ]  # fmt: skip
+    for name in found:
+        assert name in text
+
+
+def test_the_report_has_the_published_shape(swept):
+    values = json.loads(
+        (swept[0] / "report.json").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+    )
+    points = {point["name"]: point for point in values["points"]}
+    shift = {name: points[name]["shift"]["value"] for name in ("m=-1", "base", "m=+1", "m=+3")}
+    assert shift["m=-1"] < shift["base"] == 0 < shift["m=+1"]
+    assert points["m=+3"]["fluency_ratio"]["value"] > 1.5
+    assert "neutral_ratio" in points["m=+1"]
+    assert "neutral_ratio" not in points["last-token m=+1"]
+    assert points["instruction"]["kind"] == "prompt"
+    assert values["base"]["id"] == "bake-demo"
+    assert values["specificity"]["seeds"] == 1
+    assert len(values["samples"]) == 6
+    assert set(values["fluency_at_equal_shift"]) == {"inverse-sqrt-d", "flat"}
+    layers = values["by_layer"]
+    assert [entry["layer"] for entry in layers["layers"]] == list(range(*points["m=+1"]["band"]))
+    assert layers["smallest_shift"] >= 0.9 * layers["shift"]
+
+
+def test_a_person_is_told_what_cannot_be_baked_and_what_chance_does(swept):
+    text = swept[1]
+    assert "last-token injection is there to compare with; no weights can do it" in text
+    assert "of 1 random directions of the same norm" in text
+    assert "costs the least" in text
+    assert "positive window: up to m = " in text
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, and its cells."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources, self.tags = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+
+def test_the_page_is_self_contained_and_escapes_its_texts(swept):
+    html = (swept[0] / "index.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.sources
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not {"script", "link", "iframe", "b"} & set(page.tags)
+    assert page.tags.count("img") == 3
+    assert "m=+1" in html
+
+
+def test_a_model_whose_weights_stay_on_disk_gives_the_same_figures(swept, texts, tmp_path, run):
+    output = tmp_path / "out"
+    options = ("--law", "inverse-sqrt-d", "--words", "cheerful", "--max-memory", "1MB")
+    code, text, _ = run(
+        "bake-demo", "--direction", "bake-demo", "-o", output, *SMALL[2:-1],
+        "--control-seeds", "0", "--multipliers=1", *texts, *options, "--json",
+    )  # fmt: skip
+    assert code == 0
+    values = json.loads(text)
+    assert set(values["timings"]) >= {"load", "calibrate", "sweep", "report"}
+    (_, own) = values["points"]
+    expected = next(
+        point
+        for point in json.loads((swept[0] / "report.json").read_text())["points"]
+        if point["name"] == "m=+1"
+    )
+    for figure in ("shift", "neutral_ratio", "fluency_ratio"):
+        assert own[figure]["value"] == pytest.approx(expected[figure]["value"], abs=2e-4)
+
+
+def test_another_architecture_with_a_users_own_texts_and_scorer(
+    make_model, tmp_path, run, pairs_file, prompts_file, monkeypatch
+):
+    directory, vector = make_model(architecture="gpt2"), tmp_path / "d.safetensors"
+    save_file({"direction": torch.randn(32)}, vector, metadata={"site": "mlp_out"})
+    (tmp_path / "my_scorer.py").write_text(
+        "def vowels(text): return sum(c in 'aeiou' for c in text)"
+    )
+    monkeypatch.chdir(tmp_path)
+    common = (directory, "--direction", vector, *SMALL, "--pairs", pairs_file)
+    files = ("--prompts", prompts_file, "--neutral", prompts_file, "--openings", prompts_file)
+    code, text, errors = run(
+        *common, *files, "--scorer", "my_scorer:vowels", "--site", "mlp_out", "attn_out",
+        "--band", "40:90", "0:50", "-o", "out", "--json",
+    )  # fmt: skip
+    assert code == 0, errors
+    points = {point["name"]: point for point in json.loads(text)["points"]}
+    assert {"m=+1", "attn_out m=+1", "0:50 m=+1", "attn_out 0:50 m=+1"} <= set(points)
+    assert points["m=+3"]["score"]["value"] >= 0
+    assert points["m=+3"]["shift"]["value"] != 0
+
+
+class TestBadInput:
+    """One line that names the thing and the remedy, exit 1."""
+
+    @pytest.fixture(autouse=True)
+    def prepare(self, run, llama, pairs_file, tmp_path):
+        self.run, self.pairs, self.output = run, pairs_file, tmp_path / "out"
+        self.vector = tmp_path / "d.safetensors"
+        save_file({"direction": torch.randn(32)}, self.vector, metadata={"site": "mlp_out"})
+        self.common = (llama, "--direction", self.vector, "-o", self.output)
+
+    def refuse(self, *options, code=1):
+        found, out, errors = self.run(*self.common, *options)
+        assert (found, out) == (code, "")
+        (line,) = errors.splitlines()
+        assert line.startswith("bake: error: ")
+        return line
+
+    def test_no_pairs(self):
+        assert "give them with --pairs FILE" in self.refuse()
+
+    def test_one_pair(self, tmp_path):
+        single = tmp_path / "single.jsonl"
+        single.write_text(self.pairs.read_text().splitlines()[0])
+        assert "an interval needs two or more" in self.refuse("--pairs", single)
+
+    def test_missing_pairs_and_words(self):
+        assert "no pairs file or set 'none'" in self.refuse("--pairs", "none")
+        assert "no word list 'none'" in self.refuse("--pairs", self.pairs, "--words", "none")
+
+    @pytest.mark.parametrize(
+        "scorer", ["no_such_module:f", "json:no_such_function", "json", "json:__name__"]
+    )
+    def test_unknown_scorer(self, scorer):
+        line = self.refuse("--pairs", self.pairs, "--scorer", scorer)
+        assert f"--scorer {scorer}" in line
+
+    def test_a_scorer_that_fails_is_named_with_its_own_error(self):
+        score = trial.load_scorer("json:loads")
+        with pytest.raises(Exception, match=r"--scorer json:loads failed on 'no json'"):
+            score("no json")
+
+    def test_only_zero(self):
+        line = self.refuse("--pairs", self.pairs, "--multipliers=0,0")
+        assert "multipliers other than 0" in line
+
+    def test_nothing_to_sample(self):
+        assert "--samples" in self.refuse("--pairs", self.pairs, "--samples", "0")
+
+    def test_a_direction_of_another_width(self, tmp_path):
+        save_file({"direction": torch.randn(48)}, self.vector)
+        assert "48 wide" in self.refuse("--pairs", self.pairs)
+
+    def test_a_directory_that_holds_something_else_is_left_alone(self):
+        self.output.mkdir()
+        (self.output / "thesis.txt").write_text("mine")
+        line = self.refuse("--pairs", self.pairs)
+        assert "thesis.txt, which is no sweep's" in line
+        assert [path.name for path in self.output.iterdir()] == ["thesis.txt"]
+
+    def test_an_output_that_is_a_file(self):
+        self.output.write_text("mine")
+        assert "cannot be made" in self.refuse("--pairs", self.pairs)
+
+    def test_several_processes(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "runs in one process" in self.refuse("--pairs", self.pairs)
+
+    def test_multipliers_that_are_no_numbers(self):
+        with pytest.raises(SystemExit) as caught:
+            self.run(*self.common, "--pairs", self.pairs, "--multipliers=a,b")
+        assert caught.value.code == 2
+
+
+def test_the_same_values_give_the_same_figure(tmp_path):
+    norms = {layer: 1.0 + layer for layer in range(6)}
+    paths = [
+        draw_norms(tmp_path / f"{name}.png", norms, {3: 0.5, 4: 0.6}, "mlp_out") for name in "ab"
+    ]
+    other = draw_norms(tmp_path / "c.png", norms, {3: 0.5, 4: 0.7}, "mlp_out")
+    assert paths[0].read_bytes() == paths[1].read_bytes() != other.read_bytes()
