@@ -84,14 +84,17 @@ class Push:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`."""
+        given = {}
+        if self.given:
+            named = {str(layer): value for layer, value in sorted(self.given.items())}
+            given = {"given_coefficients": named}
         return {
             "law": self.law,
             "multiplier": self.multiplier,
             "band": list(self.band),
             "hidden_size": self.hidden_size,
             "layers": [entry.to_dict() for entry in self.layers],
-            "given_coefficients": self.given
-            and {str(layer): value for layer, value in sorted(self.given.items())},
+            **given,
         }
 
     def at(self, multiplier: float) -> Push:

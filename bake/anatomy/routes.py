@@ -179,7 +179,9 @@ class Anatomy:
         wanted = "the direction at any site" if site == "auto" else site
         if route != "auto":
             wanted += f" by route {route}"
-        reason = self.refusals.get(site, f"no {kind or 'such'} slot suits")
+        # Where the site was left open, the reason that counts is the first choice's.
+        asked = "mlp_out" if site == "auto" else site
+        reason = self.refusals.get(asked, f"no {kind or 'such'} slot suits")
         raise UnsupportedError(
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
         )
@@ -265,11 +267,8 @@ class Anatomy:
         }
 
 
-# What to say where nothing is exact: families that were tried and have an exact site.
-NO_SITE = (
-    "no site (architectures with one: llama, gpt2, qwen2, qwen3, granite, gpt_neox, opt, falcon "
-    "and more, see bake inspect)"
-)
+# What to say where nothing is exact.
+NO_SITE = "no site; --route insert adds layers instead, where it can"
 # The order in which `--site auto` considers them (DESIGN: residual writes first, then the fewest changes).
 _PREFERENCE = (
     ("mlp_out", "in place"),
