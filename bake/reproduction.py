@@ -22,6 +22,7 @@ from bake.pipeline import (
     DIRECTION_FILE,
     RESULT_FILE,
     Base,
+    draw_figures,
     encode_result,
     load_base,
     open_base,
@@ -112,6 +113,10 @@ def reproduce(
         copy_companions(opened.checkpoint, again)
         keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
+        draw_figures(again, push, recorded["site"], None)
+        for name in recorded.get("sweep", {}).get("figures", ()):  # A sweep's are data, as it is.
+            if (directory / name).is_file():
+                (again / name).write_bytes((directory / name).read_bytes())
         story = {key: value for key, value in recorded.items() if key != "files"}
         card = render_card({**story, **words_of(recorded)})
         (again / CARD_FILE).write_text(card, encoding="utf-8")

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bake.arms import Arm, compare_arms, rows_per_forward, steered_rows
-from bake.contrast import ContrastPair
 from bake.errors import PromptError
 from bake.model import LoadedModel, decode
+from bake.pairs import ContrastPair
 from bake.progress import track
 from bake.prompts import encode
 from bake.sampling import bootstrap_interval, count_words, draw_noise
@@ -125,10 +125,11 @@ def measure_pairs(
     """Score both completions of every pair: {arm: {"positive" | "negative": [[nats, tokens], …]}}."""
     found: Measurements = {arm.name: {"positive": [], "negative": []} for arm in arms}
     for pair in track(pairs, "contrast pairs"):
-        for side in ("positive", "negative"):
+        for side, whole in zip(("positive", "negative"), pair.texts(), strict=True):
+            text = getattr(pair, side)
             for group, prefix in _by_instruction(arms):
-                prompt, text = prefix + pair.prompt, getattr(pair, side)
-                ids, start = _split(tokenizer, prompt, text)
+                # A conversation is read as plain text: hooks and bake see the same either way.
+                ids, start = _split(tokenizer, prefix + whole.removesuffix(text), text)
                 for arm, logs in compare_arms(loaded, structure, group, ids, start):
                     nats = -float(_chosen(logs, ids)[start - 1 :].sum())
                     found[arm.name][side].append([nats, len(ids) - start])

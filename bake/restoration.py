@@ -284,8 +284,9 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
     """
     from bake.card import render_card
     from bake.completion import unproven
+    from bake.figures import FIGURES
     from bake.hashing import hash_files
-    from bake.pipeline import CARD_FILE, RESULT_FILE, encode_result
+    from bake.pipeline import CARD_FILE, RESULT_FILE, draw_figures, encode_result
     from bake.verification import words_of
 
     checkpoint = open_checkpoint(str(directory))
@@ -294,6 +295,10 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
     files = [*_patch_shards(checkpoint, strength), *_replace_extra(checkpoint, recorded, strength)]
     story = {key: value for key, value in recorded.items() if key not in ("files", "equivalence")}
     story |= strength.push.to_dict()
+    story.pop("multiplier_choice", None)  # It was for another strength, as a sweep's samples were.
+    if "sweep" in story:
+        story["sweep"] = {**story["sweep"], "samples": []}
+    draw_figures(directory, strength.push, recorded["site"], None)
     allowed = bool(recorded["equivalence"].get("rounding_allowed"))
     reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
     story["equivalence"] = {**unproven(rounding_allowed=allowed), "reason": reason}
@@ -301,7 +306,7 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
     known = {
         name: entry["sha256"]
         for name, entry in recorded["files"].items()
-        if name not in files and name != CARD_FILE
+        if name not in files and name not in (CARD_FILE, f"{FIGURES}/norms.png")
     }
     hashes = hash_files(directory, known=known, exclude=(RESULT_FILE,))
     _write_whole(directory / RESULT_FILE, encode_result({**story, "files": hashes}))

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bake.arms import Arm
-from bake.contrast import read_pairs
 from bake.dose_response import BASE, Bounds, find_windows
 from bake.errors import BakeError
+from bake.pairs import read_pairs
 from bake.prompts import read_prompts
 from bake.resources import tried_on
 from bake.response import (

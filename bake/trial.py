@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake import pipeline, processes
-from bake.contrast import read_pairs
 from bake.direction import Direction, hash_vectors
 from bake.dose_response import (
     CONTROL_SEEDS,
@@ -29,6 +28,7 @@ from bake.errors import BakeError, OutputError
 from bake.figures import FIGURES, draw_dose_response, draw_norms
 from bake.formats import fit_direction, read_direction
 from bake.model import LoadedModel
+from bake.pairs import read_pairs
 from bake.progress import announce
 from bake.prompts import load_tokenizer, read_prompts
 from bake.resources import find_set, tried_on

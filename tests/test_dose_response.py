@@ -10,7 +10,6 @@ from conftest import HIDDEN, LAYERS
 
 from bake import dose_response
 from bake.arms import Arm
-from bake.contrast import ContrastPair
 from bake.direction import Direction
 from bake.dose_response import (
     Bounds,
@@ -24,6 +23,7 @@ from bake.dose_response import (
     random_direction,
     run_sweep,
 )
+from bake.pairs import ContrastPair
 from bake.response import Interval, Point, Sampling, Texts
 
 FLAT = Variant(law="flat")

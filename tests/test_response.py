@@ -8,8 +8,8 @@ import torch
 from conftest import HIDDEN
 
 from bake.arms import Arm
-from bake.contrast import ContrastPair
 from bake.errors import PromptError
+from bake.pairs import ContrastPair
 from bake.response import (
     Interval,
     Point,
@@ -187,10 +187,10 @@ class Tokenizer:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def __call__(self, text, **options):
+    def __call__(self, texts, **options):
         options.pop("return_offsets_mapping")
-        ids = self.inner(text, **options)["input_ids"]
-        return {"input_ids": [*ids, 2] if self.end else ids}
+        rows = self.inner(texts, **options)["input_ids"]
+        return {"input_ids": [[*ids, 2] if self.end else ids for ids in rows]}
 
 
 @pytest.mark.parametrize("end", [False, True])
@@ -209,7 +209,11 @@ def test_a_completion_without_a_token_is_refused(tiny):
 def test_texts_without_tokens_are_refused(given, tiny):
     with pytest.raises(PromptError, match="neutral texts have no two tokens"):
         measure_neutral(*given, ARMS, [""])
-    bare = type("Bare", (Tokenizer,), {"__call__": lambda self, text, **_: {"input_ids": []}})
+    bare = type(
+        "Bare",
+        (Tokenizer,),
+        {"__call__": lambda self, texts, **_: {"input_ids": [[] for _ in texts]}},
+    )
     with pytest.raises(PromptError, match="opening '' has no token"):
         measure_rollouts(
             tiny.loaded, tiny.structure, bare(tiny.tokenizer, False), ARMS, [""], SAMPLING

@@ -31,13 +31,16 @@ def run(capsys):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Few texts, so that a whole sweep takes seconds: openings, neutral text, held-out pairs."""
-    from bake.contrast import read_pairs
+    from bake.pairs import read_pairs
     from bake.prompts import read_prompts
 
     folder = tmp_path_factory.mktemp("texts")
     for name, count in (("openings", 6), ("neutral-stories", 4)):
         (folder / name).write_text("\n".join(read_prompts(name)[:count]) + "\n")
-    pairs = [vars(pair) for pair in read_pairs("cheerful-gloomy.held-out")[:8]]
+    pairs = [
+        {"prompt": pair.prompt, "positive": pair.positive, "negative": pair.negative}
+        for pair in read_pairs("cheerful-gloomy.held-out")[:8]
+    ]
     (folder / "pairs").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return (
         "--openings", folder / "openings", "--neutral", folder / "neutral-stories",
