@@ -85,9 +85,16 @@ def _add_export(commands: Any) -> None:
     )
     option(
         "--direction",
-        metavar="FILE",
+        action="append",
+        metavar="FILE[:STRENGTH]",
         help="a direction: safetensors, .gguf, .npy, .npz, .pt, a rotalabs-steer folder, "
-        "FILE:TENSOR[INDEX] of an autoencoder's decoder, or bake-demo",
+        "FILE:TENSOR[INDEX] of an autoencoder's decoder, or bake-demo; repeated, their sum, each with its "
+        "strength",
+    )
+    option(
+        "--orthogonalize",
+        action="store_true",
+        help="take from each of several directions what those before it hold",
     )
     option("--layer-offset", type=int, metavar="N", help="added to the layers the file names (0)")
     option(

@@ -175,12 +175,14 @@ def compute_push(
     law: str = DEFAULT_LAW,
     explicit: Mapping[int, float] | None = None,
     lengths: Mapping[int, float] | None = None,
+    scales: Mapping[int, float] | None = None,
 ) -> Push:
     """Return the push of a band.
 
     norms: {layer: μ_l} for the band's layers. directions: {layer: unit (hidden_size,) tensor} for at
     least these. explicit: per-layer coefficients that replace the law; m still multiplies them.
     lengths: {layer: ‖v_l‖} of the vectors as they were given, which replace the law likewise.
+    scales: {layer: factor} on the law's coefficients: how long a sum of unit vectors is.
     Raises BakeError for an unknown law, a multiplier of zero, or a norm that is not a positive number.
     """
     if multiplier == 0 or not math.isfinite(multiplier):
@@ -207,6 +209,8 @@ def compute_push(
         unit = LAWS[law](norms, hidden_size)
     else:
         raise BakeError(f"unknown law {law!r}; the laws are {', '.join(LAWS)}")
+    if scales is not None:
+        unit = {layer: unit[layer] * scales[layer] for layer in norms}
     layers = tuple(
         LayerPush(layer, float(norms[layer]), multiplier * unit[layer]) for layer in sorted(norms)
     )
@@ -219,5 +223,5 @@ def compute_push(
         hidden_size=hidden_size,
         layers=layers,
         directions={entry.layer: directions[entry.layer] for entry in layers},
-        given=unit if law not in LAWS else None,
+        given=unit if law not in LAWS or scales is not None else None,
     )

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bake.combination import Part
+
 _LAYER_KEY = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 DEFAULT_SITE = "mlp_out"
 SCALE_KEY = "scale"  # in metadata: {layer: length} of vectors that are stored as unit vectors
@@ -44,13 +46,15 @@ class Direction:
     """Unit vectors û_l, float32, (hidden_size,) each; key None holds one vector for all layers.
 
     lengths: ‖v_l‖ of the vectors as they were given, by the same keys; empty where they were unit
-    vectors all along. Only `--keep-scale` asks for them.
+    vectors all along. Only `--keep-scale` asks for them, and a sum: `parts` are the directions that it
+    was made of, and its lengths say how much longer it is than one unit vector.
     """
 
     vectors: Mapping[int | None, torch.Tensor]
     site: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     lengths: Mapping[int | None, float] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @property
     def hidden_size(self) -> int:

@@ -14,6 +14,7 @@ from bake.anatomy.insertion import Insertion
 from bake.card import render_card
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.coefficients import Push, band_layers, compute_push, parse_band, parse_coefficients
+from bake.combination import combine, parse_reference
 from bake.direction import Direction, convert_to_input, direction_bytes
 from bake.engines import describe_survivals, survivals, to_values
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
@@ -182,7 +183,7 @@ def export(recipe: Recipe) -> Export:
             multiplier=multiplier,
             law=recipe.law,
             explicit=explicit,
-            lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
+            **lengths_of(direction, layers, keep_scale=recipe.keep_scale),
         )
 
     choice = None
@@ -274,24 +275,57 @@ def open_direction(recipe: Recipe) -> Direction | None:
     """Read the recipe's direction, if it has one, before anything is fetched for it."""
     if recipe.direction is None:
         return None
-    return read_direction(
-        recipe.direction, layer_offset=recipe.layer_offset, site=recipe.direction_site
-    )
+    return _join(recipe, [_read_part(recipe, part) for part in _references(recipe)])
 
 
 def hold_against(base: Base, given: Direction, recipe: Recipe) -> Direction:
     """Hold a given direction against the model, and announce how it was understood."""
-    direction, notes = fit_direction(
-        given,
-        recipe.direction,
-        hidden_size=base.anatomy.hidden_size,
-        layer_count=base.anatomy.layer_count,
-        layer_offset=recipe.layer_offset,
-        site=recipe.direction_site,
-    )
-    for note in notes:
-        announce(note)
-    return direction
+    fitted = []
+    references = _references(recipe)
+    for reference in references:
+        direction, notes = fit_direction(
+            _read_part(recipe, reference) if recipe.added else given,
+            reference[0],
+            hidden_size=base.anatomy.hidden_size,
+            layer_count=base.anatomy.layer_count,
+            layer_offset=recipe.layer_offset,
+            site=recipe.direction_site,
+        )
+        fitted.append(direction)
+        for note in notes:
+            announce(note)
+    return _join(recipe, fitted)
+
+
+def _references(recipe: Recipe) -> list[tuple[Any, float]]:
+    """Return (reference, strength) of the recipe's directions; one alone has no strength but m."""
+    if not recipe.added:
+        return [(recipe.direction, 1.0)]
+    return [parse_reference(str(text)) for text in (recipe.direction, *recipe.added)]
+
+
+def _read_part(recipe: Recipe, part: tuple[Any, float]) -> Direction:
+    return read_direction(part[0], layer_offset=recipe.layer_offset, site=recipe.direction_site)
+
+
+def _join(recipe: Recipe, directions: Sequence[Direction]) -> Direction:
+    """Return the one direction, or the sum of several."""
+    if not recipe.added:
+        return directions[0]
+    named = [
+        (Path(str(reference)).stem, strength, direction)
+        for (reference, strength), direction in zip(_references(recipe), directions, strict=True)
+    ]
+    return combine(named, orthogonalize=recipe.orthogonalize, keep_scale=recipe.keep_scale)
+
+
+def lengths_of(
+    direction: Direction, layers: Sequence[int], *, keep_scale: bool
+) -> dict[str, dict[int, float]]:
+    """Return what `compute_push` is told of a direction's length: nothing of a single unit vector."""
+    if keep_scale:
+        return {"lengths": direction.own_lengths(layers)}
+    return {"scales": direction.own_lengths(layers)} if direction.parts else {}
 
 
 def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
@@ -532,6 +566,7 @@ def describe_bake(
         **({"sweep": evidence.summarise(push.multiplier)} if evidence else {}),
         "calibration": norms.to_dict(),
         "direction": direction.to_dict(),
+        **({"directions": [part.to_dict() for part in direction.parts]} if direction.parts else {}),
         "plan": plan.to_dict(),
         "survives": to_values(survivals(plan.outline(base.anatomy.model_type))),
     }
@@ -572,6 +607,8 @@ def card_words(
             f" as {how} over {known.get('pairs', '?')} contrast pairs "
             f"(token position: {known.get('token', '?')})"
         )
+    if known.get("method") == "sum":
+        story += f": the sum {known['parts']}"
     if "understood" in known:
         story += f"; read from another tool's file: {known['understood']}"
     return {

@@ -21,6 +21,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "bool": (bool,),
     "int": (int,),
+    "tuple[str, ...]": (tuple,),
 }
 DEFAULT_BAND = "40:90"
 
@@ -39,7 +40,9 @@ class Recipe:
     instead of measuring. sweep: a directory of `bake sweep` whose figures the card shows. thin: write
     no base shard.
     direction: a file of any format that `bake.formats` reads; layer_offset is added to the layers that
-    it names, direction_site overrides its site, keep_scale uses its vectors as long as they are.
+    it names, direction_site overrides its site, keep_scale uses its vectors as long as they are. A list
+    of them, each FILE or FILE:STRENGTH, is summed: `added` are those after the first; orthogonalize takes
+    from each what the ones before it hold.
     method, token, chat_template, held_out, from_layer, seed, steps, kl_weight: how a direction is found
     from pairs; they mean what they mean in `bake.extraction.ExtractionOptions`.
     """
@@ -47,6 +50,8 @@ class Recipe:
     model: str
     output: str
     direction: str | None = None
+    added: tuple[str, ...] = ()
+    orthogonalize: bool = False
     pairs: str | None = None
     layer_offset: int | None = None
     direction_site: str | None = None
@@ -120,6 +125,13 @@ class Recipe:
                 raise BakeError(
                     f"{option} is about a given direction; give --direction FILE with it"
                 )
+        if self.orthogonalize and not self.added:
+            raise BakeError("--orthogonalize is about several directions; repeat --direction")
+        if self.added and self.convert_site:
+            raise BakeError(
+                "--convert-site cannot go with several directions; find them at the site that they are "
+                "used at (bake direction --site)"
+            )
         if self.direction_site is not None:
             check_site(self.direction_site)
         if self.keep_scale and self.coefficients is not None:
@@ -210,6 +222,12 @@ def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> R
     missing = [name for name in needed if not values.get(name)]
     if missing:
         raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    several = values.get("direction")
+    if isinstance(several, list | tuple):
+        first, *others = several or [None]
+        values = {**values, "direction": first, "added": tuple(others)}
+    if isinstance(values.get("added"), list):
+        values = {**values, "added": tuple(values["added"])}
     if isinstance(values.get("token"), int):
         values = {**values, "token": str(values["token"])}  # An index of a token, as YAML reads it.
     for field in fields(Recipe):

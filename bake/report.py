@@ -236,7 +236,26 @@ def _describe_push(result: Export | ThinExport) -> list[str]:
         f"slots: {route.describe()}; config: {changes or 'unchanged'}",
         "",
         format_table(("layer", "norm μ", "α", "influence"), rows),
+        *_describe_parts(result.direction),
     ]
+
+
+def _describe_parts(direction: Direction) -> list[str]:
+    """Return the table of a sum of directions: what was asked for, and what each gets."""
+    if not direction.parts:
+        return []
+    rows = [
+        (
+            part["name"],
+            f"{part['strength']:+g}",
+            f"{part['effective_strength']:+.3f}",
+            "{:+.3f} to {:+.3f}".format(*part["effective_range"]),
+            f"{part['kept']:.1%}",
+        )
+        for part in (part.to_dict() for part in direction.parts)
+    ]
+    header = ("direction", "strength", "effective", "over layers", "kept")
+    return ["", format_table(header, rows)]
 
 
 def describe_equivalence(found: Equivalence) -> str:

@@ -33,6 +33,7 @@ from bake.pipeline import (
     draw_figures,
     encode_result,
     hold_against,
+    lengths_of,
     open_base,
     open_direction,
     saved_norms,
@@ -112,7 +113,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
         multiplier=float(recipe.multiplier),
         law=recipe.law,
         explicit=explicit,
-        lengths=direction.own_lengths(layers) if recipe.keep_scale else None,
+        **lengths_of(direction, layers, keep_scale=recipe.keep_scale),
     )
     if evidence is not None:
         evidence.check(base.to_dict(), route.site, push)

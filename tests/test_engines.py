@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,13 +188,21 @@ def test_unknown_target_is_refused_before_any_work():
 
 def test_a_rewritten_base_is_judged_by_the_architecture_that_it_becomes():
     found = anatomy("qwen3")
-    route = replace(found.routes[0], site="mlp_out", rewriter=object())
+    route = replace(
+        found.routes[0],
+        site="mlp_out",
+        rewriter=SimpleNamespace(name="more", describe=str),
+        rewritten=None,
+    )
     silent = replace(found, routes=(route,))
     with pytest.raises(UnsupportedError, match=r"not known .*only when it is planned"):
         silent.choose("mlp_out", target="vllm")
     assert silent.choose("mlp_out", target="transformers") is route
+    with pytest.raises(UnsupportedError, match="is dropped"):
+        found.choose("mlp_out", target="vllm")  # Qwen 3's own host
     host = replace(route, rewritten=Outline("llama", ("mlp.down_proj.bias",)))
-    told = replace(found, routes=(*found.routes, host))
+    in_place = [entry for entry in found.routes if entry.rewriter is None]
+    told = replace(found, routes=(*in_place, host))
     assert told.choose("auto", target="mlx") is host
     with pytest.raises(UnsupportedError, match="is dropped"):
         told.choose("mlp_out", target="sglang")

@@ -248,7 +248,7 @@ def test_the_twin_refuses_a_wrong_matrix(make_model, monkeypatch):
 
     real = Slot.delta
     monkeypatch.setattr(
-        Slot, "delta", lambda self, p, w: real(self, p, None if w is None else w.flip(0))
+        Slot, "delta", lambda self, p, w, s: real(self, p, None if w is None else w.flip(0), s)
     )
     anatomy = inspect(str(make_model()))
     assert "attn_in" in anatomy.refusals
@@ -269,10 +269,14 @@ def test_a_small_push_is_proven_at_a_visible_size(llama, direction_file, prompts
     assert found.mechanism_error <= 1e-4
 
 
+def files_below(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_two_runs_write_the_same_bytes(baked, llama, direction_file, prompts_file, tmp_path):
     export(str(llama), direction=direction_file, prompts=prompts_file, output=tmp_path / "again")
-    names = {path.name for path in baked.iterdir()}
-    assert names == {path.name for path in (tmp_path / "again").iterdir()}
+    names = files_below(baked)
+    assert names == files_below(tmp_path / "again")
     for name in names:
         assert (baked / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
@@ -287,8 +291,7 @@ def test_bake_json_keeps_the_contract(baked, llama):
     for entry in values["layers"]:
         assert entry["coefficient"] == pytest.approx(entry["activation_norm"] / 32**0.5)
     assert values["equivalence"]["passed"] is True
-    on_disk = {path.name for path in baked.iterdir()}
-    assert set(values["files"]) == on_disk - {"bake.json"}
+    assert set(values["files"]) == files_below(baked) - {"bake.json"}
     assert str(llama) not in (baked / "bake.json").read_text()
     assert "/" not in values["base"]["id"]
 

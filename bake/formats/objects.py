@@ -45,13 +45,16 @@ def read_object(value: Any) -> GivenVectors:
 
 
 @contextmanager
-def given_as_file(value: Any) -> Iterator[str | None]:
-    """Yield what a recipe can hold: a path as it is, an object as a temporary direction file.
+def given_as_file(value: Any) -> Iterator[str | list[str] | None]:
+    """Yield what a recipe can hold: paths as they are, an object as a temporary direction file.
 
     The file keeps the vectors' own lengths and the story of how the object was understood.
     """
     if value is None or isinstance(value, (str, Path)):
         yield None if value is None else str(value)
+        return
+    if isinstance(value, list | tuple) and value and all(isinstance(v, str | Path) for v in value):
+        yield [str(entry) for entry in value]
         return
     if not isinstance(value, Direction):
         value = read_object(value).to_direction(type(value).__name__)
