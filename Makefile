@@ -30,7 +30,7 @@ test: lint
 
 # Every architecture of transformers; not part of `make test`, because it takes minutes.
 test-architectures: $(READY)
-	$(BIN)/python -m pytest -m architectures tests/test_architectures.py
+	$(BIN)/python -m pytest -m architectures
 
 # Write tests/data/architectures.csv anew; look at its difference before committing it.
 architectures: $(READY)

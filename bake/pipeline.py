@@ -22,7 +22,7 @@ from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
 from bake.extraction import extract as extract_direction
-from bake.figures import FIGURES, draw_norms
+from bake.figures import FIGURES, draw_norms, draw_separation
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
 from bake.loading import auto_class
@@ -37,6 +37,7 @@ from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
 from bake.restoration import describe_undo
 from bake.saved_norms import read_norms
+from bake.separation import parse_separation
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
@@ -239,7 +240,7 @@ def export(recipe: Recipe) -> Export:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            draw_figures(staging, push, route.site, evidence)
+            draw_figures(staging, push, route.site, direction.metadata, evidence)
             card = render_card({**story, **words_for(plan, direction)})
             (staging / CARD_FILE).write_text(card, encoding="utf-8")
         with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
@@ -578,8 +579,16 @@ def count_added_layers(plan: Plan) -> int:
     return len({edit.layer for edit in plan.slot_edits}) if inserts else 0
 
 
-def draw_figures(directory: Path, push: Push, site: str, evidence: Evidence | None) -> None:
-    """Write `figures/`: the norms with the coefficients, and a sweep's where one is given."""
+def draw_figures(
+    directory: Path,
+    push: Push,
+    site: str,
+    metadata: Mapping[str, str],
+    evidence: Evidence | None = None,
+) -> None:
+    """Write `figures/`: the norms with the coefficients, how well the direction separates where its
+    metadata knows, and a sweep's where one is given.
+    """
     draw_norms(
         directory / FIGURES / "norms.png",
         {entry.layer: entry.activation_norm for entry in push.layers},
@@ -587,6 +596,10 @@ def draw_figures(directory: Path, push: Push, site: str, evidence: Evidence | No
         site,
         push.multiplier,
     )
+    separation = parse_separation(metadata)
+    if separation is not None:
+        accuracy = {entry.layer: (entry.accuracy, *entry.interval) for entry in separation.layers}
+        draw_separation(directory / FIGURES / "separation.png", accuracy)
     if evidence is not None:
         evidence.copy_figures(directory)
 
@@ -614,6 +627,7 @@ def card_words(
     return {
         "site_description": DESCRIPTIONS[site],
         "slots": slots,
+        "separation": parse_separation(direction["metadata"]),
         "added_layers": added_layers,
         "config_changes": plan["config_changes"],
         "config_removed": plan.get("config_removed", []),

@@ -113,7 +113,7 @@ def reproduce(
         copy_companions(opened.checkpoint, again)
         keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
-        draw_figures(again, push, recorded["site"], None)
+        draw_figures(again, push, recorded["site"], recorded["direction"]["metadata"])
         for name in recorded.get("sweep", {}).get("figures", ()):  # A sweep's are data, as it is.
             if (directory / name).is_file():
                 (again / name).write_bytes((directory / name).read_bytes())

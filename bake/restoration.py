@@ -298,7 +298,7 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
     story.pop("multiplier_choice", None)  # It was for another strength, as a sweep's samples were.
     if "sweep" in story:
         story["sweep"] = {**story["sweep"], "samples": []}
-    draw_figures(directory, strength.push, recorded["site"], None)
+    draw_figures(directory, strength.push, recorded["site"], recorded["direction"]["metadata"])
     allowed = bool(recorded["equivalence"].get("rounding_allowed"))
     reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
     story["equivalence"] = {**unproven(rounding_allowed=allowed), "reason": reason}

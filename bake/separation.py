@@ -113,7 +113,12 @@ class Separation:
 
 def read_separation(direction: Direction) -> Separation | None:
     """Return what a direction's metadata says of its separation; None where it says nothing."""
-    text = direction.metadata.get(KEY)
+    return parse_separation(direction.metadata)
+
+
+def parse_separation(metadata: Mapping[str, str]) -> Separation | None:
+    """Return what metadata says of a direction's separation; None where it says nothing."""
+    text = metadata.get(KEY)
     if text is None:
         return None
     try:

@@ -135,7 +135,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
                 direction.metadata,
             )
             (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            draw_figures(staging, push, route.site, evidence)
+            draw_figures(staging, push, route.site, direction.metadata, evidence)
             story = describe_bake(base, push, plan, norms, direction, evidence=evidence)
             sources = {shard.name: shard.base_file for shard in needs}
             story["undo"] = describe_undo(checkpoint, plan, sources)
