@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bake.anatomy import examine
+from bake.anatomy import catalogue, examine
 from bake.errors import UnsupportedError
 
-catalogue = pytest.importorskip("bake.anatomy.catalogue")
 pytestmark = pytest.mark.architectures
 
 # By what makes the constant; see bake/anatomy/insertion/filling.py.
