@@ -157,7 +157,9 @@ def make_plan(
         rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
         folded = fold_push(rewritten, push.vectors)
         edits = tuple(place_push(rewritten, folded))
-        changes = {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
+        changes = _effective(
+            checkpoint.config, {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
+        )
         return Plan(route, edits, changes, folded, dtype or "as the base")
     names = _disk_names(checkpoint, anatomy, route)
     vectors = push.vectors
@@ -350,6 +352,15 @@ def _conversions(
         for name, entry in checkpoint.tensors.items()
         if entry.dtype in FLOAT_DTYPES.values() and entry.dtype != code
     ]
+
+
+def _effective(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the changes of keys that have the new value already, or are not there to be removed."""
+    return {
+        key: value
+        for key, value in changes.items()
+        if "." in key or config.get(key, REMOVED) != value
+    }
 
 
 def _dtype_changes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:

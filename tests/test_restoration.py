@@ -14,6 +14,7 @@ from bake.errors import BakeError, CheckpointError, EquivalenceError, OutputErro
 from bake.hashing import hash_files
 
 RECIPES = {
+    "host": ("mistral", {"site": "mlp_out"}),
     "flag": ("llama", {"site": "mlp_out"}),
     "native": ("gpt2", {"site": "mlp_out"}),
     "projection": ("llama", {"site": "attn_in", "convert_site": True}),
@@ -75,7 +76,7 @@ def test_diff_lists_exactly_the_plan(baked):
     assert kinds.get("added", set()) == set(plan["added"])
     assert kinds.get("changed", set()) == set(plan["patched"])
     assert kinds.keys() <= {"added", "changed"}
-    assert set(found.config) == set(plan["config_changes"])
+    assert set(found.config) == {*plan["config_changes"], *plan.get("config_removed", ())}
     pushed = [c for c in found.tensors if c.norm]
     assert len(pushed) >= 1
     assert found.same_tensors == len(tensors(base)) - len(plan["patched"])
@@ -129,6 +130,20 @@ def test_reproduce_names_what_came_out_differently(baked, tmp_path):
     assert any(entry.startswith("model") for entry in found.differing)
     with pytest.raises(EquivalenceError, match="not reproduced: "):
         found.raise_if_different()
+
+
+def test_added_layers_are_undone_and_rescaled(tmp_path):
+    base = build_model(tmp_path / "base", TinyModel("llama", sharded=True))
+    given = {"direction": torch.arange(HIDDEN).float(), "site": "mlp_out", "route": "insert"}
+    export(str(base), output=tmp_path / "bake", **given)
+    export(str(base), output=tmp_path / "half", multiplier=0.5, **given)
+    layers = json.loads((tmp_path / "bake/config.json").read_text())["num_hidden_layers"]
+    assert layers > json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    undo(tmp_path / "bake", output=tmp_path / "back")
+    assert diff(base, tmp_path / "back").is_empty
+    assert weights(tmp_path / "bake") != weights(tmp_path / "half")
+    rescale(tmp_path / "bake", multiplier=0.5)
+    assert weights(tmp_path / "bake") == weights(tmp_path / "half")
 
 
 def test_given_coefficients_rescale_too(tmp_path):
