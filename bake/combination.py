@@ -9,12 +9,11 @@ given), e_i = s_i for what is left of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bake.direction import Direction
+from bake.direction import Direction, Part
 from bake.errors import DirectionError
 from bake.sites import RESIDUAL_SITES
 
@@ -23,31 +22,6 @@ if TYPE_CHECKING:
 
 Key = int | None
 _SMALL = 1e-4  # of a unit vector: what is left of one that others contain
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the directions: its name, what was asked for, and what the sum gives, per layer.
-
-    effective: {layer, or None for all: e_i}. kept: {layer: share of its length that orthogonalising
-    left}, 1 everywhere without it.
-    """
-
-    name: str
-    strength: float
-    effective: Mapping[Key, float]
-    kept: Mapping[Key, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values: means over layers, and the range."""
-        values = list(self.effective.values())
-        return {
-            "name": self.name,
-            "strength": self.strength,
-            "effective_strength": math.fsum(values) / len(values),
-            "effective_range": [min(values), max(values)],
-            "kept": min(self.kept.values()),
-        }
 
 
 def parse_reference(text: str) -> tuple[str, float]:

@@ -34,11 +34,34 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from bake.combination import Part
-
 _LAYER_KEY = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 DEFAULT_SITE = "mlp_out"
 SCALE_KEY = "scale"  # in metadata: {layer: length} of vectors that are stored as unit vectors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One direction of a sum: its name, what was asked for, and what the sum gives, per layer.
+
+    effective: {layer, or None for all: e_i}. kept: {layer: share of its length that orthogonalising
+    left}, 1 everywhere without it.
+    """
+
+    name: str
+    strength: float
+    effective: Mapping[int | None, float]
+    kept: Mapping[int | None, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values: means over layers, and the range."""
+        values = list(self.effective.values())
+        return {
+            "name": self.name,
+            "strength": self.strength,
+            "effective_strength": math.fsum(values) / len(values),
+            "effective_range": [min(values), max(values)],
+            "kept": min(self.kept.values()),
+        }
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.coefficients import Push
 from bake.errors import EquivalenceError
+from bake.folding import SlotEdit
 from bake.model import (
     LoadedModel,
     choose_greedily,
@@ -27,7 +28,7 @@ from bake.model import (
     default_device,
     load_model,
 )
-from bake.plan import Plan, SlotEdit
+from bake.plan import Plan
 from bake.progress import track
 from bake.prompts import Encoded, TokenBatch, make_batches
 from bake.routing import Choices, hold_choices, record_choices

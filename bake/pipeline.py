@@ -35,7 +35,6 @@ from bake.prompts import encode, load_tokenizer, make_batches, position_limit, r
 from bake.quantization import check_quantization
 from bake.recipe import Recipe
 from bake.resources import DEMO_MODEL, DEMO_NAME, find_model
-from bake.restoration import describe_undo
 from bake.saved_norms import read_norms
 from bake.separation import parse_separation
 from bake.sites import DESCRIPTIONS, INPUT_SITES, RESIDUAL_SITES, check_direction_site
@@ -44,6 +43,7 @@ from bake.streaming import Placement, choose_placement
 from bake.strength import MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.timing import Stopwatch, peak_memory
 from bake.tokenization import keep_tokenizer
+from bake.way_back import describe_undo
 from bake.wording import list_numbers
 from bake.writer import (
     WrittenWeights,

@@ -41,10 +41,10 @@ from bake.pipeline import (
 )
 from bake.plan import Plan, make_plan
 from bake.recipe import Recipe
-from bake.restoration import describe_undo
 from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
+from bake.way_back import describe_undo
 from bake.writer import copy_companions, write_config, write_new_weights
 
 

@@ -327,7 +327,7 @@ def _write_rewritten(
     target: Path,
 ) -> None:
     """Write a checkpoint as the writer would the real one, with the push folded in."""
-    from bake.plan import fold_push, place_push
+    from bake.folding import fold_push, place_push
     from bake.writer import write_config, write_weights
 
     target.mkdir()
