@@ -72,7 +72,9 @@ class Equivalence:
     the logits' standard deviation. plain_effect: how much of the hook's effect the plain process sees,
     near 1 unless the push was dropped. scaled_by: the factor on the push where its effect is too
     small to compare. kl, top1_agreement: the stored dtype against the hooked base in the same dtype,
-    in nats and as a share of positions.
+    in nats and as a share of positions. experts_flipped: of a mixture of experts, the share of choices of
+    experts (a token's, in a layer) that the stored push's rounding changes; same_experts_error: the
+    relative error with the hooked model's choices held, which is what the tolerance is for there.
     """
 
     mechanism_error: float
@@ -95,6 +97,8 @@ class Equivalence:
     stored_dtype: str
     canary: Canary | None
     rounding_allowed: bool = False
+    experts_flipped: float | None = None
+    same_experts_error: float | None = None
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -102,6 +106,12 @@ class Equivalence:
     def passed(self) -> bool:
         """Whether nothing failed."""
         return not self.failures
+
+    @property
+    def judged_error(self) -> float:
+        """The relative error that the tolerance is for."""
+        error = self.same_experts_error
+        return self.relative_error if error is None else error
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`, the card and `--json`."""
@@ -180,6 +190,10 @@ def _compare(
         prompts=len(exam.encoded),
         stored_dtype=dtype,
         canary=_find_canary(tokenizer, exam, stored_base, plain),
+        experts_flipped=run.flipped,
+        same_experts_error=None
+        if run.held is None
+        else _relative(run.held, reference.scaled, reference.base),
     )
 
 
@@ -215,7 +229,7 @@ def _find_failures(
         )
     elif not result.greedy_equal:
         yield f"mechanism: greedy continuations of {NEW_TOKENS} tokens differ with exact slots"
-    elif not result.relative_error <= result.tolerance and not result.rounding_allowed:
+    elif not result.judged_error <= result.tolerance and not result.rounding_allowed:
         yield _representation_failure(result, plan)
     if not result.padding_error <= PADDING_TOLERANCE:
         yield (
@@ -238,7 +252,7 @@ def _representation_failure(result: Equivalence, plan: Plan) -> str:
     return (
         f"representation: {result.stored_dtype} holds the push to "
         f"{result.representation_error:.1%} only, and the stored model is "
-        f"{result.relative_error:.1e} of the effect from the hooked one (bound "
+        f"{result.judged_error:.1e} of the effect from the hooked one (bound "
         f"{result.tolerance:.0e}); try {remedy}, or accept it with --allow-rounding"
     )
 
@@ -253,9 +267,15 @@ def _find_warnings(
         yield f"{method}: the proof is of the dequantised weights; plain transformers {ran}{failed}"
     if result.representation_error > REPRESENTATION_WARNING:
         yield f"{result.stored_dtype} holds the push to {result.representation_error:.1%} only"
-    if result.rounding_allowed and not result.relative_error <= result.tolerance:
+    if result.experts_flipped:
         yield (
-            f"rounding accepted: the stored model is {result.relative_error:.1e} of the effect "
+            f"rounding changes {100 * result.experts_flipped:.2g} % of the choices of experts: the "
+            f"stored model is {result.relative_error:.1e} of the effect from the hooked one, and "
+            f"{result.judged_error:.1e} with the same experts"
+        )
+    if result.rounding_allowed and not result.judged_error <= result.tolerance:
+        yield (
+            f"rounding accepted: the stored model is {result.judged_error:.1e} of the effect "
             f"from the hooked one (bound {result.tolerance:.0e})"
         )
     if any(reference.report.values()):

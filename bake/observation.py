@@ -30,6 +30,7 @@ from bake.model import (
 from bake.plan import Plan, SlotEdit
 from bake.progress import track
 from bake.prompts import Encoded, TokenBatch, make_batches
+from bake.routing import Choices, hold_choices, record_choices
 from bake.sites import LayerStructure
 from bake.steering import steered
 from bake.streaming import Placement, give_memory_back, hold
@@ -95,7 +96,8 @@ class Exam:
 @dataclass(frozen=True)
 class Reference:
     """The base in float32. scaled: hooked with factor · push; max_effect: max|hooked − base|;
-    deviation: the standard deviation of the base's logits; greedy: of the scaled hooked model.
+    deviation: the standard deviation of the base's logits; greedy: of the scaled hooked model; choices:
+    the scaled hooked model's choices of experts, none where it has no routers.
     """
 
     base: Logits
@@ -106,6 +108,7 @@ class Reference:
     deviation: float
     greedy: Continuations
     report: Report
+    choices: Choices
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ class BakedRun:
     stored: slots at old + factor · (stored − old), which is what is stored where factor is 1. missing:
     slots that the reloaded model does not have; then `exact` is what is stored. padding_error: padded
     against single texts, relative to the largest logit. choices: most likely tokens along the
-    reference's greedy continuations.
+    reference's greedy continuations. held: `stored` with the reference's experts; flipped: the share of
+    choices that were others without; both None where the model has no routers, or others than the base.
     """
 
     stored: Logits
@@ -151,6 +155,8 @@ class BakedRun:
     choices: Continuations
     missing: tuple[str, ...]
     padding_error: float
+    held: Logits | None = None
+    flipped: float | None = None
 
 
 def run_reference(directory: Path, exam: Exam) -> Reference:
@@ -159,7 +165,7 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
     batches = exam.batches(loaded)
     vectors = exam.push.vectors
     base = exam.logits("base", loaded, batches)
-    with steered(loaded.model, exam.structure, exam.site, vectors):
+    with steered(loaded.model, exam.structure, exam.site, vectors), record_choices() as choices:
         hooked = exam.logits("hooked", loaded, batches)
     effect = distance(hooked, base)
     if not math.isfinite(effect) or effect == 0:
@@ -171,9 +177,14 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
     deviation = standard_deviation(base)
     factor = 1.0 if effect >= SMALL_EFFECT * deviation else deviation / effect
     with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor):
-        scaled = hooked if factor == 1.0 else exam.logits("scaled", loaded, batches)
+        scaled = hooked
+        if factor != 1.0:
+            with record_choices() as choices:
+                scaled = exam.logits("scaled", loaded, batches)
         greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
-    return Reference(base, hooked, scaled, factor, effect, deviation, greedy, loaded.report)
+    return Reference(
+        base, hooked, scaled, factor, effect, deviation, greedy, loaded.report, choices
+    )
 
 
 def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) -> StoredBase:
@@ -249,11 +260,18 @@ def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> 
         rounded = _by_parameter(plan, lambda e: e.old + factor * (e.stored.double() - e.old))
         hold(loaded.model, loaded.weights, rounded)
         stored = exam.logits("baked, scaled", loaded, batches)
+    held: Logits | None = None
+    flipped: float | None = None
+    if reference.choices:
+        with hold_choices(reference.choices) as routing:
+            held = exam.logits("baked, the same experts", loaded, batches)
+        # An extra layer has a router of its own.
+        held, flipped = (held, routing.share) if routing.fits else (None, None)
     exact = _by_parameter(plan, lambda e: e.old + factor * e.delta)
     hold(loaded.model, loaded.weights, exact)
     logits = exam.logits("baked, exact slots", loaded, batches)
     choices = choose_greedily(loaded, exam.canaries, reference.greedy)
-    return BakedRun(stored, logits, choices, missing, padding_error)
+    return BakedRun(stored, logits, choices, missing, padding_error, held, flipped)
 
 
 def _by_parameter(plan: Plan, value: Callable[[SlotEdit], torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -258,15 +258,23 @@ def _describe_parts(direction: Direction) -> list[str]:
     return ["", format_table(header, rows)]
 
 
+def _as_stored(found: Equivalence) -> list[tuple[str, str, str]]:
+    """Return the rows on what is stored; a mixture of experts is judged with the same experts."""
+    stored, bound = f"as stored ({found.stored_dtype})", f"{found.tolerance:.0e}"
+    if found.same_experts_error is None:
+        return [(stored, f"{found.relative_error:.1e}", bound)]
+    return [
+        (stored, f"{found.relative_error:.1e}", ""),
+        (f"{stored}, the same experts", f"{found.same_experts_error:.1e}", bound),
+        ("choices of experts changed", f"{100 * (found.experts_flipped or 0):.2g} %", ""),
+    ]
+
+
 def describe_equivalence(found: Equivalence) -> str:
     """Return the figures of a proof, and its verdict."""
     rows = [
         ("mechanism (exact slots, float32)", f"{found.mechanism_error:.1e}", "1e-04"),
-        (
-            f"as stored ({found.stored_dtype})",
-            f"{found.relative_error:.1e}",
-            f"{found.tolerance:.0e}",
-        ),
+        *_as_stored(found),
         ("representation of the push", f"{found.representation_error:.1e}", ""),
         ("KL in the stored dtype (nats)", f"{found.kl:.1e}", ""),
         ("same most likely token", f"{found.top1_agreement:.1%}", ""),
