@@ -268,11 +268,30 @@ def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> 
         )
 
 
-def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:
-    """Publish a baked directory to the Hub in one commit, and compare what arrived."""
+def publish(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> Publication:
+    """Publish a baked directory to the Hub in one commit, and compare what arrived.
+
+    What the base's repository has already is copied there. revision: a branch, made where there is
+    none. create_pr: open a pull request instead of committing.
+    """
     from bake import hub
 
-    return hub.publish(Path(directory), repo_id, private=not public)
+    return hub.publish(
+        Path(directory),
+        repo_id,
+        private=not public,
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def diff(

@@ -163,6 +163,8 @@ def _add_export(commands: Any) -> None:
     )
     option("--push-to-hub", metavar="REPO_ID", help="publish when proven (private)")
     option("--public", action="store_true", help="with --push-to-hub: make the repo public")
+    option("--create-pr", action="store_true", help="with --push-to-hub: open a pull request")
+    option("--commit-message", metavar="TEXT", help="with --push-to-hub (Publish the baked model)")
 
 
 def _add_direction(commands: Any) -> None:
@@ -335,11 +337,24 @@ def _add_placement(command: Any) -> None:
 
 
 def _add_publish(commands: Any) -> None:
-    command = commands.add_parser("publish", help="publish a baked directory to the Hub")
+    command = commands.add_parser(
+        "publish",
+        help="publish a baked directory to the Hub",
+        description="One commit with everything, compared after it arrived. Base shards without a change "
+        "are copied on the Hub where the base lies there. After a break, run it again: nothing is sent "
+        "twice.",
+    )
     command.set_defaults(run=_run_publish)
     command.add_argument("directory", metavar="DIR")
     command.add_argument("repo_id", metavar="REPO_ID")
-    command.add_argument("--public", action="store_true", help="make the repo public")
+    command.add_argument("--public", action="store_true", help="make the repo public (private)")
+    command.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to, made where there is none (main)"
+    )
+    command.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of committing"
+    )
+    command.add_argument("--commit-message", metavar="TEXT", help="(Publish the baked model)")
 
 
 def _add_prompts(commands: Any) -> None:
@@ -518,8 +533,15 @@ def _run_verify(parsed: argparse.Namespace) -> int:
 def _run_publish(parsed: argparse.Namespace) -> int:
     from bake import api
 
-    publication = api.publish(parsed.directory, parsed.repo_id, public=parsed.public)
-    _print(parsed, publication.to_dict(), f"published as {publication.url}")
+    publication = api.publish(
+        parsed.directory,
+        parsed.repo_id,
+        public=parsed.public,
+        revision=parsed.revision,
+        create_pr=parsed.create_pr,
+        commit_message=parsed.commit_message,
+    )
+    _print(parsed, publication.to_dict(), publication.describe())
     return 0
 
 

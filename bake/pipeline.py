@@ -153,7 +153,9 @@ def export(recipe: Recipe) -> Export:
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
     if recipe.push_to_hub:
         with clock.stage("hub"):
-            hub.check_access(recipe.push_to_hub, private=not recipe.public)
+            hub.check_access(
+                recipe.push_to_hub, private=not recipe.public, create_pr=recipe.create_pr
+            )
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     extraction_options(recipe)
     given = open_direction(recipe)
@@ -254,7 +256,13 @@ def export(recipe: Recipe) -> Export:
     publication = None
     if recipe.push_to_hub:
         with clock.stage("publish"):
-            publication = hub.publish(output, recipe.push_to_hub, private=not recipe.public)
+            publication = hub.publish(
+                output,
+                recipe.push_to_hub,
+                private=not recipe.public,
+                commit_message=recipe.commit_message,
+                create_pr=recipe.create_pr,
+            )
     return Export(
         output,
         base,

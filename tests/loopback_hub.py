@@ -574,6 +574,25 @@ def list_refs(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
     return Reply.json(answer)
 
 
+@route("GET", f"/api/models/{REPO}/discussions")
+def list_discussions(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
+    """The pull requests, newest first; the loopback Hub has no other discussions and closes none."""
+    repo = hub.readable(request, repo_id)
+    found = [
+        {
+            "num": int(ref.rsplit("/", 1)[1]),
+            "title": repo.commits[oid].title,
+            "author": {"name": repo.commits[oid].author},
+            "createdAt": repo.commits[oid].date,
+            "status": "open",
+            "isPullRequest": True,
+            "repo": {"name": repo_id, "type": "model"},
+        }
+        for ref, oid in reversed(repo.pull_requests.items())
+    ]
+    return Reply.json({"discussions": found, "count": len(found), "start": 0})
+
+
 @route("GET", f"/api/models/{REPO}/commits/{REVISION}")
 def list_commits(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Reply:
     history = hub.readable(request, repo_id).history(revision)
