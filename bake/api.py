@@ -276,11 +276,13 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    accept_licence: bool = False,
 ) -> Publication:
     """Publish a baked directory to the Hub in one commit, and compare what arrived.
 
     What the base's repository has already is copied there. revision: a branch, made where there is
-    none. create_pr: open a pull request instead of committing.
+    none. create_pr: open a pull request instead of committing. accept_licence: the caller has the right to
+    publish where bake cannot see it, see `bake.licences`.
     """
     from bake import hub
 
@@ -291,6 +293,7 @@ def publish(
         commit_message=commit_message,
         revision=revision,
         create_pr=create_pr,
+        accept_licence=accept_licence,
     )
 
 

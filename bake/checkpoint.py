@@ -8,6 +8,8 @@ converted first, by `conversion`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -72,6 +74,15 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.size for entry in self.tensors.values())
+
+    @property
+    def headers_sha256(self) -> str:
+        """Names a checkpoint without its path: config.json, and every tensor's name, dtype and shape.
+
+        It tells architectures and sizes apart, not two trainings of one.
+        """
+        entries = sorted((entry.name, entry.dtype, entry.shape) for entry in self.tensors.values())
+        return hashlib.sha256(json.dumps([self.config_text, entries]).encode()).hexdigest()
 
     def entry(self, name: str) -> TensorEntry:
         """Where tensor `name` lies. Raises CheckpointError for an unknown name."""

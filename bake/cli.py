@@ -23,6 +23,10 @@ SHARDS = ("copy", "hardlink", "symlink")
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
 METHODS = ("mean", "pca", "probe", "optimize")
 CHAT_TEMPLATES = ("auto", "never")
+ACCEPT_LICENCE = (
+    "you have read the base's terms and may publish this where bake would refuse: a public push from a "
+    "gated or licence-less base, or a name or file that its licence asks for"
+)
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -165,6 +169,7 @@ def _add_export(commands: Any) -> None:
     option("--public", action="store_true", help="with --push-to-hub: make the repo public")
     option("--create-pr", action="store_true", help="with --push-to-hub: open a pull request")
     option("--commit-message", metavar="TEXT", help="with --push-to-hub (Publish the baked model)")
+    option("--accept-licence", action="store_true", help=f"with --push-to-hub: {ACCEPT_LICENCE}")
 
 
 def _add_direction(commands: Any) -> None:
@@ -355,6 +360,7 @@ def _add_publish(commands: Any) -> None:
         "--create-pr", action="store_true", help="open a pull request instead of committing"
     )
     command.add_argument("--commit-message", metavar="TEXT", help="(Publish the baked model)")
+    command.add_argument("--accept-licence", action="store_true", help=ACCEPT_LICENCE)
 
 
 def _add_prompts(commands: Any) -> None:
@@ -540,6 +546,7 @@ def _run_publish(parsed: argparse.Namespace) -> int:
         revision=parsed.revision,
         create_pr=parsed.create_pr,
         commit_message=parsed.commit_message,
+        accept_licence=parsed.accept_licence,
     )
     _print(parsed, publication.to_dict(), publication.describe())
     return 0

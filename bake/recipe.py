@@ -89,6 +89,7 @@ class Recipe:
     public: bool = False
     create_pr: bool = False
     commit_message: str | None = None
+    accept_licence: bool = False
 
     def check(self) -> None:
         """Raise BakeError for options that contradict each other, before any work starts."""

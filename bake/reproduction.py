@@ -16,6 +16,7 @@ from bake.card import render_card
 from bake.checkpoint import open_checkpoint
 from bake.errors import EquivalenceError
 from bake.hashing import hash_files
+from bake.licences import write_notice
 from bake.norms import measure_norms
 from bake.pipeline import (
     CARD_FILE,
@@ -111,6 +112,7 @@ def reproduce(
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again)
+        write_notice(recorded.get("licence") or {}, again)
         keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
         draw_figures(again, push, recorded["site"], recorded["direction"]["metadata"])

@@ -21,6 +21,7 @@ from bake.copying import sync, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError, OutputError
 from bake.layout import ORIGINALS_FILE
+from bake.licences import NOTICE_FILE
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import staged_directory
@@ -99,6 +100,8 @@ def undo(
         _write_index(staging, checkpoint, names, indexed=how["indexed"])
         (staging / "config.json").write_text(base_config_text(checkpoint, recorded), "utf-8")
         copy_companions(checkpoint, staging)
+        if (recorded.get("licence") or {}).get("notice"):  # Then it is bake's, not the base's.
+            (staging / NOTICE_FILE).unlink(missing_ok=True)
         _restore_tokenizer(staging / TOKENIZER_CONFIG, how["tokenizer_class"])
         whole = tuple(
             names[file.name]

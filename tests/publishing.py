@@ -13,7 +13,10 @@ FINE_TOKEN = "hf_adaFineGrainedSecret"
 REPO_ID = "ada/steered"
 
 FILES = {
-    "README.md": b"---\nlibrary_name: transformers\n---\n# A steered model\n",
+    "README.md": b"---\n"
+    b"library_name: transformers\npipeline_tag: text-generation\nlicense: mit\n"
+    b"tags: [steering, activation-steering, bake]\n"
+    b"---\n# A steered model\n",
     "config.json": b'{"model_type": "llama"}\n',
     "direction.safetensors": bytes(range(64)),
     "figures/dose.png": b"\x89PNG\r\n\x1a\n\0\0",
@@ -34,6 +37,7 @@ def write_output(directory, files=FILES, **changes):
             for name, content in files.items()
         },
         "equivalence": {"passed": True, "relative_error": 1e-6},
+        "licence": {"license": "mit"},
     }
     (directory / "bake.json").write_text(json.dumps({**record, **changes}))
     return directory

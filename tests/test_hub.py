@@ -280,4 +280,4 @@ def test_what_the_hub_refuses_becomes_one_line(hub, output, tmp_path):
     hub.before_request = None
     unreadable = {**FILES, "README.md": b"---\na list, not a mapping\n---\n"}
     message = refusal(publish, write_output(tmp_path / "unreadable", unreadable), "ada/other")
-    assert "Invalid metadata in README.md" in message
+    assert "the metadata of README.md is not a mapping" in message

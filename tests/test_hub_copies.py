@@ -15,7 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"
 
 BASE = "acme/base"
 BIG = bytes(range(256)) * 4000
-FILES = {**SMALL_FILES, "model-00001-of-00002.safetensors": BIG}
+CARD = SMALL_FILES["README.md"].replace(
+    b"library_name", b"base_model: acme/base\nbase_model_relation: finetune\nlibrary_name"
+)
+FILES = {**SMALL_FILES, "README.md": CARD, "model-00001-of-00002.safetensors": BIG}
 SHA256 = hashlib.sha256(BIG).hexdigest()
 UPLOADED = sum(len(FILES[name]) for name in FILES if name.endswith((".safetensors", ".png"))) - len(
     BIG

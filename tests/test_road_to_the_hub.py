@@ -12,6 +12,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+import yaml
 from conftest import PROMPTS
 from loopback_hub import LoopbackHub, run_client
 from safetensors.torch import load_file
@@ -34,6 +35,9 @@ def hub(llama):
         running.add_user("ada", TOKEN)
         running.create_repo("ada/base")
         running.add_files("ada/base", {path.name: path.read_bytes() for path in llama.iterdir()})
+        running.add_files(
+            "ada/base", {"README.md": b"---\nlicense: mit\nlanguage: en\n---\n# Base\n"}
+        )
         yield running
 
 
@@ -74,6 +78,14 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     titles = [commit.title for commit in hub.commits("ada/steered")]
     assert titles == ["Publish the baked model", "initial commit"]
     published = hub.files("ada/steered")
+    assert result["publication"]["copied"] == ["model-00001-of-00002.safetensors"]
+    extra = [
+        published[name] for name in ("direction.safetensors", "model-00002-of-00002.safetensors")
+    ]
+    assert hub.received_lfs_bytes == sum(map(len, extra))
+    head = yaml.safe_load(published["README.md"].decode().split("---\n")[1])
+    assert (head["base_model"], head["base_model_relation"]) == ("ada/base", "finetune")
+    assert (head["license"], head["language"]) == ("mit", ["en"])
     assert all(TOKEN.encode() not in content for content in published.values())
     assert all(str(tmp_path).encode() not in content for content in published.values())
 

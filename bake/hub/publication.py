@@ -18,6 +18,7 @@ from bake.hub.copies import Origin, find_origins, require_on_disk
 from bake.hub.errors import one_line, translated
 from bake.hub.files import difference, differences, remote_files, require_arrival
 from bake.hub.manifest import Manifest, file_names, is_hidden, measure, read_manifest
+from bake.hub.rights import check_card, check_rights
 from bake.progress import announce
 
 DEFAULT_MESSAGE = "Publish the baked model"
@@ -91,6 +92,7 @@ def publish(
     commit_message: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    accept_licence: bool = False,
     unproven_allowed: bool = False,
 ) -> Publication:
     """Send a baked directory to the Hub in one commit, and compare what arrived.
@@ -102,12 +104,18 @@ def publish(
     files, there is no new commit.
 
     Raises:
-        HubError: as `check_access`; the directory is not what bake wrote and verified; somebody
+        HubError: as `check_access`; the directory is not what bake wrote and verified; its base's
+            licence or gate speaks against it (unless `accept_licence`); somebody
             else committed at the same time; the Hub refuses; or what arrived differs.
     """
     manifest = read_manifest(directory, unproven_allowed=unproven_allowed)
+    check_card(manifest)
     destination = check_access(repo_id, private=private, revision=revision, create_pr=create_pr)
     repo_id = destination.repo_id
+    public = not private and not (destination.exists and destination.private)
+    check_rights(
+        manifest.record, repo_id, public=public, accepted=accept_licence, manifest=manifest
+    )
     api = open_api()
     if not destination.exists:
         with translated(repo_id):
