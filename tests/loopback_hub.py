@@ -349,6 +349,13 @@ class LoopbackHub:
         request.sent = 0 if request.method == "HEAD" else len(reply.body)
         return reply
 
+    def answer_quietly(self, request: Request) -> Reply:
+        """Do what a request asks, for a `before_request` that then withholds the answer."""
+        try:
+            return self._route(request)
+        except Refusal as refusal:
+            return refusal.reply
+
     def _route(self, request: Request) -> Reply:
         for host, method, pattern, endpoint in ROUTES:
             match = pattern.fullmatch(request.path)
