@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from bake.companions import find_companions
 from bake.conversion import ConvertedDirectory, convert_weights, describe_conversion
-from bake.download import COMMIT_SHA, Description, download_checkpoint, download_description
+from bake.download import (
+    COMMIT_SHA,
+    Description,
+    download_bake,
+    download_checkpoint,
+    download_description,
+)
 from bake.errors import CheckpointError
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
@@ -173,6 +179,14 @@ def open_description(model: str, *, revision: str | None = None) -> Path:
     return directory
 
 
+def find_bake(model: str, revision: str | None = None) -> Path:
+    """The directory of a baked model with all its files, downloaded where `model` is a Hub id.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    return _find_directory(model, revision) or download_bake(model, revision)
+
+
 def _find_directory(model: str, revision: str | None) -> Path | None:
     """The local directory that `model` means, links resolved; None where it may be a Hub id."""
     try:
@@ -191,11 +205,16 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
         raise CheckpointError(
             f"{model} is a file: give the directory that holds it and its config.json."
         )
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
+    if is_path(model):
         raise CheckpointError(
             f"{model or 'an empty path'} does not exist: give a checkpoint's directory or a Hub id."
         )
     return None
+
+
+def is_path(model: str) -> bool:
+    """Tell whether a name can only be a path, and no Hub id."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model
 
 
 def _identity(directory: Path) -> tuple[str, str | None]:

@@ -318,13 +318,14 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
-        help="prove a baked directory again, or ask a server whether it serves it",
-        description="Prove a baked directory again. With --endpoint: ask an OpenAI-compatible server to "
+        help="prove a baked directory or a published bake again, or ask a server whether it serves it",
+        description="Prove a baked directory, or a published bake by its id, again. With --endpoint: ask an OpenAI-compatible server to "
         "continue the canary of the directory's bake.json, and say whether it serves the bake or "
         "the base. Exit code 3 where it is not the bake.",
     )
     command.set_defaults(run=_run_verify)
-    command.add_argument("directory", metavar="DIR", nargs="?", default=".", help="(.)")
+    command.add_argument("directory", metavar="DIR|REPO_ID", nargs="?", default=".", help="(.)")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     command.add_argument(
         "--base", metavar="MODEL", help="the base (default: as bake.json names it)"
     )
@@ -361,6 +362,23 @@ def _add_publish(commands: Any) -> None:
     )
     command.add_argument("--commit-message", metavar="TEXT", help="(Publish the baked model)")
     command.add_argument("--accept-licence", action="store_true", help=ACCEPT_LICENCE)
+    command.add_argument(
+        "--verify-remote",
+        action="store_true",
+        help="download what was published and prove it, loaded by its id in a fresh process; a thin bake's "
+        "card then says so, in a second commit",
+    )
+    command.add_argument(
+        "--strengths",
+        metavar="M,…",
+        help="also put these multipliers on branches (0.5,1.5: m0.5 and m1.5), each proven before it is "
+        "sent; only the slots' shard is sent for each",
+    )
+    command.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base, for these proofs (default: as bake.json names it)",
+    )
 
 
 def _add_prompts(commands: Any) -> None:
@@ -527,6 +545,7 @@ def _run_verify(parsed: argparse.Namespace) -> int:
     verification = api.verify(
         parsed.directory,
         base=parsed.base,
+        revision=parsed.revision,
         device_map=parsed.device_map,
         max_memory=parsed.max_memory,
     )
@@ -538,6 +557,7 @@ def _run_verify(parsed: argparse.Namespace) -> int:
 
 def _run_publish(parsed: argparse.Namespace) -> int:
     from bake import api
+    from bake.hub.strengths import parse_strengths
 
     publication = api.publish(
         parsed.directory,
@@ -547,6 +567,9 @@ def _run_publish(parsed: argparse.Namespace) -> int:
         create_pr=parsed.create_pr,
         commit_message=parsed.commit_message,
         accept_licence=parsed.accept_licence,
+        verify_remote=parsed.verify_remote,
+        strengths=parse_strengths(parsed.strengths) if parsed.strengths is not None else (),
+        base=parsed.base,
     )
     _print(parsed, publication.to_dict(), publication.describe())
     return 0

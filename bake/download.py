@@ -48,6 +48,14 @@ def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Pat
     return directory, sha
 
 
+def download_bake(model_id: str, revision: str | None = None) -> Path:
+    """Fetch a published bake whole, its own files and the card too; returns the snapshot directory.
+
+    Raises CheckpointError as `download_checkpoint`.
+    """
+    return _fetch(model_id, revision)
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """What the Hub says of a file: its size in bytes and, of a large one, its SHA-256."""

@@ -547,8 +547,12 @@ def prove(
     tokenizer: PreTrainedTokenizerBase,
     allow_rounding: bool,
     placement: Placement | None = None,
+    published: tuple[str, str] | None = None,
 ) -> Equivalence:
-    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts."""
+    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
+
+    published: (repository, commit) that the plain process loads by its id.
+    """
     return prove_equivalence(
         base.checkpoint,
         open_checkpoint(str(directory)),
@@ -564,6 +568,7 @@ def prove(
         ),
         allow_rounding=allow_rounding,
         placement=placement,
+        published=published,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.card import render_card
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint import find_bake
 from bake.errors import EquivalenceError
 from bake.hashing import hash_files
 from bake.licences import write_notice
@@ -102,7 +102,7 @@ def reproduce(
     norms on once more, to say whether a fresh calibration would differ. Raises CheckpointError where
     the bake or its base cannot be read.
     """
-    directory = open_checkpoint(model, revision=revision).source
+    directory = find_bake(model, revision)
     recorded = read_result(directory)
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.checkpoint import Checkpoint, open_checkpoint
+from bake.checkpoint import Checkpoint, find_bake, open_checkpoint
 from bake.config_text import edit_json
 from bake.copying import sync, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
@@ -81,7 +81,7 @@ def undo(
     """
     from bake.completion import check_shards
 
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(str(find_bake(model, revision)))
     recorded = read_record(checkpoint.source)
     check_shards(checkpoint.source, recorded)
     _check_nothing_lost(recorded)

@@ -7,6 +7,7 @@ its own cache, as a user's would.
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from textwrap import dedent
 
@@ -113,9 +114,63 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     assert json.loads(second.stdout)["private"] is False
     assert hub.files("ada/second") == published
 
-    # The published repo can be verified from a directory with nothing but the Hub's base named in it.
-    verified = bake(hub, tmp_path, "verify", tmp_path / "out")
+    # Thin, from the Hub's base: no weight is ever here, until the published model is proven.
+    recorded = json.loads((tmp_path / "out" / "bake.json").read_text())
+    norms = {"base": recorded["base"], **recorded["calibration"]}
+    (tmp_path / "norms.json").write_text(json.dumps(norms))
+    planted = {"USER": "zebulon-planted", "LOGNAME": "zebulon-planted"}
+    thin = bake(
+        hub, tmp_path, "export", "ada/base", "--thin", "-o", tmp_path / "thin",
+        "--direction", tmp_path / "out" / "direction.safetensors",
+        "--calibration", tmp_path / "norms.json", **planted,
+    )  # fmt: skip
+    assert thin.returncode == 0, thin.stderr
+    assert "Not verified here" in (tmp_path / "thin" / "README.md").read_text()
+    before = hub.received_lfs_bytes
+    third = bake(
+        hub,
+        tmp_path,
+        "publish",
+        tmp_path / "thin",
+        "ada/third",
+        "--verify-remote",
+        "--json",
+        **planted,
+    )
+    assert third.returncode == 0, third.stderr
+    assert hub.received_lfs_bytes - before == sum(map(len, extra))
+    assert [commit.title for commit in hub.commits("ada/third")] == [
+        "Record that the published model was verified",
+        "Publish the baked model",
+        "initial commit",
+    ]
+    assert b"Not verified here" in hub.commits("ada/third")[1].files["README.md"].content
+    assert json.loads(third.stdout)["proven"] is True
+    completed = hub.files("ada/third")
+    assert "Not verified here" not in completed["README.md"].decode()
+    assert json.loads(completed["bake.json"])["equivalence"]["passed"] is True
+    weights = [name for name in published if name.startswith("model-")]
+    assert [completed[name] for name in weights] == [published[name] for name in weights]
+    assert completed.keys() == published.keys()
+
+    # By their ids alone: proven again, and built again to the byte.
+    verified = bake(hub, tmp_path, "verify", "ada/steered")
     assert verified.returncode == 0, verified.stderr
+    reproduced = bake(hub, tmp_path, "reproduce", "ada/third", "--json")
+    assert reproduced.returncode == 0, reproduced.stdout + reproduced.stderr
+    assert json.loads(reproduced.stdout)["identical"] is True
+    host = socket.gethostname()
+    hosts = [host] if len(host) > 6 else []  # a short one is found in any weights
+    for secret in (TOKEN, str(tmp_path), "zebulon-planted", *hosts):
+        for content in (*published.values(), *completed.values()):
+            assert secret.encode() not in content
+    for request in hub.requests:
+        rest = {k: v for k, v in request.headers.items() if k != "authorization"}
+        sent = repr((request.path, request.query, rest)).encode() + request.body
+        assert TOKEN.encode() not in sent
+        assert b"zebulon-planted" not in sent
+    for finished in (second, thin, third, verified, reproduced):
+        assert TOKEN not in finished.stdout + finished.stderr
 
 
 @pytest.mark.parametrize(
