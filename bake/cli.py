@@ -319,9 +319,9 @@ def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
         help="prove a baked directory or a published bake again, or ask a server whether it serves it",
-        description="Prove a baked directory, or a published bake by its id, again. With --endpoint: ask an OpenAI-compatible server to "
-        "continue the canary of the directory's bake.json, and say whether it serves the bake or "
-        "the base. Exit code 3 where it is not the bake.",
+        description="Prove a baked directory, or a published bake by its id, again. With --endpoint: ask "
+        "an OpenAI-compatible server to continue the canary of the directory's bake.json, and say whether "
+        "it serves the bake or the base. Exit code 3 where it is not the bake.",
     )
     command.set_defaults(run=_run_verify)
     command.add_argument("directory", metavar="DIR|REPO_ID", nargs="?", default=".", help="(.)")

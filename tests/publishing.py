@@ -43,6 +43,19 @@ def write_output(directory, files=FILES, **changes):
     return directory
 
 
+def sent_weights(hub, repo_id):
+    """The weight shards that were sent to a repository, not copied there: {sha256: bytes}."""
+    puts = [request for request in hub.requests if request.method == "PUT"]
+    bodies = {r.path.split("/")[-1]: r.body for r in puts if r.path.startswith(f"/{repo_id}/")}
+    shards = {
+        file.sha256
+        for commit in hub.repos[repo_id].commits.values()
+        for name, file in commit.files.items()
+        if name.startswith("model-") and file.is_lfs
+    }
+    return {oid: body for oid, body in bodies.items() if oid in shards}
+
+
 def refusal(call, *arguments, **options):
     """The message of the HubError that the call must raise: one line, without any token."""
     with pytest.raises(HubError) as caught:

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from conftest import HIDDEN
-from publishing import REPO_ID, TOKEN, refusal
+from publishing import REPO_ID, TOKEN, refusal, sent_weights
 from safetensors.torch import load, save_file
 
 from bake import export
 from bake.api import publish
 from bake.errors import BakeError, EquivalenceError
+from bake.hashing import hash_files
 from bake.hub import strengths as ladder
 from bake.hub.strengths import parse_strengths, publish_strengths
 
@@ -36,13 +37,14 @@ def test_three_strengths_cost_three_extra_shards(hub, baked, capsys):
     weights = sorted(path.name for path in baked.glob("model-*.safetensors"))
     *kept, extra = weights
     assert len(kept) >= 2
-    everything = sum((baked / name).stat().st_size for name in weights)
-    large = everything + (baked / "direction.safetensors").stat().st_size
-    before = {path.name: path.read_bytes() for path in baked.iterdir()}
+    before = hash_files(baked)
 
     found = publish(baked, REPO_ID, strengths=[0.5, 1, 1.5])
+    sent = sent_weights(hub, REPO_ID)
+    assert len(sent) == len(kept) + 3
     size = (baked / extra).stat().st_size
-    assert hub.received_lfs_bytes == large + 2 * size  # and the third is main's own
+    everything = sum((baked / name).stat().st_size for name in weights)
+    assert sum(map(len, sent.values())) == everything + 2 * size  # and the third is main's own
     assert set(hub.repos[REPO_ID].branches) == {"main", "m0.5", "m1", "m1.5"}
     assert hub.files(REPO_ID, "m1") == hub.files(REPO_ID)
     for name in kept:
@@ -59,12 +61,13 @@ def test_three_strengths_cost_three_extra_shards(hub, baked, capsys):
         assert len(hub.commits(REPO_ID, branch)) == 3
     assert "not verified" in found.describe()
     assert "name it with --base" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in baked.iterdir()} == before
+    assert hash_files(baked) == before
     assert not list(baked.parent.glob(".bake-strengths*"))
 
+    total = hub.received_lfs_bytes
     again = publish(baked, REPO_ID, strengths=[0.5, 1, 1.5])
     assert all(branch.already_there for branch in again.branches.values())
-    assert hub.received_lfs_bytes == large + 2 * size
+    assert hub.received_lfs_bytes == total
     assert TOKEN not in json.dumps(again.to_dict())
 
 

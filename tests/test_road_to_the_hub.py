@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import PROMPTS
 from loopback_hub import LoopbackHub, run_client
+from publishing import sent_weights
 from safetensors.torch import load_file
 
 from bake.api import inspect
@@ -80,10 +81,8 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     assert titles == ["Publish the baked model", "initial commit"]
     published = hub.files("ada/steered")
     assert result["publication"]["copied"] == ["model-00001-of-00002.safetensors"]
-    extra = [
-        published[name] for name in ("direction.safetensors", "model-00002-of-00002.safetensors")
-    ]
-    assert hub.received_lfs_bytes == sum(map(len, extra))
+    extra = published["model-00002-of-00002.safetensors"]
+    assert list(sent_weights(hub, "ada/steered").values()) == [extra]
     head = yaml.safe_load(published["README.md"].decode().split("---\n")[1])
     assert (head["base_model"], head["base_model_relation"]) == ("ada/base", "finetune")
     assert (head["license"], head["language"]) == ("mit", ["en"])
@@ -126,7 +125,6 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     )  # fmt: skip
     assert thin.returncode == 0, thin.stderr
     assert "Not verified here" in (tmp_path / "thin" / "README.md").read_text()
-    before = hub.received_lfs_bytes
     third = bake(
         hub,
         tmp_path,
@@ -138,7 +136,7 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
         **planted,
     )
     assert third.returncode == 0, third.stderr
-    assert hub.received_lfs_bytes - before == sum(map(len, extra))
+    assert list(sent_weights(hub, "ada/third").values()) == [extra]
     assert [commit.title for commit in hub.commits("ada/third")] == [
         "Record that the published model was verified",
         "Publish the baked model",
