@@ -1,6 +1,7 @@
 """A ladder of strengths: a branch for each, and of the weights only the slots' shard is sent."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from conftest import HIDDEN
 from publishing import REPO_ID, TOKEN, refusal, sent_weights
 from safetensors.torch import load, save_file
 
-from bake import export
+from bake import export, rescale
 from bake.api import publish
 from bake.errors import BakeError, EquivalenceError
 from bake.hashing import hash_files
+from bake.hub import publish as send
 from bake.hub import strengths as ladder
 from bake.hub.strengths import parse_strengths, publish_strengths
 
@@ -108,12 +110,16 @@ def test_strengths_that_are_none_are_one_line(baked):
         publish(baked, REPO_ID, verify_remote=True, create_pr=True)
 
 
+def test_a_thin_bake_has_one_strength(hub, baked, tmp_path):
+    shutil.copytree(baked, tmp_path / "thin")
+    values = json.loads((baked / "bake.json").read_text()) | {"thin": {"shards": []}}
+    (tmp_path / "thin" / "bake.json").write_text(json.dumps(values))
+    with pytest.raises(BakeError, match="is a thin bake"):
+        publish(tmp_path / "thin", REPO_ID, strengths=[2])
+    assert hub.requests == []
+
+
 def test_an_unproven_bake_is_not_published_by_hand(hub, baked, tmp_path):
-    import shutil
-
-    from bake import rescale
-    from bake.hub import publish as send
-
     shutil.copytree(baked, tmp_path / "again")
     rescale(tmp_path / "again", multiplier=2.0)
     assert "no passed equivalence" in refusal(send, tmp_path / "again", REPO_ID)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bake.completion import is_thin
 from bake.errors import BakeError, CheckpointError
 from bake.hub.manifest import is_hidden, read_manifest
 from bake.hub.publication import Publication, publish
@@ -77,6 +78,11 @@ def publish_strengths(
     what `publish`, `rescale` and `verify` raise; what was published before that stays.
     """
     recorded = read_record(directory)
+    if is_thin(recorded):
+        raise BakeError(
+            f"{directory} is a thin bake, whose strength cannot be changed without its shards: put them "
+            "beside it and run bake verify, or export thin at each multiplier and publish with --revision"
+        )
     proven = read_manifest(directory).proven
     known = _base_at_hand(recorded, directory, base) if proven else False
     if not known:
