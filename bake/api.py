@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from bake import pipeline, thin
 from bake.anatomy import Anatomy, examine
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
-from bake.checkpoint import open_description
+from bake.checkpoint import find_bake, is_path, open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
-from bake.errors import EndpointError, OutputError
+from bake.errors import BakeError, EndpointError, OutputError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bake.compare import Difference
     from bake.endpoint import EndpointCheck
     from bake.hub import Publication
+    from bake.hub.strengths import Ladder
     from bake.reproduction import Reproduction
     from bake.restoration import Rescaled, Undone
     from bake.trial import Trial
@@ -238,11 +239,21 @@ def verify(
     directory: str | Path,
     *,
     base: str | None = None,
+    revision: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> Verification:
-    """Prove a baked directory again, from its bake.json and its base."""
-    return verify_directory(Path(directory), base, choose_placement(device_map, max_memory))
+    """Prove a baked directory or Hub id again, from its bake.json and its base.
+
+    A thin or rescaled bake that is here is recorded as proven; a published one is only read.
+    """
+    placement = choose_placement(device_map, max_memory)
+    path = Path(directory)
+    if path.is_dir() or is_path(str(directory)):
+        return verify_directory(path, base, placement)
+    found = find_bake(str(directory), revision)
+    published = (str(directory), found.name)
+    return verify_directory(found, base, placement, record=False, published=published)
 
 
 def verify_endpoint(url: str, model: str | None, *, directory: str | Path = ".") -> EndpointCheck:
@@ -268,11 +279,54 @@ def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> 
         )
 
 
-def publish(directory: str | Path, repo_id: str, *, public: bool = False) -> Publication:
-    """Publish a baked directory to the Hub in one commit, and compare what arrived."""
+def publish(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    accept_licence: bool = False,
+    verify_remote: bool = False,
+    strengths: Sequence[float] = (),
+    base: str | None = None,
+) -> Publication | Ladder:
+    """Publish a baked directory to the Hub in one commit, and compare what arrived.
+
+    What the base's repository has already is copied there. revision: a branch, made where there is
+    none. create_pr: open a pull request instead of committing. accept_licence: the caller has the right
+    to publish where bake cannot see it, see `bake.licences`. verify_remote: download what was published
+    and prove it, loaded by its id. strengths: multipliers, each for a branch of its own (m0.5, m1.5),
+    proven before they are sent. base: path or Hub id for these proofs; as bake.json names it where it is
+    left out.
+    """
     from bake import hub
 
-    return hub.publish(Path(directory), repo_id, private=not public)
+    if strengths and (revision or create_pr or verify_remote):
+        raise BakeError(
+            "--strengths makes branches of its own, each proven before it is sent: leave --revision, "
+            "--create-pr and --verify-remote out"
+        )
+    if verify_remote and create_pr:
+        raise BakeError(
+            "--verify-remote is of what was published, not of a pull request: leave one out"
+        )
+    options: dict[str, Any] = {
+        "private": not public,
+        "commit_message": commit_message,
+        "accept_licence": accept_licence,
+    }
+    if strengths:
+        from bake.hub.strengths import publish_strengths
+
+        return publish_strengths(Path(directory), repo_id, strengths, base=base, **options)
+    found = hub.publish(Path(directory), repo_id, revision=revision, create_pr=create_pr, **options)
+    if not verify_remote:
+        return found
+    from bake.hub.arrival import verify_published
+
+    return verify_published(found, base=base, revision=revision, accept_licence=accept_licence)
 
 
 def diff(

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from bake.front_matter import compose_front_matter
+from bake.licences import card_lines
 from bake.resources import shipped
 
 if TYPE_CHECKING:
@@ -54,4 +56,10 @@ def card_environment() -> Environment:
 
 def render_card(values: Mapping[str, Any]) -> str:
     """Return the card's Markdown. `values` are the keys of `bake.json`, see the template."""
-    return card_environment().get_template(CARD_TEMPLATE).render(**values)
+    # Where a value is missing, the template says which.
+    head = compose_front_matter(values) if "base" in values and "auto_class" in values else None
+    return (
+        card_environment()
+        .get_template(CARD_TEMPLATE)
+        .render(**values, front_matter=head, licence_lines=card_lines(values.get("licence") or {}))
+    )

@@ -8,6 +8,8 @@ converted first, by `conversion`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from bake.companions import find_companions
 from bake.conversion import ConvertedDirectory, convert_weights, describe_conversion
-from bake.download import COMMIT_SHA, Description, download_checkpoint, download_description
+from bake.download import (
+    COMMIT_SHA,
+    Description,
+    download_bake,
+    download_checkpoint,
+    download_description,
+)
 from bake.errors import CheckpointError
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
@@ -72,6 +80,15 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.size for entry in self.tensors.values())
+
+    @property
+    def headers_sha256(self) -> str:
+        """Names a checkpoint without its path: config.json, and every tensor's name, dtype and shape.
+
+        It tells architectures and sizes apart, not two trainings of one.
+        """
+        entries = sorted((entry.name, entry.dtype, entry.shape) for entry in self.tensors.values())
+        return hashlib.sha256(json.dumps([self.config_text, entries]).encode()).hexdigest()
 
     def entry(self, name: str) -> TensorEntry:
         """Where tensor `name` lies. Raises CheckpointError for an unknown name."""
@@ -162,6 +179,14 @@ def open_description(model: str, *, revision: str | None = None) -> Path:
     return directory
 
 
+def find_bake(model: str, revision: str | None = None) -> Path:
+    """The directory of a baked model with all its files, downloaded where `model` is a Hub id.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    return _find_directory(model, revision) or download_bake(model, revision)
+
+
 def _find_directory(model: str, revision: str | None) -> Path | None:
     """The local directory that `model` means, links resolved; None where it may be a Hub id."""
     try:
@@ -180,11 +205,16 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
         raise CheckpointError(
             f"{model} is a file: give the directory that holds it and its config.json."
         )
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model:
+    if is_path(model):
         raise CheckpointError(
             f"{model or 'an empty path'} does not exist: give a checkpoint's directory or a Hub id."
         )
     return None
+
+
+def is_path(model: str) -> bool:
+    """Tell whether a name can only be a path, and no Hub id."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model
 
 
 def _identity(directory: Path) -> tuple[str, str | None]:

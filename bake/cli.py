@@ -23,6 +23,10 @@ SHARDS = ("copy", "hardlink", "symlink")
 ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
 METHODS = ("mean", "pca", "probe", "optimize")
 CHAT_TEMPLATES = ("auto", "never")
+ACCEPT_LICENCE = (
+    "you have read the base's terms and may publish this where bake would refuse: a public push from a "
+    "gated or licence-less base, or a name or file that its licence asks for"
+)
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
 
 
@@ -163,6 +167,9 @@ def _add_export(commands: Any) -> None:
     )
     option("--push-to-hub", metavar="REPO_ID", help="publish when proven (private)")
     option("--public", action="store_true", help="with --push-to-hub: make the repo public")
+    option("--create-pr", action="store_true", help="with --push-to-hub: open a pull request")
+    option("--commit-message", metavar="TEXT", help="with --push-to-hub (Publish the baked model)")
+    option("--accept-licence", action="store_true", help=f"with --push-to-hub: {ACCEPT_LICENCE}")
 
 
 def _add_direction(commands: Any) -> None:
@@ -311,13 +318,14 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
-        help="prove a baked directory again, or ask a server whether it serves it",
-        description="Prove a baked directory again. With --endpoint: ask an OpenAI-compatible server to "
-        "continue the canary of the directory's bake.json, and say whether it serves the bake or "
-        "the base. Exit code 3 where it is not the bake.",
+        help="prove a baked directory or a published bake again, or ask a server whether it serves it",
+        description="Prove a baked directory, or a published bake by its id, again. With --endpoint: ask "
+        "an OpenAI-compatible server to continue the canary of the directory's bake.json, and say whether "
+        "it serves the bake or the base. Exit code 3 where it is not the bake.",
     )
     command.set_defaults(run=_run_verify)
-    command.add_argument("directory", metavar="DIR", nargs="?", default=".", help="(.)")
+    command.add_argument("directory", metavar="DIR|REPO_ID", nargs="?", default=".", help="(.)")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     command.add_argument(
         "--base", metavar="MODEL", help="the base (default: as bake.json names it)"
     )
@@ -335,11 +343,42 @@ def _add_placement(command: Any) -> None:
 
 
 def _add_publish(commands: Any) -> None:
-    command = commands.add_parser("publish", help="publish a baked directory to the Hub")
+    command = commands.add_parser(
+        "publish",
+        help="publish a baked directory to the Hub",
+        description="One commit with everything, compared after it arrived. Base shards without a change "
+        "are copied on the Hub where the base lies there. After a break, run it again: nothing is sent "
+        "twice.",
+    )
     command.set_defaults(run=_run_publish)
     command.add_argument("directory", metavar="DIR")
     command.add_argument("repo_id", metavar="REPO_ID")
-    command.add_argument("--public", action="store_true", help="make the repo public")
+    command.add_argument("--public", action="store_true", help="make the repo public (private)")
+    command.add_argument(
+        "--revision", metavar="BRANCH", help="branch to commit to, made where there is none (main)"
+    )
+    command.add_argument(
+        "--create-pr", action="store_true", help="open a pull request instead of committing"
+    )
+    command.add_argument("--commit-message", metavar="TEXT", help="(Publish the baked model)")
+    command.add_argument("--accept-licence", action="store_true", help=ACCEPT_LICENCE)
+    command.add_argument(
+        "--verify-remote",
+        action="store_true",
+        help="download what was published and prove it, loaded by its id in a fresh process; a thin bake's "
+        "card then says so, in a second commit",
+    )
+    command.add_argument(
+        "--strengths",
+        metavar="M,…",
+        help="also put these multipliers on branches (0.5,1.5: m0.5 and m1.5), each proven before it is "
+        "sent; only the slots' shard is sent for each",
+    )
+    command.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base, for these proofs (default: as bake.json names it)",
+    )
 
 
 def _add_prompts(commands: Any) -> None:
@@ -506,6 +545,7 @@ def _run_verify(parsed: argparse.Namespace) -> int:
     verification = api.verify(
         parsed.directory,
         base=parsed.base,
+        revision=parsed.revision,
         device_map=parsed.device_map,
         max_memory=parsed.max_memory,
     )
@@ -517,9 +557,21 @@ def _run_verify(parsed: argparse.Namespace) -> int:
 
 def _run_publish(parsed: argparse.Namespace) -> int:
     from bake import api
+    from bake.hub.strengths import parse_strengths
 
-    publication = api.publish(parsed.directory, parsed.repo_id, public=parsed.public)
-    _print(parsed, publication.to_dict(), f"published as {publication.url}")
+    publication = api.publish(
+        parsed.directory,
+        parsed.repo_id,
+        public=parsed.public,
+        revision=parsed.revision,
+        create_pr=parsed.create_pr,
+        commit_message=parsed.commit_message,
+        accept_licence=parsed.accept_licence,
+        verify_remote=parsed.verify_remote,
+        strengths=parse_strengths(parsed.strengths) if parsed.strengths is not None else (),
+        base=parsed.base,
+    )
+    _print(parsed, publication.to_dict(), publication.describe())
     return 0
 
 

@@ -48,6 +48,14 @@ def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Pat
     return directory, sha
 
 
+def download_bake(model_id: str, revision: str | None = None) -> Path:
+    """Fetch a published bake whole, its own files and the card too; returns the snapshot directory.
+
+    Raises CheckpointError as `download_checkpoint`.
+    """
+    return _fetch(model_id, revision)
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """What the Hub says of a file: its size in bytes and, of a large one, its SHA-256."""
@@ -98,8 +106,12 @@ def download_description(model_id: str, revision: str | None = None) -> Descript
 
 
 def _fetch_companions(model_id: str, revision: str | None) -> tuple[Path, str | None]:
-    """Fetch config.json and what is carried over; returns (snapshot directory, commit sha)."""
-    unwanted = [pattern for pattern in NOT_CARRIED if pattern != "config.json"]
+    """Fetch config.json, what is carried over, and the card, which names the licence.
+
+    Returns (snapshot directory, commit sha).
+    """
+    needed = ("config.json", "README*")
+    unwanted = [pattern for pattern in NOT_CARRIED if pattern not in needed]
     directory = _fetch(model_id, revision, ignore_patterns=[*unwanted, "*/*"])
     return directory, directory.name if COMMIT_SHA.fullmatch(directory.name) else None
 

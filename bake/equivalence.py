@@ -134,8 +134,11 @@ def prove_equivalence(
     *,
     allow_rounding: bool = False,
     placement: Placement | None = None,
+    published: tuple[str, str] | None = None,
 ) -> Equivalence:
     """Compare a baked directory with the hooked base on prompts that are not the calibration's.
+
+    published: (repository, commit) on the Hub, whose files these are: the plain process loads it by its id.
 
     Raises EquivalenceError where nothing can be compared: a push without effect, a baked directory
     that does not load. What was compared and differs is in the result's `failures`.
@@ -143,7 +146,15 @@ def prove_equivalence(
     dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     texts = tuple(encoded)[:MAX_PROMPTS]
     with tempfile.TemporaryDirectory(prefix="bake-proof-") as folder:
-        exam = Exam(structure, plan.route.site, push, texts, Path(folder), placement=placement)
+        exam = Exam(
+            structure,
+            plan.route.site,
+            push,
+            texts,
+            Path(folder),
+            placement=placement,
+            published=published,
+        )
         reference = run_reference(base.directory, exam)
         plain = run_plain(baked.directory, exam)
         stored_base = run_stored_base(base.directory, exam, dtype, plain)

@@ -56,7 +56,8 @@ Report = Mapping[str, Sequence[str]]
 class Exam:
     """What every run is given: the encoded prompts, site, push, and where things may lie.
 
-    folder: where logits are kept, so that two runs are never in memory together.
+    folder: where logits are kept, so that two runs are never in memory together. published: the
+    repository and commit that the plain process loads, instead of the directory.
     """
 
     structure: LayerStructure
@@ -66,6 +67,7 @@ class Exam:
     folder: Path
     device: torch.device | None = None
     placement: Placement | None = None
+    published: tuple[str, str] | None = None
 
     @property
     def few(self) -> tuple[Encoded, ...]:
@@ -209,7 +211,8 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
     with tempfile.TemporaryDirectory(prefix="bake-plain-") as scratch:
         folder = Path(scratch)
         request = {
-            "directory": str(directory.resolve()),
+            "directory": exam.published[0] if exam.published else str(directory.resolve()),
+            "revision": exam.published[1] if exam.published else None,
             "device": str(exam.device or default_device()),
             "max_memory": exam.placement and exam.placement.to_dict(),
             "prompts": [list(text.ids) for text in exam.few],

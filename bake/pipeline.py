@@ -25,6 +25,7 @@ from bake.extraction import extract as extract_direction
 from bake.figures import FIGURES, draw_norms, draw_separation
 from bake.formats import fit_direction, read_direction
 from bake.hashing import hash_files
+from bake.licences import read_licence, write_notice
 from bake.loading import auto_class
 from bake.model import LoadedModel, load_model, read_config
 from bake.norms import ActivationNorms, measure_norms
@@ -75,10 +76,21 @@ class Base:
     anatomy: Anatomy
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what names the base in `bake.json`: never a local path."""
-        shipped = self.checkpoint.source.resolve() == DEMO_MODEL.resolve()
-        identity = DEMO_NAME if shipped else self.checkpoint.model_id
-        return {"id": identity, "revision": self.checkpoint.revision}
+        """Return what names the base in `bake.json`: never a local path.
+
+        A local base is named by its directory and by a hash of what its headers and config say.
+        """
+        if self.checkpoint.source.resolve() == DEMO_MODEL.resolve():
+            return {"id": DEMO_NAME, "revision": None}
+        identity = {"id": self.checkpoint.model_id, "revision": self.checkpoint.revision}
+        if self.checkpoint.revision:
+            return identity
+        return {**identity, "headers_sha256": self.checkpoint.headers_sha256}
+
+    @property
+    def licence(self) -> dict[str, Any]:
+        """What the base's card says of its licence, see `bake.licences`."""
+        return read_licence(self.checkpoint.source, self.checkpoint.companions)
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,9 @@ def export(recipe: Recipe) -> Export:
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
     if recipe.push_to_hub:
         with clock.stage("hub"):
-            hub.check_access(recipe.push_to_hub, private=not recipe.public)
+            hub.check_access(
+                recipe.push_to_hub, private=not recipe.public, create_pr=recipe.create_pr
+            )
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     extraction_options(recipe)
     given = open_direction(recipe)
@@ -163,6 +177,12 @@ def export(recipe: Recipe) -> Export:
         read_trial_texts(recipe.direction, recipe.held_out) if recipe.chooses_multiplier else None
     )
     base = open_base(recipe.model, recipe.revision, clock)
+    if recipe.push_to_hub:
+        with clock.stage("hub"):
+            named = {"base": base.to_dict(), "licence": base.licence}
+            hub.check_rights(
+                named, recipe.push_to_hub, public=recipe.public, accepted=recipe.accept_licence
+            )
     given = given and hold_against(base, given, recipe)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
     check_links(base.checkpoint, recipe.shards)
@@ -254,7 +274,14 @@ def export(recipe: Recipe) -> Export:
     publication = None
     if recipe.push_to_hub:
         with clock.stage("publish"):
-            publication = hub.publish(output, recipe.push_to_hub, private=not recipe.public)
+            publication = hub.publish(
+                output,
+                recipe.push_to_hub,
+                private=not recipe.public,
+                commit_message=recipe.commit_message,
+                create_pr=recipe.create_pr,
+                accept_licence=recipe.accept_licence,
+            )
     return Export(
         output,
         base,
@@ -336,6 +363,7 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
         written = write_weights(checkpoint, plan.edits, staging, shards=shards, progress=progress)
         write_config(checkpoint, plan.config_changes, staging)
         copy_companions(checkpoint, staging)
+        write_notice(base.licence, staging)
     return written
 
 
@@ -519,8 +547,12 @@ def prove(
     tokenizer: PreTrainedTokenizerBase,
     allow_rounding: bool,
     placement: Placement | None = None,
+    published: tuple[str, str] | None = None,
 ) -> Equivalence:
-    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts."""
+    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
+
+    published: (repository, commit) that the plain process loads by its id.
+    """
     return prove_equivalence(
         base.checkpoint,
         open_checkpoint(str(directory)),
@@ -536,6 +568,7 @@ def prove(
         ),
         allow_rounding=allow_rounding,
         placement=placement,
+        published=published,
     )
 
 
@@ -555,6 +588,7 @@ def describe_bake(
         "version": 1,
         "bake_version": __version__,
         "base": base.to_dict(),
+        "licence": base.licence,
         "architecture": base.anatomy.architecture,
         "auto_class": auto_class(base.anatomy.config).__name__,
         "layer_count": base.anatomy.layer_count,

@@ -1,9 +1,9 @@
 """The plain process: what a user of the baked checkpoint has, torch and transformers and no bake.
 
-Run as a script, `python -P plain.py REQUEST.json`, never imported by bake. It loads the directory in
-its stored dtype, runs the token ids it is given, and writes what it saw: the loading report, the
-greedy continuations, and the logits as safetensors. If bake were importable and imported, the
-result would prove nothing, so that is checked too.
+Run as a script, `python -P plain.py REQUEST.json`, never imported by bake. It loads the directory, or a
+repository on the Hub by its id and commit, in its stored dtype, runs the token ids it is given, and
+writes what it saw: the loading report, the greedy continuations, and the logits as safetensors. If bake
+were importable and imported, the result would prove nothing, so that is checked too.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def auto_class(directory: str) -> Any:
+def auto_class(directory: str, revision: str | None = None) -> Any:
     """Choose as the checkpoint's config says: a multimodal wrapper where it names one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
@@ -20,7 +20,7 @@ def auto_class(directory: str) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, revision=revision)
     wrapper = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, ""))
     named = wrapper in (config.architectures or ())
     if named and wrapper.endswith("ForConditionalGeneration"):
@@ -46,7 +46,7 @@ def main() -> None:
     try:
         result = observe(request, placement, {})
     except Exception as error:
-        options = dequantizing_options(request["directory"])
+        options = dequantizing_options(request["directory"], request["revision"])
         if not options:
             raise
         # Its kernels are not here: the weights themselves can still be loaded and run.
@@ -55,12 +55,13 @@ def main() -> None:
     Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def dequantizing_options(directory: str) -> dict[str, Any]:
+def dequantizing_options(directory: str, revision: str | None) -> dict[str, Any]:
     """What loads a quantised checkpoint dequantised; nothing for another."""
     from transformers import AutoConfig
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    values = getattr(AutoConfig.from_pretrained(directory), "quantization_config", None)
+    config = AutoConfig.from_pretrained(directory, revision=revision)
+    values = getattr(config, "quantization_config", None)
     if not values:
         return {}
     return {"quantization_config": AutoQuantizationConfig.from_dict({**values, "dequantize": True})}
@@ -73,8 +74,14 @@ def observe(
     import torch
     from safetensors.torch import save_file
 
-    model, info = auto_class(request["directory"]).from_pretrained(
-        request["directory"], dtype="auto", output_loading_info=True, **placement, **options
+    named = {"revision": request["revision"]} if request["revision"] else {}
+    model, info = auto_class(request["directory"], request["revision"]).from_pretrained(
+        request["directory"],
+        dtype="auto",
+        output_loading_info=True,
+        **named,
+        **placement,
+        **options,
     )
     model.eval()
     if not placement:

@@ -87,6 +87,9 @@ class Recipe:
     overwrite: bool = False
     push_to_hub: str | None = None
     public: bool = False
+    create_pr: bool = False
+    commit_message: str | None = None
+    accept_licence: bool = False
 
     def check(self) -> None:
         """Raise BakeError for options that contradict each other, before any work starts."""
@@ -111,6 +114,9 @@ class Recipe:
             raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
         if self.target is not None:
             check_engine(self.target)
+        if (self.create_pr or self.commit_message is not None) and self.push_to_hub is None:
+            option = "--create-pr" if self.create_pr else "--commit-message"
+            raise BakeError(f"{option} is about publishing; give --push-to-hub REPO_ID with it")
         if self.thin:
             self._check_thin()
 
@@ -175,7 +181,7 @@ class Recipe:
             (
                 "--push-to-hub",
                 self.push_to_hub,
-                "what is not proven is not published; complete it, then bake verify and bake publish",
+                "bake publish sends it when it is written; its card says that it is not proven",
             ),
         ):
             if given:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bake.card import render_card
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint import find_bake
 from bake.errors import EquivalenceError
 from bake.hashing import hash_files
+from bake.licences import write_notice
 from bake.norms import measure_norms
 from bake.pipeline import (
     CARD_FILE,
@@ -101,7 +102,7 @@ def reproduce(
     norms on once more, to say whether a fresh calibration would differ. Raises CheckpointError where
     the bake or its base cannot be read.
     """
-    directory = open_checkpoint(model, revision=revision).source
+    directory = find_bake(model, revision)
     recorded = read_result(directory)
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
@@ -111,6 +112,7 @@ def reproduce(
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again)
+        write_notice(recorded.get("licence") or {}, again)
         keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
         draw_figures(again, push, recorded["site"], recorded["direction"]["metadata"])

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.checkpoint import Checkpoint, open_checkpoint
+from bake.checkpoint import Checkpoint, find_bake, open_checkpoint
 from bake.config_text import edit_json
 from bake.copying import sync, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError, OutputError
 from bake.layout import ORIGINALS_FILE
+from bake.licences import NOTICE_FILE
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import staged_directory
@@ -80,7 +81,7 @@ def undo(
     """
     from bake.completion import check_shards
 
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(str(find_bake(model, revision)))
     recorded = read_record(checkpoint.source)
     check_shards(checkpoint.source, recorded)
     _check_nothing_lost(recorded)
@@ -99,6 +100,8 @@ def undo(
         _write_index(staging, checkpoint, names, indexed=how["indexed"])
         (staging / "config.json").write_text(base_config_text(checkpoint, recorded), "utf-8")
         copy_companions(checkpoint, staging)
+        if (recorded.get("licence") or {}).get("notice"):  # Then it is bake's, not the base's.
+            (staging / NOTICE_FILE).unlink(missing_ok=True)
         _restore_tokenizer(staging / TOKENIZER_CONFIG, how["tokenizer_class"])
         whole = tuple(
             names[file.name]

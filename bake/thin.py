@@ -21,6 +21,7 @@ from bake.direction import Direction, direction_bytes
 from bake.errors import CheckpointError, UnsupportedError
 from bake.evidence import Evidence, read_evidence
 from bake.hashing import hash_files
+from bake.licences import write_notice
 from bake.norms import ActivationNorms
 from bake.pipeline import (
     CARD_FILE,
@@ -128,6 +129,7 @@ def export_thin(recipe: Recipe) -> ThinExport:
             needs = tuple(NeededShard.of(checkpoint, file) for file in missing)
             write_config(checkpoint, plan.config_changes, staging)
             copy_companions(checkpoint, staging)
+            write_notice(base.licence, staging)
         with clock.stage("describe"):
             kept = Direction(
                 {layer: push.directions[layer] for layer in push.directions},

@@ -59,11 +59,17 @@ class Verification:
 
 
 def verify(
-    directory: Path, base: str | None = None, placement: Placement | None = None
+    directory: Path,
+    base: str | None = None,
+    placement: Placement | None = None,
+    *,
+    record: bool = True,
+    published: tuple[str, str] | None = None,
 ) -> Verification:
     """Prove a baked directory again. The result's failures say what is wrong.
 
-    A thin or rescaled bake is recorded as proven when it is.
+    record: note in the directory that a thin or rescaled bake is proven, when it is. published:
+    (repository, commit) on the Hub whose files these are; the plain process loads it by its id.
 
     base: path or Hub id; the Hub id in bake.json where it is left out. Raises CheckpointError where
     the directory was not made by bake, cannot be read, or its base is not named.
@@ -82,13 +88,14 @@ def verify(
         load_tokenizer(opened.checkpoint.directory),
         bool(recorded["equivalence"].get("rounding_allowed")),
         placement,
+        published,
     )
     differences = [
         *compare_tensors(opened.checkpoint, baked, plan),
         *compare_files(directory, recorded),
     ]
     found = replace(found, failures=(*found.failures, *differences))
-    if is_unproven(recorded) and found.passed:
+    if record and is_unproven(recorded) and found.passed:
         record_proof(directory, recorded, found, words_of(recorded))
         announce(f"{directory} is proven: bake.json and the card say so now")
     return Verification(directory, opened.checkpoint.model_id, found)

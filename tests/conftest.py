@@ -186,6 +186,28 @@ def llama(make_model) -> Path:
     return make_model()
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The loopback Hub as this process's only Hub, with ada logged in."""
+    from huggingface_hub import constants
+    from loopback_hub import LoopbackHub
+    from publishing import FINE_TOKEN, READ_TOKEN, TOKEN
+
+    with LoopbackHub() as hub:
+        organisations = {"lab": "write", "museum": "read"}
+        hub.add_user("ada", TOKEN, organisations=organisations)
+        hub.add_user("ada", READ_TOKEN, "read", organisations)
+        hub.add_user("ada", FINE_TOKEN, "fineGrained", organisations, scopes=("ada", "club"))
+        # What the environment sets when a process starts; the end-to-end tests set it there.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
 @dataclass(frozen=True)
 class OpenModel:
     """A small model in memory, the names of its layer's parts written by hand, and its tokenizer."""

@@ -349,6 +349,13 @@ class LoopbackHub:
         request.sent = 0 if request.method == "HEAD" else len(reply.body)
         return reply
 
+    def answer_quietly(self, request: Request) -> Reply:
+        """Do what a request asks, for a `before_request` that then withholds the answer."""
+        try:
+            return self._route(request)
+        except Refusal as refusal:
+            return refusal.reply
+
     def _route(self, request: Request) -> Reply:
         for host, method, pattern, endpoint in ROUTES:
             match = pattern.fullmatch(request.path)
@@ -572,6 +579,25 @@ def list_refs(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
     if request.query.get("include_prs"):
         answer["pullRequests"] = references(repo.pull_requests, "")
     return Reply.json(answer)
+
+
+@route("GET", f"/api/models/{REPO}/discussions")
+def list_discussions(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
+    """The pull requests, newest first; the loopback Hub has no other discussions and closes none."""
+    repo = hub.readable(request, repo_id)
+    found = [
+        {
+            "num": int(ref.rsplit("/", 1)[1]),
+            "title": repo.commits[oid].title,
+            "author": {"name": repo.commits[oid].author},
+            "createdAt": repo.commits[oid].date,
+            "status": "open",
+            "isPullRequest": True,
+            "repo": {"name": repo_id, "type": "model"},
+        }
+        for ref, oid in reversed(repo.pull_requests.items())
+    ]
+    return Reply.json({"discussions": found, "count": len(found), "start": 0})
 
 
 @route("GET", f"/api/models/{REPO}/commits/{REVISION}")

@@ -298,6 +298,8 @@ def test_template_asks_for_nothing_else():
         *VALUES,
         "directions",
         "thin",
+        "front_matter",
+        "licence_lines",
     }
 
 

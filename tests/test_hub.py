@@ -1,6 +1,5 @@
 """Publishing to the loopback Hub: what arrives, what is refused, and where the token goes."""
 
-import hashlib
 import json
 import shutil
 import socket
@@ -10,79 +9,20 @@ from textwrap import dedent
 
 import pytest
 from huggingface_hub import constants
-from loopback_hub import LoopbackHub, Reply, StoredFile, run_client
+from loopback_hub import Reply, StoredFile, run_client
+from publishing import FILES, FINE_TOKEN, READ_TOKEN, REPO_ID, TOKEN, refusal, write_output
 
-from bake import hub as bake_hub
-from bake.errors import HubError
-from bake.hub import check_access, publish, verify_arrival
+from bake.hub import access, check_access, publish, verify_arrival
 
 # huggingface_hub's own upload of LFS files uses an argument that its HTTP library is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 
-TOKEN = "hf_adaSecretThatMustNotAppear"
-READ_TOKEN = "hf_adaReadOnlySecret"
-FINE_TOKEN = "hf_adaFineGrainedSecret"
-REPO_ID = "ada/steered"
 ROOT = Path(__file__).parent.parent
-
-FILES = {
-    "README.md": b"---\nlibrary_name: transformers\n---\n# A steered model\n",
-    "config.json": b'{"model_type": "llama"}\n',
-    "direction.safetensors": bytes(range(64)),
-    "figures/dose.png": b"\x89PNG\r\n\x1a\n\0\0",
-    "model-00001-of-00002.safetensors": bytes(range(256)) * 64,
-    "model-00002-of-00002.safetensors": b"push" * 100,
-}
-
-
-def write_output(directory, files=FILES, **changes):
-    """A directory as `bake export` leaves it: the files, and a bake.json that vouches for them."""
-    for name, content in files.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    record = {
-        "files": {
-            name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-            for name, content in files.items()
-        },
-        "equivalence": {"passed": True, "relative_error": 1e-6},
-    }
-    (directory / "bake.json").write_text(json.dumps({**record, **changes}))
-    return directory
 
 
 @pytest.fixture
 def output(tmp_path):
     return write_output(tmp_path / "output")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The loopback Hub as this process's only Hub, with ada logged in."""
-    with LoopbackHub() as hub:
-        organisations = {"lab": "write", "museum": "read"}
-        hub.add_user("ada", TOKEN, organisations=organisations)
-        hub.add_user("ada", READ_TOKEN, "read", organisations)
-        hub.add_user("ada", FINE_TOKEN, "fineGrained", organisations, scopes=("ada", "club"))
-        # What the environment sets when a process starts; the end-to-end test sets it there.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
-
-
-def refusal(call, *arguments, **options):
-    """The message of the HubError that the call must raise: one line, without any token."""
-    with pytest.raises(HubError) as caught:
-        call(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "Secret" not in message
-    return message
 
 
 def test_publish_end_to_end_in_fresh_processes(hub, output, tmp_path):
@@ -127,8 +67,12 @@ def test_publish_end_to_end_in_fresh_processes(hub, output, tmp_path):
         "private": True,
         "bytes": sum(map(len, expected.values())),
         "already_there": False,
+        "copied": [],
+        "uploaded": sum(map(len, expected.values())),
+        "pull_request": None,
+        "proven": True,
     }
-    assert second == {**first, "already_there": True}
+    assert second == {**first, "already_there": True, "uploaded": 0}
 
     # The token goes to the Hub in one header, and nowhere else.
     assert any(r.headers.get("authorization") == f"Bearer {TOKEN}" for r in hub.requests)
@@ -272,7 +216,7 @@ def test_names_and_namespaces(hub, monkeypatch):
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
     hub.before_request = lambda request: time.sleep(0.5)
-    monkeypatch.setattr(bake_hub, "REACH_TIMEOUT", 0.1)
+    monkeypatch.setattr(access, "REACH_TIMEOUT", 0.1)
     assert "cannot be reached (ReadTimeout)" in refusal(check_access, REPO_ID)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -336,4 +280,4 @@ def test_what_the_hub_refuses_becomes_one_line(hub, output, tmp_path):
     hub.before_request = None
     unreadable = {**FILES, "README.md": b"---\na list, not a mapping\n---\n"}
     message = refusal(publish, write_output(tmp_path / "unreadable", unreadable), "ada/other")
-    assert "Invalid metadata in README.md" in message
+    assert "the metadata of README.md is not a mapping" in message

@@ -28,6 +28,8 @@ def baked(request, tmp_path_factory):
     family, options = RECIPES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     base = build_model(folder / "base", TinyModel(family, sharded=family == "llama"))
+    # A licence that asks for a NOTICE, which the base does not have and the bake is given.
+    (base / "README.md").write_text("---\nlicense: gemma\n---\n# Base\n")
     direction = folder / "direction.safetensors"
     save_file(
         {"direction": torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3))},
@@ -65,6 +67,8 @@ def test_undo_gives_the_base_back(baked, tmp_path):
     for name in found.whole_files:
         assert (tmp_path / "back" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "back/originals.safetensors").exists()
+    assert (bake / "NOTICE").is_file()
+    assert not (tmp_path / "back/NOTICE").exists()
 
 
 def test_diff_lists_exactly_the_plan(baked):

@@ -7,13 +7,16 @@ its own cache, as a user's would.
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import torch
+import yaml
 from conftest import PROMPTS
 from loopback_hub import LoopbackHub, run_client
+from publishing import sent_weights
 from safetensors.torch import load_file
 
 from bake.api import inspect
@@ -34,6 +37,9 @@ def hub(llama):
         running.add_user("ada", TOKEN)
         running.create_repo("ada/base")
         running.add_files("ada/base", {path.name: path.read_bytes() for path in llama.iterdir()})
+        running.add_files(
+            "ada/base", {"README.md": b"---\nlicense: mit\nlanguage: en\n---\n# Base\n"}
+        )
         yield running
 
 
@@ -74,6 +80,12 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     titles = [commit.title for commit in hub.commits("ada/steered")]
     assert titles == ["Publish the baked model", "initial commit"]
     published = hub.files("ada/steered")
+    assert result["publication"]["copied"] == ["model-00001-of-00002.safetensors"]
+    extra = published["model-00002-of-00002.safetensors"]
+    assert list(sent_weights(hub, "ada/steered").values()) == [extra]
+    head = yaml.safe_load(published["README.md"].decode().split("---\n")[1])
+    assert (head["base_model"], head["base_model_relation"]) == ("ada/base", "finetune")
+    assert (head["license"], head["language"]) == ("mit", ["en"])
     assert all(TOKEN.encode() not in content for content in published.values())
     assert all(str(tmp_path).encode() not in content for content in published.values())
 
@@ -101,9 +113,62 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     assert json.loads(second.stdout)["private"] is False
     assert hub.files("ada/second") == published
 
-    # The published repo can be verified from a directory with nothing but the Hub's base named in it.
-    verified = bake(hub, tmp_path, "verify", tmp_path / "out")
+    # Thin, from the Hub's base: no weight is ever here, until the published model is proven.
+    recorded = json.loads((tmp_path / "out" / "bake.json").read_text())
+    norms = {"base": recorded["base"], **recorded["calibration"]}
+    (tmp_path / "norms.json").write_text(json.dumps(norms))
+    planted = {"USER": "zebulon-planted", "LOGNAME": "zebulon-planted"}
+    thin = bake(
+        hub, tmp_path, "export", "ada/base", "--thin", "-o", tmp_path / "thin",
+        "--direction", tmp_path / "out" / "direction.safetensors",
+        "--calibration", tmp_path / "norms.json", **planted,
+    )  # fmt: skip
+    assert thin.returncode == 0, thin.stderr
+    assert "Not verified here" in (tmp_path / "thin" / "README.md").read_text()
+    third = bake(
+        hub,
+        tmp_path,
+        "publish",
+        tmp_path / "thin",
+        "ada/third",
+        "--verify-remote",
+        "--json",
+        **planted,
+    )
+    assert third.returncode == 0, third.stderr
+    assert list(sent_weights(hub, "ada/third").values()) == [extra]
+    assert [commit.title for commit in hub.commits("ada/third")] == [
+        "Record that the published model was verified",
+        "Publish the baked model",
+        "initial commit",
+    ]
+    assert b"Not verified here" in hub.commits("ada/third")[1].files["README.md"].content
+    assert json.loads(third.stdout)["proven"] is True
+    completed = hub.files("ada/third")
+    assert "Not verified here" not in completed["README.md"].decode()
+    assert json.loads(completed["bake.json"])["equivalence"]["passed"] is True
+    weights = [name for name in published if name.startswith("model-")]
+    assert [completed[name] for name in weights] == [published[name] for name in weights]
+    assert completed.keys() == published.keys()
+
+    # By their ids alone: proven again, and built again to the byte.
+    verified = bake(hub, tmp_path, "verify", "ada/steered")
     assert verified.returncode == 0, verified.stderr
+    reproduced = bake(hub, tmp_path, "reproduce", "ada/third", "--json")
+    assert reproduced.returncode == 0, reproduced.stdout + reproduced.stderr
+    assert json.loads(reproduced.stdout)["identical"] is True
+    host = socket.gethostname()
+    hosts = [host] if len(host) > 6 else []  # a short one is found in any weights
+    for secret in (TOKEN, str(tmp_path), "zebulon-planted", *hosts):
+        for content in (*published.values(), *completed.values()):
+            assert secret.encode() not in content
+    for request in hub.requests:
+        rest = {k: v for k, v in request.headers.items() if k != "authorization"}
+        sent = repr((request.path, request.query, rest)).encode() + request.body
+        assert TOKEN.encode() not in sent
+        assert b"zebulon-planted" not in sent
+    for finished in (second, thin, third, verified, reproduced):
+        assert TOKEN not in finished.stdout + finished.stderr
 
 
 @pytest.mark.parametrize(

@@ -261,10 +261,10 @@ def test_a_record_that_is_interrupted_leaves_it_unproven_and_can_be_made_again(
     assert recorded["files"] == hash_files(out, exclude=("bake.json",))
 
 
-def test_it_cannot_be_published(base, tmp_path, direction, calibration):
+def test_of_a_local_base_it_cannot_be_published(base, tmp_path, direction, calibration):
     out = tmp_path / "out"
     export(str(base), output=out, direction=direction, calibration=calibration(base), thin=True)
-    with pytest.raises(HubError, match="no passed equivalence check"):
+    with pytest.raises(HubError, match="can be published where its base lies on the Hub"):
         publish(out, "ada/steered")
 
 
