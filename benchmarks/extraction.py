@@ -1,7 +1,7 @@
 """What finding a direction costs, and whether it is the same direction, beside two other tools.
 
-    python -m pip install --no-deps --target /tmp/references steering-vectors repeng gguf
-    PYTHONPATH=/tmp/references python benchmarks/extraction.py [--runs 3] [--pairs 200]
+    python -m pip install --no-deps --target build/references steering-vectors repeng gguf
+    PYTHONPATH=build/references python benchmarks/extraction.py [--runs 3] [--pairs 200]
 
 The floor is a bare forward of the same texts, sorted by length, in the same batches, without the head.
 steering-vectors (mean, last token) and repeng (pca) take part where they can be imported; they get
