@@ -55,7 +55,7 @@ def test_the_bake_carries_table_figures_and_samples(export, swept, tmp_path):
     code, errors, output = export(swept, "-m", "2")
     assert code == 0, errors
     assert sorted(path.name for path in (output / "figures").iterdir()) == [
-        "dose-response.png", "norms.png",
+        "dose-response.png", "norms.png", "separation.png",
     ]  # fmt: skip
     drawn = (output / "figures" / "dose-response.png").read_bytes()
     assert drawn == (swept / "figures" / "dose-response.png").read_bytes()
