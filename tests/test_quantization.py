@@ -44,6 +44,20 @@ MODELS = {
     "llama": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+    },
 }
 
 
@@ -51,7 +65,7 @@ def quantize_fp8(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Store every projection as float8 in blocks, with a scale for each, as DeepSeek-V3 is stored."""
     found = {}
     for name, weight in tensors.items():
-        if not name.endswith("proj.weight") or name.startswith(UNTOUCHED):
+        if not name.endswith(("proj.weight", "mqa.weight")) or name.startswith(UNTOUCHED):
             found[name] = weight
             continue
         rows, columns = weight.shape
@@ -156,7 +170,10 @@ def test_weights_are_dequantised_as_transformers_does(quantized, model_type):
     assert names.find("model.norm.weight") == "model.norm.weight"
 
 
-@pytest.mark.parametrize(("model_type", "site"), [("llama", "mlp_out"), ("gpt_oss", "attn_out")])
+@pytest.mark.parametrize(
+    ("model_type", "site"),
+    [("llama", "mlp_out"), ("gpt_oss", "attn_out"), ("deepseek_v3", "attn_out")],
+)
 def test_an_export_keeps_the_quantised_bytes(
     quantized, pairs_file, prompts_file, tmp_path, model_type, site
 ):
