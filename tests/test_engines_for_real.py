@@ -175,9 +175,9 @@ def test_every_fact_that_is_said_to_be_run_is_run():
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_mlx_does_with_every_route_what_the_facts_say(model_type, tmp_path, load_in_mlx):
     config = CONFIG_MAPPING[model_type](**FAMILIES[model_type])
-    found = examine(config)
-    assert found.routes
-    for number, route in enumerate(found.routes):
+    routes = [route for route in examine(config).routes if route.rewriter is None]
+    assert routes
+    for number, route in enumerate(routes):
         torch.manual_seed(number)
         model = build_random(with_flags(config, route.flags), number)
         write_as_published(model, tmp_path / f"{number}-base")
