@@ -16,7 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
@@ -315,6 +315,8 @@ def wait_for(url, process):
         try:
             with urlopen(f"{url}/models"):
                 return
+        except HTTPError:
+            return  # It answers, if only that it has no cache to list models from.
         except (URLError, ConnectionError):
             time.sleep(1)
     pytest.fail("the server does not answer")
