@@ -51,6 +51,8 @@ def combine(
     one of the directions lacks are left out. Raises DirectionError for directions of different spaces or
     widths, for a sum that cancels, and for one that others contain wholly when orthogonalised.
     """
+    import torch
+
     _check_alike(given)
     vectors: dict[Key, torch.Tensor] = {}
     lengths: dict[Key, float] = {}
@@ -63,18 +65,16 @@ def combine(
         else:
             shares = [1.0] * len(unit)
         sizes = [_length(direction, key) if keep_scale else 1.0 for _, _, direction in given]
-        total = sum(
-            strength * size * vector
-            for (_, strength, _), size, vector in zip(given, sizes, unit, strict=True)
-        )
-        length = float(total.norm())  # type: ignore[union-attr]
+        weights = [strength * size for (_, strength, _), size in zip(given, sizes, strict=True)]
+        total = torch.stack([w * vector for w, vector in zip(weights, unit, strict=True)]).sum(0)
+        length = float(total.norm())
         if length < _SMALL:
             raise DirectionError(
                 f"the directions cancel each other{_at(key)}; change their strengths"
             )
-        vectors[key], lengths[key] = (total / length).float(), length  # type: ignore[union-attr]
+        vectors[key], lengths[key] = (total / length).float(), length
         for index, (vector, size) in enumerate(zip(unit, sizes, strict=True)):
-            effective[index][key] = float(total @ vector) / size  # type: ignore[operator]
+            effective[index][key] = float(total @ vector) / size
             kept[index][key] = shares[index]
     parts = tuple(
         Part(name, strength, effective[index], kept[index])

@@ -7,7 +7,8 @@ same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,32 +205,20 @@ def draw_separation(path: Path, accuracy: Mapping[int, tuple[float, float, float
     return path
 
 
-class _canvas:  # noqa: N801 - used as a context manager, as pyplot.rc_context is
-    """Axes side by side on one figure that is written when the block ends."""
+@contextmanager
+def _canvas(path: Path, count: int, height: float) -> Iterator[Sequence[Axes]]:
+    """Yield axes side by side on one figure, which is written when the block ends without an error."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def __init__(self, path: Path, count: int, height: float) -> None:
-        self.path, self.count, self.height = path, count, height
-
-    def __enter__(self) -> Sequence[Axes]:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        self.style = mpl.rc_context(_STYLE)
-        self.style.__enter__()
-        self.figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
-        FigureCanvasAgg(self.figure)
-        axes = self.figure.subplots(1, self.count, squeeze=False)[0]
-        return list(axes)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # No software version and no time, so that the same values give the same bytes.
-                self.figure.savefig(self.path, dpi=DPI, metadata={"Software": None})
-        finally:
-            self.style.__exit__(kind, error, trace)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield list(figure.subplots(1, count, squeeze=False)[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # No software version and no time, so that the same values give the same bytes.
+        figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
 def _draw_series(

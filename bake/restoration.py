@@ -329,11 +329,14 @@ def _patch_shards(checkpoint: Checkpoint, strength: Strength) -> list[str]:
                 f"changed there as well: copy it, or export again"
             )
     for file, names in by_file.items():
-        with (checkpoint.directory / file).open("r+b", buffering=0) as stream:
-            for name in names:
-                stream.seek(checkpoint.entry(name).start)
-                write_all(stream, encode_tensor(strength.patched[name]))
-            os.fsync(stream.fileno())
+        try:
+            with (checkpoint.directory / file).open("r+b", buffering=0) as stream:
+                for name in names:
+                    stream.seek(checkpoint.entry(name).start)
+                    write_all(stream, encode_tensor(strength.patched[name]))
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OutputError(f"{file} cannot be written: {error.strerror or error}") from None
     return list(by_file)
 
 

@@ -177,7 +177,13 @@ def sweep(options: TrialOptions) -> Trial:
             attribution = _attribute(loaded, base, tokenizer, direction, design, texts, norms)
     trial = Trial(output, base, direction, found, texts, attribution, clock.seconds, peak_memory())
     with clock.stage("report"):
-        write_report(trial, html=options.html)
+        try:
+            write_report(trial, html=options.html)
+        except OSError as error:
+            raise OutputError(
+                f"{output} cannot be written: {error.strerror or error}; what was measured is kept, so "
+                f"the same command goes on from there"
+            ) from None
     return replace(trial, timings=clock.seconds, peak_memory=peak_memory())
 
 

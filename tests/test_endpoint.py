@@ -1,7 +1,7 @@
 """`bake verify --endpoint`: which model a server runs, told by the canary; one line for what is wrong.
 
 A small loopback server answers as servers do. Behind `-m servers`, real ones: `transformers serve`
-(needs fastapi and uvicorn) and `mlx_lm.server` (needs mlx-lm), each skipped where it is not installed.
+(needs fastapi and uvicorn) and `mlx_lm.server` (needs mlx-lm); they fail where these are not installed.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def demo_bake(tmp_path_factory):
 def test_a_real_server(name, served, demo_bake, capsys):
     module, arguments = REAL[name]
     if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed")
+        pytest.fail(f"{module} is not installed: pip install fastapi uvicorn mlx-lm")
     model = demo_bake if served == "baked" else Path(DEMO_MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

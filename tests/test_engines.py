@@ -258,3 +258,9 @@ def test_export_takes_the_route_of_the_target_and_records_where_it_survives(
     assert recorded["survives"]["sglang"]["verdict"] == "kept"
     assert "survives in transformers" in capsys.readouterr().err
     assert "| SGLang 0" in (output / "README.md").read_text()
+
+
+def test_added_layers_are_not_promised_to_an_engine():
+    with pytest.raises(UnsupportedError, match="whether added layers survive in mlx is not known"):
+        anatomy("llama").choose("mlp_out", route="insert", target="mlx")
+    assert anatomy("llama").choose("mlp_out", route="insert", target="transformers").rewriter

@@ -161,6 +161,11 @@ class Anatomy:
         if route not in ROUTES:
             raise UnsupportedError(f"unknown route {route!r}; the routes are {', '.join(ROUTES)}")
         if route == "insert":
+            if target not in (None, "transformers"):
+                raise UnsupportedError(
+                    f"whether added layers survive in {target} is not known; leave --target or --route "
+                    f"insert out"
+                )
             return self._choose_insertion(site, found_at)
         candidates = [
             entry
