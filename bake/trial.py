@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import pipeline, processes
+from bake import processes
+from bake.base import Base, load_base, open_base
 from bake.direction import Direction, hash_vectors
 from bake.dose_response import (
     CONTROL_SEEDS,
@@ -83,7 +84,7 @@ class Trial:
     """A finished sweep: what it found and where it was written."""
 
     output: Path
-    base: pipeline.Base
+    base: Base
     direction: Direction
     found: DoseResponse
     texts: Texts
@@ -133,7 +134,7 @@ def sweep(options: TrialOptions) -> Trial:
     texts = read_texts(options)
     scorer = load_scorer(options.scorer)
     given = read_direction(options.direction)
-    base = pipeline.open_base(options.model, options.revision, clock)
+    base = open_base(options.model, options.revision, clock)
     direction, notes = fit_direction(
         given,
         options.direction,
@@ -147,7 +148,7 @@ def sweep(options: TrialOptions) -> Trial:
     tokenizer = load_tokenizer(base.checkpoint.directory)
     with clock.stage("load"):
         placement = choose_placement(options.device_map, options.max_memory)
-        loaded = pipeline.load_base(base.checkpoint, placement)
+        loaded = load_base(base.checkpoint, placement)
     layer_count = base.anatomy.layer_count
     with clock.stage("calibrate"):
         norms = measure_sites(
@@ -243,7 +244,7 @@ def load_scorer(name: str | None) -> Scorer | None:
     return score
 
 
-def make_design(options: TrialOptions, base: pipeline.Base, direction: Direction) -> Design:
+def make_design(options: TrialOptions, base: Base, direction: Direction) -> Design:
     """Return what is compared: every combination of site, law and band, the first one leading."""
     from bake.coefficients import LAWS, band_layers, parse_band
     from bake.sites import check_direction_site
@@ -301,7 +302,7 @@ def write_report(trial: Trial, *, html: bool) -> None:
 
 def _attribute(
     loaded: LoadedModel,
-    base: pipeline.Base,
+    base: Base,
     tokenizer: PreTrainedTokenizerBase,
     direction: Direction,
     design: Design,
