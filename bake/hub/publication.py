@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import HubError
+from bake.hashing import is_hidden
 from bake.hub.access import check_access, model_info, open_api, require_ours, require_private
 from bake.hub.copies import Origin, find_origins, require_on_disk
 from bake.hub.errors import one_line, translated
 from bake.hub.files import difference, differences, remote_files, require_arrival
-from bake.hub.manifest import Manifest, file_names, is_hidden, measure, read_manifest
+from bake.hub.manifest import Manifest, measure, read_manifest
 from bake.hub.rights import check_card, check_rights
 from bake.progress import announce
 
@@ -152,7 +153,7 @@ def verify_arrival(directory: Path, repo_id: str, commit: str) -> None:
     Raises:
         HubError: naming the first difference; or the Hub cannot be asked.
     """
-    local = measure(directory, file_names(directory))
+    local = measure(directory)
     require_arrival(local, remote_files(open_api(), repo_id, commit), repo_id, commit)
 
 
