@@ -27,12 +27,12 @@ ROOT = Path(__file__).parent.parent
 # Everything is loaded once; a child is forked for every run and kills itself at its n-th step: before it
 # opens a file to write, makes, renames or removes one. No time decides where it dies.
 KILLER = """
-import json, os, shutil, signal, sys
+import os, shutil, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bake import pipeline, rescale
+from bake import rescale
 from bake.hashing import hash_files
 steps = left = 0
 def watch(event, arguments):
