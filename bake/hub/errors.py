@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, as one line that names the thing and the remedy, without a token."""
+"""What huggingface_hub raises, as one line that names the thing and the remedy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bake.errors import HubError
+from bake.secrecy import without_secrets
 
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a write token from https://huggingface.co/settings/tokens"
 
@@ -62,9 +63,5 @@ def _explained(error: Any, name: str) -> str:
 
 
 def one_line(message: object) -> str:
-    """A message of other software on one line, short, and without the token should it hold one."""
-    from huggingface_hub import get_token
-
-    text = " ".join(str(message).split())[:300]
-    token = get_token()
-    return text.replace(token, "(the token)") if token else text
+    """Return a message of other software on one line, and short; what is secret goes before the cut."""
+    return " ".join(without_secrets(str(message)).split())[:300]

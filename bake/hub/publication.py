@@ -21,6 +21,7 @@ from bake.hub.files import difference, differences, remote_files, require_arriva
 from bake.hub.manifest import Manifest, measure, read_manifest
 from bake.hub.rights import check_card, check_rights
 from bake.progress import announce
+from bake.secrecy import without_secrets
 
 DEFAULT_MESSAGE = "Publish the baked model"
 
@@ -134,7 +135,7 @@ def publish(
     at = f"/tree/{revision}" if revision else ""
     return Publication(
         repo_id=repo_id,
-        url=done.pull_request or f"{api.endpoint}/{repo_id}{at}",
+        url=without_secrets(done.pull_request or f"{api.endpoint}/{repo_id}{at}"),
         commit=done.commit,
         files=tuple(manifest.files),
         private=head.private,
@@ -142,7 +143,7 @@ def publish(
         already_there=done.already_there,
         copied=done.copied,
         uploaded=done.uploaded,
-        pull_request=done.pull_request,
+        pull_request=done.pull_request and without_secrets(done.pull_request),
         proven=manifest.proven,
     )
 
