@@ -1,4 +1,6 @@
-"""What must not be said: the Hugging Face token, and names and passwords in addresses."""
+"""What must not be said: the Hugging Face token, passwords in addresses; and, in published files, where
+something lies on this machine.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ import re
 import sys
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+_LOCAL_PATH = re.compile(
+    r"(?:file://|(?<![\w/:.~\\]))(?:~?/[^\s/\"',;]+/|[A-Za-z]:[\\/])[^\s\"',;]*"
+)
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -25,3 +30,8 @@ def _tokens() -> set[str]:
 
         found.add(get_token() or "")
     return found - {""}
+
+
+def without_local_paths(text: str) -> str:
+    """Return `text` without absolute paths, which name a person's machine; addresses stay."""
+    return _LOCAL_PATH.sub("(local path)", text)

@@ -4,14 +4,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from conftest import HIDDEN
 from loopback_hub import LoopbackHub, Reply, run_client
 from publishing import REPO_ID, TOKEN, refusal, write_output
+from safetensors.torch import save_file
 from test_road_to_the_hub import ROOT
 
+from bake import export
 from bake.errors import BakeError
 from bake.hub import publish
 from bake.progress import announce
-from bake.secrecy import without_secrets
+from bake.secrecy import without_local_paths, without_secrets
 
 
 def test_addresses_lose_their_passwords_and_texts_the_token(monkeypatch):
@@ -82,3 +86,30 @@ def test_an_error_needs_no_client_of_the_hub():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout == "False\n"
+
+
+def test_local_paths_go_and_addresses_stay():
+    for text, wanted in (
+        ("/home/ada/data.json", "(local path)"),
+        ('{"model": "/home/ada/x", "b": 1}', '{"model": "(local path)", "b": 1}'),
+        ("C:\\Users\\ada\\x and file:///home/ada", "(local path) and (local path)"),
+        ("https://hub.example/ada/m, meta-llama/Llama-3.2-1B", None),
+        ("α = m·μ_l/√d, and/or 1/2", None),
+    ):
+        assert without_local_paths(text) == (wanted or text)
+
+
+def test_a_bake_does_not_say_where_anything_lay(make_model, prompts_file, tmp_path):
+    """Another tool's direction file may name the machine that it was found on."""
+    place = tmp_path / "planted-place"
+    place.mkdir()
+    metadata = {"site": "mlp_out", "model": str(place / "base"), "note": "from ada/base"}
+    save_file({"direction": torch.ones(HIDDEN)}, place / "vector.safetensors", metadata)
+    assert b"planted-place" in (place / "vector.safetensors").read_bytes()
+    base, given = make_model(sharded=True), str(place / "vector.safetensors")
+    export(str(base), output=place / "out", direction=given, prompts=prompts_file)
+    for path in (place / "out").rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert b"planted-place" not in content, path.name
+        assert str(base.parent).encode() not in content, path.name
+    assert b"from ada/base" in (place / "out" / "direction.safetensors").read_bytes()
