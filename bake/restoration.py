@@ -218,13 +218,14 @@ class Rescaled:
         }
 
 
-def rescale(directory: Path, multiplier: float) -> Rescaled:
+def rescale(directory: Path, multiplier: float, *, revision: str | None = None) -> Rescaled:
     """Give a baked directory another strength: new bytes for the slots, and nothing else is moved.
 
     The weights are those of a fresh export at that multiplier, bit for bit. The proof was of another
     strength, so the directory says "not verified" until `bake verify` has run. All of it changes or
-    nothing, see `journal`. Raises CheckpointError where the bake cannot be read, OutputError where it
-    cannot be written or a patched shard is shared with another directory.
+    nothing, see `journal`. revision: the branch that it will be published as, for the card. Raises
+    CheckpointError where the bake cannot be read, OutputError where it cannot be written or a patched
+    shard is shared with another directory.
     """
     with changing(directory) as journal:
         checkpoint = open_checkpoint(str(directory))
@@ -237,7 +238,7 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
         extra = _extra_shards(checkpoint, recorded, strength)
         for name, data in extra.items():
             journal.write(name, data)
-        _tell_again(journal.files, directory, recorded, strength.push, patches)
+        _tell_again(journal.files, directory, recorded, strength.push, patches, revision)
     return Rescaled(directory, multiplier, float(recorded["multiplier"]), (*patches, *extra))
 
 
@@ -247,11 +248,13 @@ def _tell_again(
     recorded: Mapping[str, Any],
     push: Push,
     patches: Mapping[str, Mapping[int, bytes]],
+    revision: str | None,
 ) -> None:
     """Add figures, card and `bake.json` of a bake at another strength to the shards in `written`."""
-    story = {key: value for key, value in recorded.items() if key not in ("files", "equivalence")}
-    story |= push.to_dict()
-    story.pop("multiplier_choice", None)  # It was for another strength, as a sweep's samples were.
+    # The choice of a multiplier was for another strength, as a sweep's samples were.
+    stale = ("files", "equivalence", "multiplier_choice", "revision")
+    story = {key: value for key, value in recorded.items() if key not in stale}
+    story |= push.to_dict() | ({"revision": revision} if revision else {})
     if "sweep" in story:
         story["sweep"] = {**story["sweep"], "samples": []}
     draw_figures(written, push, recorded["site"], recorded["direction"]["metadata"])

@@ -125,7 +125,7 @@ def _make_strength(directory: Path, target: Path, multiplier: float) -> None:
             _link((directory / name).resolve(), target / name)
         else:
             shutil.copyfile(directory / name, target / name)
-    rescale(target, multiplier)
+    rescale(target, multiplier, revision=branch_of(multiplier))
 
 
 def _patched_files(directory: Path) -> set[str]:
