@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from canned import passed
 from conftest import HIDDEN, TinyModel, build_model
 from safetensors.torch import load_file, save_file
 
@@ -121,6 +122,52 @@ def test_reproduce_is_byte_identical(baked):
     assert found.identical
     assert found.drift == pytest.approx(0, abs=1e-6)
     assert set(found.same) == set(hash_files(bake))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"site": "attn_out"},
+        {"site": "attn_in", "convert_site": True},
+        {"site": "mlp_in", "convert_site": True},
+        {"route": "insert"},
+        {"dtype": "float32"},
+        {"law": "flat", "multiplier": -0.75},
+    ],
+    ids=str,
+)
+def test_the_shipped_model_is_reproduced(monkeypatch, prompts_file, tmp_path, options):
+    monkeypatch.setattr(
+        "bake.pipeline.prove", passed
+    )  # The proof is data here, and is tested elsewhere.
+    given = {"direction": "bake-demo", "prompts": prompts_file, **options}
+    export("bake-demo", output=tmp_path / "bake", **given)
+    changed = diff("bake-demo", tmp_path / "bake")
+    assert changed.tensors
+    found = reproduce(tmp_path / "bake")
+    assert found.identical, found.differing
+    assert set(found.same) == set(hash_files(tmp_path / "bake"))
+
+
+def test_reproduce_says_when_a_fresh_calibration_would_differ(
+    monkeypatch, prompts_file, tmp_path, capsys
+):
+    monkeypatch.setattr("bake.pipeline.prove", passed)
+    base = build_model(tmp_path / "base", TinyModel("llama"))
+    given = {"direction": torch.arange(HIDDEN).float(), "prompts": prompts_file}
+    export(str(base), output=tmp_path / "bake", **given)
+    words = ["reproduce", str(tmp_path / "bake"), "--base", str(base), "--calibrate"]
+    capsys.readouterr()
+    assert main([*words, str(prompts_file)]) == 0
+    assert "a fresh calibration gives the recorded norms" in capsys.readouterr().out
+    assert main([*words, "neutral"]) == 0
+    assert (
+        "a fresh calibration would differ from the recorded norms by up to"
+        in capsys.readouterr().out
+    )
+    assert main(words[:-1]) == 0
+    assert "calibration" not in capsys.readouterr().out
 
 
 def test_reproduce_names_what_came_out_differently(baked, tmp_path):
