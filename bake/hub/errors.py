@@ -62,6 +62,15 @@ def _explained(error: Any, name: str) -> str:
     return f"the Hub refuses {name} with status {status}: {said}"
 
 
+def is_refusal(error: HubError) -> bool:
+    """Tell whether the Hub said no, which it will again, rather than failed or could not be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause = error.__cause__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
+    return status < 500 and status != 429
+
+
 def one_line(message: object) -> str:
     """Return a message of other software on one line, and short; what is secret goes before the cut."""
     return " ".join(without_secrets(str(message)).split())[:300]

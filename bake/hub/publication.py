@@ -286,7 +286,7 @@ def _copying_told_apart(copying: bool) -> Iterator[None]:
         raise _CannotCopyError(one_line(error)) from error
     except errors.HfHubHTTPError as error:
         path, status = error.response.request.url.path, error.response.status_code
-        if not path.endswith("/lfs-files/duplicate") or status >= 500:
+        if not path.endswith("/lfs-files/duplicate") or status >= 500 or status == 429:
             raise
         raise _CannotCopyError(one_line(error.server_message or error)) from error
     except ValueError as error:
