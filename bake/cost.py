@@ -17,6 +17,7 @@ from typing import Any
 from bake.anatomy.insertion import Insertion
 from bake.checkpoint import Checkpoint
 from bake.disk_names import DiskNames
+from bake.dose_response import Texts
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.layout import Layout, plan_layout
 from bake.loading import build_on_meta
@@ -35,7 +36,6 @@ from bake.pipeline import (
 from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe
-from bake.response import Texts
 from bake.safetensors_file import TensorEntry
 from bake.strength import AUTO_MULTIPLIERS, SAMPLING, read_trial_texts
 from bake.thin import check_base, check_route

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.direction import hash_vectors
-from bake.dose_response import REPORT_FILE
+from bake.dose_response.store import REPORT_FILE
 from bake.errors import BakeError
 from bake.figures import FIGURES
 

@@ -10,22 +10,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bake.arms import Arm
-from bake.dose_response import BASE, Bounds, find_windows
-from bake.errors import BakeError
-from bake.pairs import read_pairs
-from bake.prompts import read_prompts
-from bake.resources import tried_on
-from bake.response import (
+from bake.dose_response import (
+    BASE,
+    Arm,
+    Bounds,
     Interval,
     Point,
     Sampling,
     Texts,
+    find_windows,
     measure_neutral,
     measure_pairs,
     measure_rollouts,
     summarise,
 )
+from bake.errors import BakeError
+from bake.pairs import read_pairs
+from bake.prompts import read_prompts
+from bake.resources import tried_on
 
 if TYPE_CHECKING:
     from bake.coefficients import Push

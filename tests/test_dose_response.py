@@ -8,23 +8,26 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS
 
-from bake import dose_response
-from bake.arms import Arm
 from bake.direction import Direction
 from bake.dose_response import (
+    Arm,
     Bounds,
     Design,
     DoseResponse,
+    Interval,
+    Point,
+    Sampling,
+    Texts,
     Variant,
     compare_laws,
     find_windows,
     make_arms,
     measure_sites,
-    random_direction,
     run_sweep,
 )
+from bake.dose_response import sweep as sweeping
+from bake.dose_response.controls import random_direction
 from bake.pairs import ContrastPair
-from bake.response import Interval, Point, Sampling, Texts
 
 FLAT = Variant(law="flat")
 
@@ -201,13 +204,13 @@ def counted(monkeypatch):
     calls = dict.fromkeys(MEASURES, 0)
 
     def wrap(name):
-        inner = getattr(dose_response, name)
+        inner = getattr(sweeping, name)
 
         def counting(*arguments):
             calls[name] += 1
             return inner(*arguments)
 
-        monkeypatch.setattr(dose_response, name, counting)
+        monkeypatch.setattr(sweeping, name, counting)
 
     for name in MEASURES:
         wrap(name)
@@ -224,7 +227,7 @@ def test_a_sweep_that_was_interrupted_goes_on_and_ends_alike(sweep, counted, tmp
         def die(*_):
             raise KeyboardInterrupt
 
-        broken.setattr(dose_response, killed, die)
+        broken.setattr(sweeping, killed, die)
         with pytest.raises(KeyboardInterrupt):
             sweep(tmp_path)
     before = dict(counted)

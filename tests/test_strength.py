@@ -10,7 +10,8 @@ from bake.anatomy import examine
 from bake.cli import main
 from bake.coefficients import band_layers, compute_push
 from bake.direction import Direction, load_direction, normalise
-from bake.dose_response import Bounds, measure_sites, random_direction
+from bake.dose_response import Bounds, measure_sites
+from bake.dose_response.controls import random_direction
 from bake.errors import BakeError
 from bake.model import load_model, read_config
 from bake.prompts import load_tokenizer, read_prompts

@@ -7,21 +7,21 @@ import pytest
 import torch
 from conftest import HIDDEN
 
-from bake.arms import Arm
-from bake.errors import PromptError
-from bake.pairs import ContrastPair
-from bake.response import (
+from bake.dose_response import (
+    Arm,
     Interval,
     Point,
     Sampling,
     Texts,
-    _repeats,
-    _split,
     measure_neutral,
     measure_pairs,
     measure_rollouts,
     summarise,
 )
+from bake.dose_response.measurements import _split
+from bake.dose_response.summary import _repeats
+from bake.errors import PromptError
+from bake.pairs import ContrastPair
 from bake.sampling import score_continuations
 from bake.steering import steered
 

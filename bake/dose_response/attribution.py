@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.arms import Arm
 from bake.coefficients import band_layers, compute_push
+from bake.dose_response.arms import Arm
+from bake.dose_response.measurements import Sampling, Texts, measure_neutral, measure_pairs
+from bake.dose_response.points import Point
+from bake.dose_response.summary import summarise
 from bake.figures import draw_layers
-from bake.response import Point, Sampling, Texts, measure_neutral, measure_pairs, summarise
 
 if TYPE_CHECKING:
     from bake.direction import Direction
-    from bake.dose_response import Variant
+    from bake.dose_response.design import Variant
     from bake.model import LoadedModel
     from bake.sites import LayerStructure
 

@@ -1,0 +1,59 @@
+"""A finished sweep, as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.direction import Direction, hash_vectors
+from bake.dose_response import DoseResponse, Texts
+
+if TYPE_CHECKING:
+    import torch
+
+    from bake.dose_response.attribution import Attribution
+    from bake.pipeline import Base
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished sweep: what it found and where it was written."""
+
+    output: Path
+    base: Base
+    direction: Direction
+    found: DoseResponse
+    texts: Texts
+    attribution: Attribution | None
+    timings: dict[str, float]
+    peak_memory: int
+
+    def report(self) -> dict[str, Any]:
+        """Return what `report.json` holds: no times and no paths."""
+        values = {
+            "base": self.base.to_dict(),
+            "direction": {**self.direction.to_dict(), "sha256": hash_vectors(self._vectors())},
+            "texts": {
+                "pairs": len(self.texts.pairs),
+                "neutral": len(self.texts.neutral),
+                "openings": len(self.texts.openings),
+            },
+            **self.found.to_dict(),
+        }
+        if self.attribution is not None:
+            values["by_layer"] = self.attribution.to_dict()
+        return values
+
+    def _vectors(self) -> dict[int, torch.Tensor]:
+        """Return the unit vectors that were pushed."""
+        return {layer: self.direction.layer(layer) for layer in self.found.coefficients}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        return {
+            "output": str(self.output),
+            **self.report(),
+            "timings": self.timings,
+            "peak_memory": self.peak_memory,
+        }
