@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bake import pipeline, thin
 from bake.anatomy import Anatomy, examine
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
+from bake.base import load_base, open_base
 from bake.checkpoint import find_bake, is_path, open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
@@ -98,9 +99,9 @@ def calibrate(
 ) -> ActivationNorms:
     """Measure the activation norms of every layer at a site; write them to `output` if it is given."""
     texts = read_prompts(prompts)
-    base = pipeline.open_base(model, revision)
+    base = open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
-    loaded = pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory))
+    loaded = load_base(base.checkpoint, choose_placement(device_map, max_memory))
     limit = position_limit(loaded.model.config)
     norms = measure_norms(
         loaded,
@@ -156,7 +157,7 @@ def extract_direction(
     )
     options.check()
     read = read_pairs(pairs)
-    base = pipeline.open_base(model, revision)
+    base = open_base(model, revision)
     if layers is None:
         band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
         layers = layers_with(
@@ -165,7 +166,7 @@ def extract_direction(
             band if method == OPTIMIZE else range(base.anatomy.layer_count),
         )
     direction = extract(
-        pipeline.load_base(base.checkpoint, choose_placement(device_map, max_memory)),
+        load_base(base.checkpoint, choose_placement(device_map, max_memory)),
         base.anatomy.structure,
         site,
         load_tokenizer(base.checkpoint.directory),
@@ -228,8 +229,8 @@ def show_direction(
     cosines = compare_directions(given, others)
     if model is None:
         return given, Reading((), cosines)
-    base = pipeline.open_base(model, revision)
-    loaded = pipeline.load_base(base.checkpoint)
+    base = open_base(model, revision)
+    loaded = load_base(base.checkpoint)
     tokenizer = load_tokenizer(base.checkpoint.directory)
     found = read_tokens(loaded, base.anatomy.structure, tokenizer, given, count=tokens)
     return given, Reading(found, cosines)

@@ -1,4 +1,4 @@
-"""The story: the model card of a bake, rendered from the values that the stages returned.
+"""The story: the model card of a bake and its figures, from the values that the stages returned.
 
 Templates are Jinja files in `model_cards/`, rendered with StrictUndefined: a missing value is an error,
 never an empty place in a published card.
@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.figures import FIGURES, draw_norms, draw_separation
 from bake.front_matter import compose_front_matter
 from bake.licences import card_lines
+from bake.record import count_added_layers
 from bake.resources import shipped
+from bake.separation import parse_separation
+from bake.sites import DESCRIPTIONS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from bake.coefficients import Push
+    from bake.direction import Direction
+    from bake.evidence import Evidence
+    from bake.plan import Plan
+
 CARD_TEMPLATE = "card.md.jinja"
+METHOD_WORDS = {
+    "mean": "the difference of mean activations",
+    "pca": "the first principal component of the differences of activations",
+    "probe": "a linear probe's weights",
+    "optimize": "the push that raises the likelihood of positive over negative completions, optimised",
+}
 
 
 def table_cell(text: str) -> str:
@@ -62,4 +78,83 @@ def render_card(values: Mapping[str, Any]) -> str:
         card_environment()
         .get_template(CARD_TEMPLATE)
         .render(**values, front_matter=head, licence_lines=card_lines(values.get("licence") or {}))
+    )
+
+
+def draw_figures(
+    directory: Path,
+    push: Push,
+    site: str,
+    metadata: Mapping[str, str],
+    evidence: Evidence | None = None,
+) -> None:
+    """Write `figures/`: the norms with the coefficients, how well the direction separates where its
+    metadata knows, and a sweep's where one is given.
+    """
+    draw_norms(
+        directory / FIGURES / "norms.png",
+        {entry.layer: entry.activation_norm for entry in push.layers},
+        {entry.layer: entry.coefficient for entry in push.layers},
+        site,
+        push.multiplier,
+    )
+    separation = parse_separation(metadata)
+    if separation is not None:
+        accuracy = {entry.layer: (entry.accuracy, *entry.interval) for entry in separation.layers}
+        draw_separation(directory / FIGURES / "separation.png", accuracy)
+    if evidence is not None:
+        evidence.copy_figures(directory)
+
+
+def card_words(
+    site: str,
+    slots: str,
+    plan: Mapping[str, Any],
+    direction: Mapping[str, Any],
+    added_layers: int = 0,
+) -> dict[str, Any]:
+    """Return the phrases that the card needs beside the values of `bake.json`."""
+    known = direction["metadata"]
+    story = f"found at {direction['site']}"
+    how = METHOD_WORDS.get(known.get("method", ""))
+    if how is not None:
+        story += (
+            f" as {how} over {known.get('pairs', '?')} contrast pairs "
+            f"(token position: {known.get('token', '?')})"
+        )
+    if known.get("method") == "sum":
+        story += f": the sum {known['parts']}"
+    if "understood" in known:
+        story += f"; read from another tool's file: {known['understood']}"
+    return {
+        "site_description": DESCRIPTIONS[site],
+        "slots": slots,
+        "separation": parse_separation(direction["metadata"]),
+        "added_layers": added_layers,
+        "config_changes": plan["config_changes"],
+        "config_removed": plan.get("config_removed", []),
+        "direction_story": story,
+    }
+
+
+def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
+    """Return the card's phrases for a bake that is being made."""
+    route = plan.route
+    return card_words(
+        route.site,
+        route.describe(),
+        plan.to_dict(),
+        direction.to_dict(),
+        count_added_layers(plan),
+    )
+
+
+def words_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the card's phrases, from `bake.json`."""
+    return card_words(
+        recorded["site"],
+        recorded["slot"]["description"],
+        recorded["plan"],
+        recorded["direction"],
+        recorded.get("added_layers", 0),
     )

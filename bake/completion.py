@@ -18,7 +18,7 @@ from bake.equivalence import Equivalence
 from bake.errors import CheckpointError, OutputError
 from bake.hashing import hash_files
 from bake.layout import PlannedFile
-from bake.pipeline import CARD_FILE, RESULT_FILE, encode_result
+from bake.record import CARD_FILE, RESULT_FILE, encode_result
 
 _SHOWN = 3
 _KEY = "thin"
@@ -101,7 +101,7 @@ def record_proof(
 ) -> None:
     """Replace an unproven bake's card and `bake.json` by those of a proven one.
 
-    words: what the card needs beside `bake.json` (see `pipeline.card_words`). The result is what a
+    words: what the card needs beside `bake.json` (see `card.card_words`). The result is what a
     whole export would have written. Raises OutputError where the directory cannot be written.
     """
     story = {

@@ -15,24 +15,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bake.anatomy.insertion import Insertion
+from bake.base import Base, open_base
 from bake.checkpoint import Checkpoint
+from bake.destination import announce_cost, choose_layers, choose_route
 from bake.disk_names import DiskNames
 from bake.dose_response import Texts
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
+from bake.given_directions import hold_against, open_direction
 from bake.layout import Layout, plan_layout
 from bake.loading import build_on_meta
 from bake.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
 from bake.pairs import read_pairs
-from bake.pipeline import (
-    EQUIVALENCE_PROMPTS,
-    Base,
-    announce_cost,
-    choose_layers,
-    choose_route,
-    hold_against,
-    open_base,
-    open_direction,
-)
+from bake.pipeline import EQUIVALENCE_PROMPTS
 from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe

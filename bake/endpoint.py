@@ -88,7 +88,7 @@ def check_endpoint(url: str, model: str, directory: Path) -> EndpointCheck:
 
 def read_canary(directory: Path) -> dict[str, str]:
     """Return {"prompt", "baked", "base"}; raise EndpointError where the bake has no canary."""
-    from bake.verification import read_result
+    from bake.record import read_result
 
     canary = read_result(directory)["equivalence"].get("canary")
     if not canary:

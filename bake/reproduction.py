@@ -12,33 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bake.card import render_card
+from bake.base import Base, load_base, open_base
+from bake.card import draw_figures, render_card, words_of
 from bake.checkpoint import find_bake
 from bake.errors import EquivalenceError
 from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.norms import measure_norms
-from bake.pipeline import (
+from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.record import (
     CARD_FILE,
     DIRECTION_FILE,
     RESULT_FILE,
-    Base,
-    draw_figures,
-    encode_result,
-    load_base,
-    open_base,
-)
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
-from bake.streaming import Placement
-from bake.tokenization import keep_tokenizer
-from bake.verification import (
     base_name,
     base_revision,
+    encode_result,
     read_result,
     rebuild_plan,
     rebuild_push,
-    words_of,
 )
+from bake.streaming import Placement
+from bake.tokenization import keep_tokenizer
 from bake.writer import copy_companions, write_config, write_weights
 
 

@@ -15,13 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.card import draw_figures, render_card, words_of
 from bake.checkpoint import Checkpoint, find_bake, open_checkpoint
+from bake.completion import check_shards, unproven
 from bake.config_text import edit_json
 from bake.copying import sync, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError, OutputError
+from bake.figures import FIGURES
+from bake.hashing import hash_files
 from bake.layout import ORIGINALS_FILE
 from bake.licences import NOTICE_FILE
+from bake.record import CARD_FILE, RESULT_FILE, encode_result, read_result, rebuild_push
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import staged_directory
@@ -60,8 +65,6 @@ class Undone:
 
 def read_record(directory: Path) -> dict[str, Any]:
     """Read `bake.json`; raise CheckpointError where it does not say how the bake is undone."""
-    from bake.verification import read_result
-
     recorded = read_result(directory)
     if "undo" not in recorded:
         raise CheckpointError(
@@ -79,8 +82,6 @@ def undo(
     Tensors come back byte for byte; so do the weight files, unless the bake rewrote them. Raises
     CheckpointError where the bake cannot be read or a tensor of the base is not in it any more.
     """
-    from bake.completion import check_shards
-
     checkpoint = open_checkpoint(str(find_bake(model, revision)))
     recorded = read_record(checkpoint.source)
     check_shards(checkpoint.source, recorded)
@@ -226,13 +227,6 @@ def rescale(directory: Path, multiplier: float) -> Rescaled:
     strength, so the directory says "not verified" until `bake verify` has run. Raises CheckpointError
     where the bake cannot be read, OutputError where a patched shard is shared with another directory.
     """
-    from bake.card import render_card
-    from bake.completion import unproven
-    from bake.figures import FIGURES
-    from bake.hashing import hash_files
-    from bake.pipeline import CARD_FILE, RESULT_FILE, draw_figures, encode_result
-    from bake.verification import words_of
-
     checkpoint = open_checkpoint(str(directory))
     recorded = read_record(directory)
     strength = plan_strength(checkpoint, recorded, multiplier)
@@ -271,8 +265,6 @@ def plan_strength(
 ) -> Strength:
     """Fold a bake's push again at another multiplier, from its own files alone."""
     import torch
-
-    from bake.verification import rebuild_push
 
     push = _check_multiplier(rebuild_push(recorded, checkpoint.directory), multiplier)
     view = replace(checkpoint, tensors={**checkpoint.tensors, **_read_originals(checkpoint)})

@@ -14,34 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy import Anatomy, SiteRoute
-from bake.card import render_card
+from bake.base import Base, open_base
+from bake.card import draw_figures, render_card, words_for
 from bake.coefficients import Push, compute_push
 from bake.completion import NeededShard, describe_needs, unproven
+from bake.destination import choose_layers, choose_route
 from bake.direction import Direction, direction_bytes
 from bake.errors import CheckpointError, UnsupportedError
 from bake.evidence import Evidence, read_evidence
+from bake.given_directions import hold_against, lengths_of, open_direction
 from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.norms import ActivationNorms
-from bake.pipeline import (
-    CARD_FILE,
-    DIRECTION_FILE,
-    RESULT_FILE,
-    Base,
-    choose_layers,
-    choose_route,
-    describe_bake,
-    draw_figures,
-    encode_result,
-    hold_against,
-    lengths_of,
-    open_base,
-    open_direction,
-    saved_norms,
-    words_for,
-)
+from bake.pipeline import saved_norms
 from bake.plan import Plan, make_plan
 from bake.recipe import Recipe
+from bake.record import CARD_FILE, DIRECTION_FILE, RESULT_FILE, describe_bake, encode_result
 from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory

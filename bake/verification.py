@@ -7,34 +7,32 @@ stored; every other tensor must be the base's; then hooked and baked outputs are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bake.base import Base, open_base
+from bake.card import words_of
 from bake.checkpoint import Checkpoint, open_checkpoint
-from bake.coefficients import LayerPush, Push
 from bake.completion import check_shards, is_unproven, record_proof
-from bake.direction import load_direction
 from bake.edits import Add, Change, Merge, Patch, Rename, Transform
 from bake.equivalence import Equivalence
-from bake.errors import CheckpointError
 from bake.hashing import hash_files
 from bake.layout import compute
-from bake.pipeline import (
-    CARD_FILE,
-    DIRECTION_FILE,
-    RESULT_FILE,
-    Base,
-    card_words,
-    open_base,
-    prove,
-)
-from bake.plan import Plan, make_plan
+from bake.pipeline import prove
+from bake.plan import Plan
 from bake.progress import announce
 from bake.prompts import load_tokenizer
-from bake.resources import DEMO_NAME
+from bake.record import (
+    CARD_FILE,
+    RESULT_FILE,
+    base_name,
+    base_revision,
+    read_result,
+    rebuild_plan,
+    rebuild_push,
+)
 from bake.safetensors_file import encode_tensor, spec_of
 from bake.streaming import Placement
 
@@ -99,92 +97,6 @@ def verify(
         record_proof(directory, recorded, found, words_of(recorded))
         announce(f"{directory} is proven: bake.json and the card say so now")
     return Verification(directory, opened.checkpoint.model_id, found)
-
-
-def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
-    """Return the plan of a bake: its site, slots and dtype, on its base, with a push."""
-    route = opened.anatomy.choose(
-        recorded["site"],
-        kind=recorded["slot"]["kind"],
-        route=recorded["slot"]["route"],
-        host=recorded["slot"].get("rewritten_as"),
-    )
-    stored_as = recorded["plan"]["dtype"]
-    return make_plan(
-        opened.checkpoint,
-        opened.anatomy,
-        route,
-        push,
-        dtype=None if stored_as == "as the base" else stored_as,
-    )
-
-
-def words_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the card's phrases, from `bake.json`."""
-    return card_words(
-        recorded["site"],
-        recorded["slot"]["description"],
-        recorded["plan"],
-        recorded["direction"],
-        recorded.get("added_layers", 0),
-    )
-
-
-def read_result(directory: Path) -> dict[str, Any]:
-    """Read `bake.json`; raise CheckpointError where there is none or it is not ours."""
-    path = directory / RESULT_FILE
-    if not directory.is_dir():
-        raise CheckpointError(f"no directory {directory}; give one that bake export wrote")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no bake.json, so bake did not make it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    needed = ("base", "site", "slot", "layers", "hidden_size", "plan", "equivalence", "files")
-    missing = [key for key in needed if key not in result] if isinstance(result, dict) else ["base"]
-    if missing or result.get("version") != 1:
-        raise CheckpointError(
-            f"{path} is not a bake.json of version 1; make it again with bake export"
-        )
-    return dict(result)
-
-
-def base_name(recorded: Mapping[str, Any], directory: Path) -> str:
-    """Return the base's Hub id; raise CheckpointError where the base was a local directory."""
-    base = recorded["base"]
-    if base.get("revision") or base["id"] == DEMO_NAME:
-        return str(base["id"])
-    raise CheckpointError(
-        f"the base of {directory} was a local directory ({base['id']}); name it with --base"
-    )
-
-
-def base_revision(recorded: Mapping[str, Any], given: str | None) -> str | None:
-    """Return the recorded revision of the base, unless the user named another base."""
-    return None if given else recorded["base"].get("revision")
-
-
-def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
-    """Return the push: recorded coefficients × the unit vectors in `direction.safetensors`."""
-    direction = load_direction(directory / DIRECTION_FILE)
-    try:
-        layers = tuple(LayerPush(**entry) for entry in recorded["layers"])
-        start, stop = recorded["band"]
-        given = recorded.get("given_coefficients")
-        return Push(
-            law=recorded["law"],
-            multiplier=float(recorded["multiplier"]),
-            band=(int(start), int(stop)),
-            hidden_size=int(recorded["hidden_size"]),
-            layers=layers,
-            directions=direction.select(
-                [entry.layer for entry in layers], int(recorded["hidden_size"])
-            ),
-            given={int(layer): float(value) for layer, value in given.items()} if given else None,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"bake.json in {directory} is damaged: {error!r}") from None
 
 
 def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Plan) -> Iterator[str]:

@@ -202,7 +202,7 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
     from bake.model import continue_greedily, load_model, read_config
     from bake.prompts import encode, load_tokenizer
     from bake.steering import steered
-    from bake.verification import read_result, rebuild_push
+    from bake.record import read_result, rebuild_push
 
     baked = work / "baked"
     if not baked.exists():

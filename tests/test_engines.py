@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from bake.anatomy import examine
 from bake.api import calibrate, export
-from bake.cli import ENGINES
+from bake.commands.options import ENGINES
 from bake.engines import (
     Outline,
     describe_survivals,

@@ -7,6 +7,7 @@ import torch
 from conftest import PAIRS
 
 from bake import extract_direction, pipeline
+from bake.base import load_base, open_base
 from bake.cli import main
 from bake.direction import load_direction
 from bake.errors import BakeError, DirectionError
@@ -143,10 +144,10 @@ def test_export_finds_the_direction_that_bake_direction_finds(llama, pairs_file)
     choices = {"method": "probe", "token": -1, "seed": 3}
     found = extract_direction(str(llama), pairs=pairs_file, **choices)
     recipe = make_recipe({"model": str(llama), "output": "o", "pairs": str(pairs_file), **choices})
-    base = pipeline.open_base(str(llama))
+    base = open_base(str(llama))
     exported = pipeline.extract(
         base,
-        pipeline.load_base(base.checkpoint),
+        load_base(base.checkpoint),
         load_tokenizer(llama),
         recipe,
         "mlp_out",

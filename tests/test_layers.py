@@ -13,9 +13,9 @@ from bake.anatomy.layers import LayerMap, choose_layers_to_keep, find_layer_kind
 from bake.anatomy.shrink import shrink
 from bake.anatomy.structure import combine, find_decoder_layers
 from bake.anatomy.twin import Twin
+from bake.destination import choose_layers
 from bake.errors import BakeError, UnsupportedError
 from bake.loading import build_on_meta
-from bake.pipeline import choose_layers
 from bake.recipe import make_recipe
 from bake.sites import LayerStructure, Slot, layers_with
 from bake.steering import captured, steered

@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 
 from bake.anatomy import examine
 from bake.api import export
+from bake.base import open_base
 from bake.checkpoint import open_checkpoint
 from bake.coefficients import LayerPush, Push
 from bake.disk_names import DiskNames
 from bake.errors import UnsupportedError
 from bake.loading import build_on_meta
 from bake.model import compute_logits, load_model, read_config
-from bake.pipeline import open_base
 from bake.plan import make_plan
 from bake.prompts import encode, load_tokenizer, make_batches
 from bake.steering import steered

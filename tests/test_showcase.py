@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from bake import pipeline
+from bake.base import open_base
 from bake.coefficients import band_layers, compute_push
 from bake.demo import showcase
 from bake.direction import load_direction
@@ -22,7 +22,7 @@ from bake.steering import steered
 @pytest.fixture(scope="module")
 def measured():
     """{multiplier: figures} of the hooked model on the shipped openings."""
-    base = pipeline.open_base(DEMO_NAME)
+    base = open_base(DEMO_NAME)
     anatomy, loaded, tokenizer = base.anatomy, load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
     layers = band_layers(anatomy.layer_count)
     batches = make_batches(encode(tokenizer, read_prompts("neutral")))

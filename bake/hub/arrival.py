@@ -10,13 +10,15 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from bake.card import words_of
 from bake.checkpoint import find_bake
 from bake.completion import record_proof
 from bake.hub.manifest import file_names
 from bake.hub.publication import Publication, publish
 from bake.progress import announce
+from bake.record import read_result
 from bake.streaming import Placement
-from bake.verification import read_result, verify, words_of
+from bake.verification import verify
 
 MESSAGE = "Record that the published model was verified"
 

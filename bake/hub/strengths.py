@@ -19,8 +19,9 @@ from bake.errors import BakeError, CheckpointError
 from bake.hub.manifest import is_hidden, read_manifest
 from bake.hub.publication import Publication, publish
 from bake.progress import announce
+from bake.record import base_name
 from bake.restoration import read_record, rescale
-from bake.verification import base_name, verify
+from bake.verification import verify
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.base import Base
 from bake.direction import Direction, hash_vectors
 from bake.dose_response import DoseResponse, Texts
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from bake.dose_response.attribution import Attribution
-    from bake.pipeline import Base
 
 
 @dataclass(frozen=True)

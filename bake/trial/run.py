@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from bake import pipeline, processes
+from bake import processes
+from bake.base import load_base, open_base
 from bake.dose_response import measure_sites, run_sweep
 from bake.dose_response.attribution import attribute
 from bake.errors import BakeError, OutputError
@@ -31,7 +32,7 @@ def sweep(options: TrialOptions) -> Trial:
     texts = read_texts(options)
     scorer = load_scorer(options.scorer)
     given = read_direction(options.direction)
-    base = pipeline.open_base(options.model, options.revision, clock)
+    base = open_base(options.model, options.revision, clock)
     direction, notes = fit_direction(
         given,
         options.direction,
@@ -45,7 +46,7 @@ def sweep(options: TrialOptions) -> Trial:
     tokenizer = load_tokenizer(base.checkpoint.directory)
     with clock.stage("load"):
         placement = choose_placement(options.device_map, options.max_memory)
-        loaded = pipeline.load_base(base.checkpoint, placement)
+        loaded = load_base(base.checkpoint, placement)
     layer_count = base.anatomy.layer_count
     with clock.stage("calibrate"):
         norms = measure_sites(

@@ -1,7 +1,7 @@
 """What `bake direction` does with directions that exist: `bake direction convert FILE` and `show FILE`.
 
-`bake direction MODEL --pairs FILE` finds one and is `bake.cli`'s; a first word that is in COMMANDS is a
-command of its own. A model that lies in a folder of that name is `./convert`.
+`bake direction MODEL --pairs FILE` finds one and is `bake.commands.direction`'s; a first word that is in
+COMMANDS is a command of its own. A model that lies in a folder of that name is `./convert`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,38 @@
+"""`bake inspect`: what is exact in a model, or in every architecture."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bake.results import print_result
+
+
+def add(commands: Any) -> None:
+    """Add the command's parser."""
+    command = commands.add_parser(
+        "inspect", help="say which sites and routes are exact here, and why others are not"
+    )
+    command.set_defaults(run=run)
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("model", metavar="MODEL", nargs="?", help="path, Hub id, or bake-demo")
+    which.add_argument(
+        "--all",
+        action="store_true",
+        help="every architecture of the installed transformers, on its default configuration (minutes)",
+    )
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from bake import api, report
+
+    if parsed.all:
+        entries = api.inspect_all()
+        values = {"architectures": [entry.to_dict() for entry in entries]}
+        print_result(parsed, values, report.describe_catalogue(entries))
+        return 0
+    anatomy = api.inspect(parsed.model, revision=parsed.revision)
+    print_result(parsed, anatomy.to_dict(), report.describe_anatomy(anatomy))
+    return 0

@@ -1,0 +1,33 @@
+"""`bake reproduce`: a bake built again from its record."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bake.commands.options import given_options
+from bake.results import print_result
+
+
+def add(commands: Any) -> None:
+    """Add the command's parser."""
+    command = commands.add_parser(
+        "reproduce", help="build a bake again from its bake.json and compare every file"
+    )
+    command.set_defaults(run=run)
+    command.add_argument("model", metavar="DIR|REPO_ID")
+    command.add_argument("--base", metavar="MODEL", help="the base (as bake.json names it)")
+    command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    command.add_argument(
+        "--calibrate", metavar="SET", help="also measure the norms again and say how they differ"
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from bake import api, reproduction
+
+    found = api.reproduce(**given_options(parsed))
+    print_result(parsed, found.to_dict(), reproduction.describe(found))
+    found.raise_if_different()
+    return 0

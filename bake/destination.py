@@ -1,0 +1,86 @@
+"""Where the push goes: the site's route, and the layers of the band that it can push."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bake.anatomy import Anatomy, SiteRoute
+from bake.anatomy.insertion import Insertion
+from bake.coefficients import band_layers, parse_band, parse_coefficients
+from bake.direction import Direction
+from bake.engines import describe_survivals
+from bake.errors import BakeError, UnsupportedError
+from bake.progress import announce
+from bake.recipe import Recipe
+from bake.sites import check_direction_site
+from bake.wording import list_numbers
+
+
+def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
+    """Choose the site's route; announce it where the user left it open, and where it survives."""
+    found_at = given.site if given else None
+    route = anatomy.choose(
+        recipe.site,
+        kind=recipe.slot,
+        found_at=found_at,
+        target=recipe.target,
+        route=recipe.route,
+    )
+    if recipe.site == "auto" or (recipe.route == "auto" and route.rewriter is not None):
+        announce(f"site {route.site}: {route.describe()}")
+    announce(describe_survivals(anatomy.survivals(route)))
+    if found_at is not None:
+        note = check_direction_site(found_at, route.site, convert=recipe.convert_site)
+        if note:
+            announce(note)
+    return route
+
+
+def announce_cost(route: SiteRoute, layers: Sequence[int]) -> None:
+    """Say what a route costs that makes the model larger, before anything is done."""
+    if isinstance(route.rewriter, Insertion):
+        announce(route.rewriter.describe_cost(len(layers)))
+
+
+def choose_layers(
+    anatomy: Anatomy, recipe: Recipe, route: SiteRoute
+) -> tuple[Sequence[int], dict[int, float] | None]:
+    """Return the pushed layers and, where the user gave them, their coefficients at m = 1.
+
+    Layers of the band that the route cannot push are left out, and announced; a layer that the user
+    named is refused. Raises BakeError.
+    """
+    if recipe.coefficients is None:
+        return _within_route(band_layers(anatomy.layer_count, parse_band(recipe.band)), route), None
+    explicit = parse_coefficients(recipe.coefficients)
+    beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
+    if beyond:
+        raise BakeError(
+            f"the coefficients name layer {beyond[0]}; the model has layers 0 to "
+            f"{anatomy.layer_count - 1}"
+        )
+    unable = sorted(explicit.keys() - set(route.layers))
+    if unable:
+        raise UnsupportedError(
+            f"the coefficients name layer {unable[0]}, which cannot take a push at {route.site}; "
+            f"layers that can: {list_numbers(route.layers)}"
+        )
+    return sorted(explicit), explicit
+
+
+def _within_route(band: range, route: SiteRoute) -> Sequence[int]:
+    """Return the layers of a band that the route can push; announce those that it cannot."""
+    able = [layer for layer in band if layer in route.layers]
+    if len(able) == len(band):
+        return band
+    if not able:
+        raise UnsupportedError(
+            f"no layer of the band ({list_numbers(band)}) can take a push at {route.site}; "
+            f"layers that can: {list_numbers(route.layers)}; choose a --band that holds some"
+        )
+    unable = [layer for layer in band if layer not in route.layers]
+    announce(
+        f"{route.site} is exact in layers {list_numbers(able)} of the band; "
+        f"layers {list_numbers(unable)} cannot take a push there and are left as they are"
+    )
+    return able

@@ -1,0 +1,149 @@
+"""`bake.json`: what was done, written so that it can be read back.
+
+The same bake always gives the same bytes: no times, no paths. Reading back rebuilds the push from the
+recorded coefficients and `direction.safetensors`, and the plan from the base; neither measures anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bake import __version__
+from bake.anatomy.insertion import Insertion
+from bake.base import Base
+from bake.coefficients import LayerPush, Push
+from bake.direction import Direction, load_direction
+from bake.engines import survivals, to_values
+from bake.errors import CheckpointError
+from bake.evidence import Evidence
+from bake.loading import auto_class
+from bake.norms import ActivationNorms
+from bake.plan import Plan, make_plan
+from bake.resources import DEMO_NAME
+from bake.strength import MultiplierChoice
+
+RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"
+
+
+def describe_bake(
+    base: Base,
+    push: Push,
+    plan: Plan,
+    norms: ActivationNorms,
+    direction: Direction,
+    choice: MultiplierChoice | None = None,
+    evidence: Evidence | None = None,
+) -> dict[str, Any]:
+    """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
+    route = plan.route
+    added = {"added_layers": count_added_layers(plan)} if count_added_layers(plan) else {}
+    return {
+        "version": 1,
+        "bake_version": __version__,
+        "base": base.to_dict(),
+        "licence": base.licence,
+        "architecture": base.anatomy.architecture,
+        "auto_class": auto_class(base.anatomy.config).__name__,
+        "layer_count": base.anatomy.layer_count,
+        **added,
+        "site": route.site,
+        "route": route.route,
+        "slot": route.to_dict(),
+        **push.to_dict(),
+        **({"multiplier_choice": choice.to_dict()} if choice else {}),
+        **({"sweep": evidence.summarise(push.multiplier)} if evidence else {}),
+        "calibration": norms.to_dict(),
+        "direction": direction.to_dict(),
+        **({"directions": [part.to_dict() for part in direction.parts]} if direction.parts else {}),
+        "plan": plan.to_dict(),
+        "survives": to_values(survivals(plan.outline(base.anatomy.model_type))),
+    }
+
+
+def count_added_layers(plan: Plan) -> int:
+    """Return how many decoder layers the output has beyond its base's."""
+    inserts = isinstance(plan.route.rewriter, Insertion)
+    return len({edit.layer for edit in plan.slot_edits}) if inserts else 0
+
+
+def encode_result(result: Mapping[str, Any]) -> str:
+    """Return `bake.json`'s text: the same result always gives the same bytes."""
+    return json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """Read `bake.json`; raise CheckpointError where there is none or it is not ours."""
+    path = directory / RESULT_FILE
+    if not directory.is_dir():
+        raise CheckpointError(f"no directory {directory}; give one that bake export wrote")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no bake.json, so bake did not make it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    needed = ("base", "site", "slot", "layers", "hidden_size", "plan", "equivalence", "files")
+    missing = [key for key in needed if key not in result] if isinstance(result, dict) else ["base"]
+    if missing or result.get("version") != 1:
+        raise CheckpointError(
+            f"{path} is not a bake.json of version 1; make it again with bake export"
+        )
+    return dict(result)
+
+
+def base_name(recorded: Mapping[str, Any], directory: Path) -> str:
+    """Return the base's Hub id; raise CheckpointError where the base was a local directory."""
+    base = recorded["base"]
+    if base.get("revision") or base["id"] == DEMO_NAME:
+        return str(base["id"])
+    raise CheckpointError(
+        f"the base of {directory} was a local directory ({base['id']}); name it with --base"
+    )
+
+
+def base_revision(recorded: Mapping[str, Any], given: str | None) -> str | None:
+    """Return the recorded revision of the base, unless the user named another base."""
+    return None if given else recorded["base"].get("revision")
+
+
+def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
+    """Return the push: recorded coefficients × the unit vectors in `direction.safetensors`."""
+    direction = load_direction(directory / DIRECTION_FILE)
+    try:
+        layers = tuple(LayerPush(**entry) for entry in recorded["layers"])
+        start, stop = recorded["band"]
+        given = recorded.get("given_coefficients")
+        return Push(
+            law=recorded["law"],
+            multiplier=float(recorded["multiplier"]),
+            band=(int(start), int(stop)),
+            hidden_size=int(recorded["hidden_size"]),
+            layers=layers,
+            directions=direction.select(
+                [entry.layer for entry in layers], int(recorded["hidden_size"])
+            ),
+            given={int(layer): float(value) for layer, value in given.items()} if given else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"bake.json in {directory} is damaged: {error!r}") from None
+
+
+def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
+    """Return the plan of a bake: its site, slots and dtype, on its base, with a push."""
+    route = opened.anatomy.choose(
+        recorded["site"],
+        kind=recorded["slot"]["kind"],
+        route=recorded["slot"]["route"],
+        host=recorded["slot"].get("rewritten_as"),
+    )
+    stored_as = recorded["plan"]["dtype"]
+    return make_plan(
+        opened.checkpoint,
+        opened.anatomy,
+        route,
+        push,
+        dtype=None if stored_as == "as the base" else stored_as,
+    )
