@@ -255,7 +255,7 @@ def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
     anatomy = examine(read_config(DEMO_MODEL))
     given = load_model(DEMO_MODEL), anatomy.structure, load_tokenizer(DEMO_MODEL)
     layer_count, neutral = anatomy.layer_count, read_prompts("neutral-stories")[:16]
-    norms = measure_sites(*given, ["mlp_out"], neutral, layer_count)
+    norms = measure_sites(*given, {"mlp_out": range(layer_count)}, neutral)
     design = Design(multipliers=(-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0), control_seeds=0)
     direction = read_direction(DEMO_NAME)
     arms = make_arms(direction, design, norms, layer_count, anatomy.hidden_size)[1:]

@@ -35,9 +35,12 @@ def demo():
     tokenizer = load_tokenizer(DEMO_MODEL)
     loaded = load_model(DEMO_MODEL, device=torch.device("cpu"))
     norms = measure_sites(
-        loaded, anatomy.structure, tokenizer, ["mlp_out"], read_prompts("neutral")[:6],
-        anatomy.layer_count,
-    )  # fmt: skip
+        loaded,
+        anatomy.structure,
+        tokenizer,
+        {"mlp_out": range(anatomy.layer_count)},
+        read_prompts("neutral")[:6],
+    )
     return loaded, anatomy.structure, tokenizer, norms["mlp_out"], band_layers(anatomy.layer_count)
 
 

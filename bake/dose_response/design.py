@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from bake.coefficients import DEFAULT_BAND, DEFAULT_LAW, band_layers, compute_push
+from bake.coefficients import DEFAULT_BAND, DEFAULT_LAW, Push, band_layers, compute_push
 from bake.direction import Direction
 from bake.dose_response.arms import Arm, Injection
 from bake.dose_response.controls import random_direction
 from bake.dose_response.measurements import Sampling
 from bake.dose_response.window import Bounds
-
-if TYPE_CHECKING:
-    import torch
 
 MULTIPLIERS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 CONTROL_SEEDS = 8
@@ -71,12 +67,14 @@ def make_arms(
     layer_count: int,
     hidden_size: int,
 ) -> list[Arm]:
-    """Return every arm, the base first. norms: {site: {layer: μ_l}} for every layer of every band."""
+    """Return every arm, the base first. norms: {site: {layer: μ_l}}, see `compute_variant_push`."""
     arms = [Arm(BASE, "base")]
     for variant in design.variants:
         label = design.label(variant)
         for multiplier in design.multipliers:
-            push, band = _push(direction, variant, multiplier, norms, layer_count, hidden_size)
+            push = compute_variant_push(
+                direction, variant, norms, layer_count, hidden_size, multiplier
+            )
             arms.append(
                 Arm(
                     f"{label} m={multiplier:+g}".strip(),
@@ -84,59 +82,58 @@ def make_arms(
                     multiplier,
                     variant.site,
                     variant.law,
-                    band,
+                    push.band,
                     variant.injection,
-                    push,
+                    push.vectors,
                     variant=label,
                 )
             )
     first = design.variants[0]
+    layers = pushed_layers(first, norms, layer_count)
     for seed in range(design.control_seeds):
-        layers = band_layers(layer_count, first.band)
         drawn = random_direction(direction, layers, hidden_size, seed)
-        for multiplier in sorted({abs(m) for m in design.multipliers}):
-            push, band = _push(drawn, first, multiplier, norms, layer_count, hidden_size)
-            name = f"random {seed} m={multiplier:g}"
+        for size in sorted({abs(m) for m in design.multipliers}):
+            push = compute_variant_push(drawn, first, norms, layer_count, hidden_size, size)
             arms.append(
-                Arm(name, "random", multiplier, first.site, first.law, band, push=push, seed=seed)
+                Arm(
+                    f"random {seed} m={size:g}",
+                    "random",
+                    size,
+                    first.site,
+                    first.law,
+                    push.band,
+                    push=push.vectors,
+                    seed=seed,
+                )
             )
     if design.instruction:
         arms.append(Arm("instruction", "prompt", instruction=design.instruction))
     return arms
 
 
-def _push(
+def compute_variant_push(
     direction: Direction,
     variant: Variant,
-    multiplier: float,
     norms: Mapping[str, Mapping[int, float]],
     layer_count: int,
     hidden_size: int,
-) -> tuple[dict[int, torch.Tensor], tuple[int, int]]:
-    layers = band_layers(layer_count, variant.band)
-    push = compute_push(
+    multiplier: float = 1.0,
+) -> Push:
+    """Return a variant's push at m. norms: {site: {layer: μ_l}} of every layer that can be pushed."""
+    layers = pushed_layers(variant, norms, layer_count)
+    return compute_push(
         {layer: norms[variant.site][layer] for layer in layers},
         direction.select(layers, hidden_size),
         hidden_size=hidden_size,
         multiplier=multiplier,
         law=variant.law,
     )
-    return push.vectors, push.band
 
 
-def unit_coefficients(
-    direction: Direction,
-    variant: Variant,
-    norms: Mapping[str, Mapping[int, float]],
-    layer_count: int,
-    hidden_size: int,
-) -> dict[int, float]:
-    """Return {layer: α_l} at m = 1."""
-    layers = band_layers(layer_count, variant.band)
-    push = compute_push(
-        {layer: norms[variant.site][layer] for layer in layers},
-        direction.select(layers, hidden_size),
-        hidden_size=hidden_size,
-        law=variant.law,
-    )
-    return {entry.layer: entry.coefficient for entry in push.layers}
+def pushed_layers(
+    variant: Variant, norms: Mapping[str, Mapping[int, float]], layer_count: int
+) -> list[int]:
+    """Return the layers of a variant's band that can be pushed at its site."""
+    return [
+        layer for layer in band_layers(layer_count, variant.band) if layer in norms[variant.site]
+    ]

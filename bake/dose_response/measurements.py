@@ -22,7 +22,7 @@ from bake.errors import PromptError
 from bake.model import LoadedModel, decode
 from bake.pairs import ContrastPair
 from bake.progress import track
-from bake.prompts import encode
+from bake.prompts import Encoded, encode, position_limit
 from bake.sampling import draw_noise
 from bake.sites import LayerStructure
 
@@ -54,8 +54,27 @@ class Sampling:
     seed: int = 0
 
 
-# What a stage measured: {arm's name: plain values}, ready for JSON.
-Measurements = dict[str, dict[str, Any]]
+# What texts gave: {arm's name: {figure: one value a text, or one a continuation}}, ready for JSON.
+Measurements = dict[str, dict[str, list[Any]]]
+# Measures texts one by one: (texts, label of a progress bar, text → its measurements).
+Each = Callable[[Sequence[Any], str, Callable[[Any], Measurements]], Measurements]
+
+
+def measure_each(
+    texts: Sequence[Any], label: str, measure: Callable[[Any], Measurements]
+) -> Measurements:
+    """Measure every text and join what they gave."""
+    return join([measure(text) for text in track(texts, label)])
+
+
+def join(parts: Sequence[Measurements]) -> Measurements:
+    """Return the measurements of many texts, in their order."""
+    joined: Measurements = {}
+    for part in parts:
+        for name, figures in part.items():
+            for figure, values in figures.items():
+                joined.setdefault(name, {}).setdefault(figure, []).extend(values)
+    return joined
 
 
 def measure_pairs(
@@ -64,19 +83,28 @@ def measure_pairs(
     tokenizer: Any,
     arms: Sequence[Arm],
     pairs: Sequence[ContrastPair],
+    each: Each = measure_each,
 ) -> Measurements:
-    """Score both completions of every pair: {arm: {"positive" | "negative": [[nats, tokens], …]}}."""
-    found: Measurements = {arm.name: {"positive": [], "negative": []} for arm in arms}
-    for pair in track(pairs, "contrast pairs"):
+    """Score both completions of every pair: {arm: {"positive" | "negative": [[nats, tokens], …]}}.
+
+    Raises PromptError for a pair that the model has not enough positions for.
+    """
+    limit = position_limit(loaded.model.config)
+
+    def measure(pair: ContrastPair) -> Measurements:
+        found: Measurements = {arm.name: {} for arm in arms}
         for side, whole in zip(("positive", "negative"), pair.texts(), strict=True):
             text = getattr(pair, side)
             for group, prefix in _by_instruction(arms):
                 # A conversation is read as plain text: hooks and bake see the same either way.
                 ids, start = _split(tokenizer, prefix + whole.removesuffix(text), text)
+                _check_length(len(ids), limit, "pair", whole)
                 for arm, logs in compare_arms(loaded, structure, group, ids, start):
                     nats = -float(_chosen(logs, ids)[start - 1 :].sum())
-                    found[arm.name][side].append([nats, len(ids) - start])
-    return found
+                    found[arm.name][side] = [[nats, len(ids) - start]]
+        return found
+
+    return each(pairs, "contrast pairs", measure)
 
 
 def measure_neutral(
@@ -85,27 +113,34 @@ def measure_neutral(
     tokenizer: Any,
     arms: Sequence[Arm],
     texts: Sequence[str],
+    each: Each = measure_each,
 ) -> Measurements:
     """Run neutral texts: {arm: {"nats": [per text], "tokens": […], "kl": [[per token] per text]}}.
 
     kl is KL(base ‖ arm) in nats. `arms` begins with the base. Arms that only a prompt distinguishes
     are left out: an instruction, and a push at a prompt's last token, do nothing to a text alone.
-    Raises PromptError where no text has two tokens.
+    Texts are cut at 256 tokens, and at the model's positions. Raises PromptError where no text has two
+    tokens.
     """
     shared = [arm for arm in arms if not arm.instruction and arm.injection == "broadcast"]
-    found: Measurements = {arm.name: {"nats": [], "tokens": [], "kl": []} for arm in shared}
-    encoded = [text for text in encode(tokenizer, texts, NEUTRAL_TOKENS) if len(text.ids) > 1]
+    most = min(NEUTRAL_TOKENS, position_limit(loaded.model.config) or NEUTRAL_TOKENS)
+    encoded = [text for text in encode(tokenizer, texts, most) if len(text.ids) > 1]
     if not encoded:
         raise PromptError("the neutral texts have no two tokens to predict; give longer ones")
-    for text in track(encoded, "neutral texts"):
+
+    def measure(text: Encoded) -> Measurements:
+        found: Measurements = {}
         reference: torch.Tensor | None = None
         for arm, logs in compare_arms(loaded, structure, shared, text.ids):
             reference = logs if reference is None else reference
-            entry = found[arm.name]
-            entry["nats"].append(-float(_chosen(logs, text.ids).sum()))
-            entry["tokens"].append(len(text.ids) - 1)
-            entry["kl"].append(_round(_divergence(reference, logs)))
-    return found
+            found[arm.name] = {
+                "nats": [-float(_chosen(logs, text.ids).sum())],
+                "tokens": [len(text.ids) - 1],
+                "kl": [_round(_divergence(reference, logs))],
+            }
+        return found
+
+    return each(encoded, "neutral texts", measure)
 
 
 def measure_rollouts(
@@ -115,15 +150,20 @@ def measure_rollouts(
     arms: Sequence[Arm],
     openings: Sequence[str],
     sampling: Sampling,
+    each: Each = measure_each,
 ) -> Measurements:
     """Sample continuations of every opening under every arm, and score them under arm and base.
 
     Returns {arm: {"ids": [[…]], "nats": […], "kl": [[…]]}}, openings × samples entries each. nats are
-    the base's; kl is KL(arm ‖ base) per sampled token.
+    the base's; kl is KL(arm ‖ base) per sampled token. Raises PromptError for an opening without a
+    token, and for one that leaves the model no positions to continue it.
     """
-    found: Measurements = {arm.name: {"ids": [], "nats": [], "kl": []} for arm in arms}
     stop = getattr(tokenizer, "eos_token_id", None)
-    for index, opening in enumerate(track(openings, "sampled text")):
+    limit = position_limit(loaded.model.config)
+
+    def measure(numbered: tuple[int, str]) -> Measurements:
+        index, opening = numbered
+        found: Measurements = {}
         for group, prefix in _by_instruction(arms):
             prompt = _without_end(encode(tokenizer, [prefix + opening])[0].ids, stop)
             plain = _without_end(encode(tokenizer, [opening])[0].ids, stop)
@@ -131,6 +171,7 @@ def measure_rollouts(
             if not prompt:
                 raise PromptError(f"the opening {opening!r} has no token to continue; write a word")
             width = len(prompt) + sampling.new_tokens
+            _check_length(width, limit, "opening with its continuation", opening)
             step = rows_per_forward(loaded, width, cached=True)
             for start in range(0, len(rows), step):
                 chunk = rows[start : start + step]
@@ -138,10 +179,20 @@ def measure_rollouts(
                 drawn = [_cut(tokens, stop) for tokens in drawn]
                 scored = _score(loaded, structure, chunk, prompt, plain, drawn)
                 for (arm, _), ids, (nats, kl) in zip(chunk, drawn, scored, strict=True):
-                    found[arm.name]["ids"].append(list(ids))
-                    found[arm.name]["nats"].append(nats)
-                    found[arm.name]["kl"].append(kl)
-    return found
+                    entry = found.setdefault(arm.name, {"ids": [], "nats": [], "kl": []})
+                    entry["ids"].append(list(ids))
+                    entry["nats"].append(nats)
+                    entry["kl"].append(kl)
+        return found
+
+    return each(list(enumerate(openings)), "sampled text", measure)
+
+
+def _check_length(tokens: int, limit: int | None, what: str, text: str) -> None:
+    if limit is not None and tokens > limit:
+        raise PromptError(
+            f"the {what} {text[:40]!r} takes {tokens} positions and the model has {limit}; shorten it"
+        )
 
 
 def _by_instruction(arms: Sequence[Arm]) -> Iterable[tuple[list[Arm], str]]:

@@ -1,67 +1,90 @@
-"""Measurements kept in a file, stage by stage, so that a sweep that was interrupted goes on."""
+"""Measurements kept in a file as they are made, so that a sweep that was interrupted goes on.
+
+The file is a log: what decides the measurements in its first line, then a line for every text. A process
+that is killed leaves at most one torn line, the last, which is measured again.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bake.dose_response.arms import Arm
-from bake.dose_response.design import Design
-from bake.dose_response.measurements import Measurements, Texts
+from bake.dose_response.measurements import Each, Measurements, join
 from bake.errors import OutputError
-from bake.progress import announce
+from bake.progress import announce, track
 
-MEASUREMENTS_FILE, REPORT_FILE = "measurements.json", "report.json"
-
-
-def fingerprint_of(arms: Sequence[Arm], design: Design, texts: Texts) -> str:
-    """Return a hash of everything that decides the measurements."""
-    digest = hashlib.sha256()
-    for arm in arms:
-        digest.update(json.dumps(arm.to_dict(), sort_keys=True).encode())
-        for layer, vector in sorted(arm.push.items()):
-            digest.update(str(layer).encode())
-            digest.update(vector.float().numpy().tobytes())
-    digest.update(json.dumps(asdict(design.sampling)).encode())
-    for value in (texts.neutral, texts.openings, [asdict(pair) for pair in texts.pairs]):
-        digest.update(json.dumps(value).encode())
-    return digest.hexdigest()
+MEASUREMENTS_FILE, REPORT_FILE = "measurements.jsonl", "report.json"
 
 
 class Store:
-    """Keeps a sweep's measurements in a file, stage by stage, for a run that comes after a break."""
+    """The log of one sweep. Raises OutputError where it cannot be written.
 
-    def __init__(self, folder: Path | None, fingerprint: str) -> None:
-        self.path = folder / MEASUREMENTS_FILE if folder else None
-        self.values: dict[str, Any] = {"fingerprint": fingerprint}
-        if self.path is not None and self.path.exists():
-            try:
-                before = json.loads(self.path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                before = {}
-            if before.get("fingerprint") == fingerprint:
-                self.values = before
+    fingerprint: names everything that decides the measurements; a log with another one is begun anew.
+    """
 
-    def keep(self, stage: str, measure: Any) -> Measurements:
-        """Return a stage's measurements, from the file if it has them."""
-        if stage in self.values:
-            announce(f"{stage}: measured before, taken from {MEASUREMENTS_FILE}")
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.path = folder / MEASUREMENTS_FILE
+        self.values: dict[str, list[Any]] = {}
+        whole = self._read(fingerprint)
+        if whole:
+            os.truncate(self.path, whole)  # Of a torn last line nothing stays.
         else:
-            self.values[stage] = measure()
-            self._write()
-        found: Measurements = self.values[stage]
-        return found
+            self._append({"fingerprint": fingerprint}, "w")
 
-    def _write(self) -> None:
-        if self.path is None:
-            return
-        partial = self.path.with_suffix(".partial")
+    def keep(self, stage: str, measure: Callable[[], Any]) -> Any:
+        """Return a plain value that is measured once, from the log if it is there."""
+        if stage not in self.values:
+            self._add(stage, measure())
+        return self.values[stage][0]
+
+    def each(self, stage: str) -> Each:
+        """Return what measures texts one by one, those that are not in the log."""
+
+        def measure_each(
+            texts: Sequence[Any], label: str, measure: Callable[[Any], Measurements]
+        ) -> Measurements:
+            known = len(self.values.get(stage, ()))
+            if known:
+                announce(f"{label}: {known} of {len(texts)} measured before")
+            for text in track(texts[known:], label):
+                self._add(stage, measure(text))
+            return join(self.values.get(stage, ()))
+
+        return measure_each
+
+    def _read(self, fingerprint: str) -> int:
+        """Fill `values`; return how many bytes of the log are whole lines of this sweep."""
         try:
-            partial.write_text(json.dumps(self.values), encoding="utf-8")
-            partial.replace(self.path)
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be read: {error.strerror or error}") from None
+        whole = 0
+        for line in lines:
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if whole == 0 and entry != {"fingerprint": fingerprint}:
+                return 0
+            if entry is None:
+                break
+            if whole:
+                self.values.setdefault(entry["stage"], []).append(entry["value"])
+            whole += len(line)
+        return whole
+
+    def _add(self, stage: str, value: Any) -> None:
+        self._append({"stage": stage, "value": value}, "a")
+        self.values.setdefault(stage, []).append(value)
+
+    def _append(self, entry: dict[str, Any], mode: str) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror or error}") from None

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from bake.direction import Direction
 from bake.dose_response.arms import Arm
-from bake.dose_response.design import Design, make_arms, unit_coefficients
+from bake.dose_response.design import Design, compute_variant_push, make_arms
 from bake.dose_response.findings import DoseResponse
 from bake.dose_response.measurements import (
+    Each,
     Measurements,
     Sampling,
     Scorer,
     Texts,
+    measure_each,
     measure_neutral,
     measure_pairs,
     measure_rollouts,
 )
-from bake.dose_response.store import Store, fingerprint_of
 from bake.dose_response.summary import summarise
 from bake.dose_response.window import find_windows
 from bake.model import LoadedModel
 from bake.norms import measure_norms
-from bake.prompts import encode, make_batches
+from bake.prompts import encode, make_batches, position_limit
 from bake.sites import LayerStructure
 
 KEPT_SAMPLES = 12  # openings whose continuations the report shows
@@ -35,16 +35,27 @@ def measure_sites(
     loaded: LoadedModel,
     structure: LayerStructure,
     tokenizer: Any,
-    sites: Sequence[str],
+    sites: Mapping[str, Sequence[int]],
     prompts: Sequence[str],
-    layer_count: int,
+    keep: Callable[[str, Callable[[], Any]], Any] = lambda _stage, measure: measure(),
 ) -> dict[str, dict[int, float]]:
-    """Return {site: {layer: μ_l}} of every layer."""
-    batches = make_batches(encode(tokenizer, prompts))
-    return {
-        site: dict(measure_norms(loaded, structure, site, batches, range(layer_count)).values())
-        for site in dict.fromkeys(sites)
-    }
+    """Return {site: {layer: μ_l}}. sites: the layers that can be pushed at each site.
+
+    keep: returns what was measured before, or what the function that it is given measures, such as
+    `Store.keep`.
+    """
+
+    def measure() -> dict[str, dict[int, float]]:
+        limit = position_limit(loaded.model.config)
+        batches = make_batches(encode(tokenizer, prompts, limit=limit))
+        return {
+            site: measure_norms(loaded, structure, site, batches, layers).values()
+            for site, layers in sites.items()
+        }
+
+    norms = keep("norms", measure)
+    # JSON knows no other keys than text.
+    return {site: {int(k): value for k, value in norms[site].items()} for site in sites}
 
 
 def run_sweep(
@@ -57,53 +68,58 @@ def run_sweep(
     norms: Mapping[str, Mapping[int, float]],
     layer_count: int,
     *,
-    folder: Path | None = None,
+    each: Callable[[str], Each] = lambda _stage: measure_each,
     scorer: Scorer | None = None,
-) -> DoseResponse:
-    """Measure every arm and summarise. With a folder, what is measured is kept there as it is made.
+) -> Iterator[DoseResponse]:
+    """Measure every arm; yield what was found after each of the three measurements.
 
-    norms: from `measure_sites`. A sweep of the same design that was interrupted goes on where it
-    stopped.
+    norms: from `measure_sites`. each: stage → what measures its texts, such as `Store.each`.
     """
     arms = make_arms(direction, design, norms, layer_count, loaded.hidden_size)
-    store = Store(folder, fingerprint_of(arms, design, texts))
     sampled = [arm for arm in arms if arm.kind != "random"]
     given = loaded, structure, tokenizer
-    measured: dict[str, Measurements] = {
-        "pairs": store.keep("pairs", lambda: measure_pairs(*given, arms, texts.pairs)),
-        "neutral": store.keep("neutral", lambda: measure_neutral(*given, arms, texts.neutral)),
-        "rollouts": store.keep(
-            "rollouts",
-            lambda: measure_rollouts(*given, sampled, texts.openings, design.sampling),
-        ),
-    }
-    points = summarise(arms, measured, tokenizer, texts, design.sampling, scorer)
     first = design.variants[0]
-    unit = unit_coefficients(direction, first, norms, layer_count, loaded.hidden_size)
-    found = DoseResponse(
-        points,
-        (),
-        dict(norms[first.site]),
-        unit,
-        design,
-        tuple(_collect_samples(sampled, measured["rollouts"], texts, tokenizer, design.sampling)),
+    push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
+    measured: dict[str, Measurements] = {}
+
+    def account() -> DoseResponse:
+        points = summarise(arms, measured, tokenizer, texts, design.sampling, scorer)
+        samples = _collect_samples(sampled, measured, texts, tokenizer, design.sampling)
+        found = DoseResponse(
+            points,
+            (),
+            dict(norms[first.site]),
+            {entry.layer: entry.coefficient for entry in push.layers},
+            design,
+            tuple(samples),
+        )
+        return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
+
+    measured["pairs"] = measure_pairs(*given, arms, texts.pairs, each("pairs"))
+    yield account()
+    measured["neutral"] = measure_neutral(*given, arms, texts.neutral, each("neutral"))
+    yield account()
+    measured["rollouts"] = measure_rollouts(
+        *given, sampled, texts.openings, design.sampling, each("rollouts")
     )
-    return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
+    yield account()
 
 
 def _collect_samples(
     arms: Sequence[Arm],
-    rollouts: Measurements,
+    measured: Mapping[str, Measurements],
     texts: Texts,
     tokenizer: Any,
     sampling: Sampling,
 ) -> Iterator[dict[str, Any]]:
+    rollouts = measured.get("rollouts")
+    if rollouts is None:
+        return
     for index, opening in enumerate(texts.openings[:KEPT_SAMPLES]):
         written = {
             arm.name: tokenizer.decode(
                 rollouts[arm.name]["ids"][index * sampling.samples], skip_special_tokens=True
             )
             for arm in arms
-            if arm.name in rollouts
         }
         yield {"opening": opening, "texts": written}

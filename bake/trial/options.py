@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bake.anatomy import Anatomy
 from bake.coefficients import LAWS, band_layers, parse_band
+from bake.destination import layers_within
 from bake.direction import Direction
 from bake.dose_response import (
     CONTROL_SEEDS,
@@ -20,8 +22,9 @@ from bake.dose_response import (
     Texts,
     Variant,
 )
-from bake.errors import BakeError
+from bake.errors import BakeError, UnsupportedError
 from bake.pairs import read_pairs
+from bake.progress import announce
 from bake.prompts import read_prompts
 from bake.resources import find_set, tried_on
 from bake.sampling import read_words
@@ -136,8 +139,10 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
         for law in options.laws
         for band in options.bands
     ]
+    pushed = pushable_layers(anatomy, sites)
     for variant in variants:
-        layers = band_layers(anatomy.layer_count, variant.band)
+        band = band_layers(anatomy.layer_count, variant.band)
+        layers = layers_within(band, variant.site, pushed[variant.site])
         direction.select(layers, anatomy.hidden_size)
     if options.last_token:
         variants.append(replace(variants[0], injection="last-token"))
@@ -149,3 +154,15 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
         Sampling(options.samples, options.new_tokens, seed=options.seed),
         Bounds(options.max_fluency, options.max_kl),
     )
+
+
+def pushable_layers(anatomy: Anatomy, sites: Sequence[str]) -> dict[str, Sequence[int]]:
+    """Return {site: layers that a bake pushes there}; every layer, announced, where no bake can."""
+    found: dict[str, Sequence[int]] = {}
+    for site in dict.fromkeys(sites):
+        try:
+            found[site] = anatomy.choose(site).layers
+        except UnsupportedError as error:
+            announce(f"{site} is swept with hooks only, no bake can push there: {error}")
+            found[site] = range(anatomy.layer_count)
+    return found

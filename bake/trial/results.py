@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,14 @@ class Trial:
     direction: Direction
     found: DoseResponse
     texts: Texts
-    attribution: Attribution | None
-    timings: dict[str, float]
-    peak_memory: int
+    attribution: Attribution | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
 
     def report(self) -> dict[str, Any]:
         """Return what `report.json` holds: no times and no paths."""
-        values = {
+        values: dict[str, Any] = {
+            "complete": True,
             "base": self.base.to_dict(),
             "direction": {**self.direction.to_dict(), "sha256": hash_vectors(self._vectors())},
             "texts": {
@@ -54,6 +56,6 @@ class Trial:
         return {
             "output": str(self.output),
             **self.report(),
-            "timings": self.timings,
+            "timings": dict(self.timings),
             "peak_memory": self.peak_memory,
         }
