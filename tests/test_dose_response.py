@@ -84,6 +84,20 @@ class TestWindow:
         assert (found[1].largest, found[1].best) == (None, None)
         assert "bound 1.1" in found[1].reason
 
+    def test_a_shift_that_may_be_none_is_never_the_best(self):
+        unsure = replace(point(1, 0.5), shift=Interval(0.5, -0.1, 1.1))
+        found = self.windows(unsure, point(2, -0.9), point(-1, -0.2), point(-2, 0.4))
+        assert (found[1].largest, found[1].best) == (2, None)
+        assert (found[-1].largest, found[-1].best) == (-2, -1)
+        assert (
+            found[1]
+            .describe()
+            .startswith(
+                "positive window: up to m = +2, no shift that way is distinguishable from none"
+            )
+        )
+        assert "best shift at m = -1" in found[-1].describe()
+
     def test_bounds_are_inclusive_and_a_nan_breaks_them(self):
         assert self.windows(point(1, 0.5, 1.5, 1.0))[1].largest == 1
         assert self.windows(point(1, 0.5, math.nan))[1].largest is None
@@ -100,7 +114,10 @@ def test_specificity_says_how_many_seeds_and_a_figure_that_does_not_grow_with_th
     assert (found.multiplier, found.seeds, found.largest) == (1.0, 4, 0.2)
     assert found.ratio == pytest.approx(3)
     assert found.rms == pytest.approx(math.sqrt(0.06 / 4))
+    # 4 / χ² at 97.5 and 2.5 % of four degrees of freedom, 11.143 and 0.484.
+    assert found.rms_interval == pytest.approx((found.rms * 0.599, found.rms * 2.874), rel=0.02)
     assert "3.0 × the largest of 4 random directions" in found.describe()
+    assert "more seeds reach further" in found.describe()
     assert find([point(1.0, 0.6)]).specificity is None
 
 

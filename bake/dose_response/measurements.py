@@ -165,8 +165,8 @@ def measure_rollouts(
         index, opening = numbered
         found: Measurements = {}
         for group, prefix in _by_instruction(arms):
-            prompt = _without_end(encode(tokenizer, [prefix + opening])[0].ids, stop)
-            plain = _without_end(encode(tokenizer, [opening])[0].ids, stop)
+            prompt = _without_end(encode(tokenizer, [prefix + opening], None)[0].ids, stop)
+            plain = _without_end(encode(tokenizer, [opening], None)[0].ids, stop)
             rows = [(arm, sample) for arm in group for sample in range(sampling.samples)]
             if not prompt:
                 raise PromptError(f"the opening {opening!r} has no token to continue; write a word")
@@ -204,12 +204,12 @@ def _by_instruction(arms: Sequence[Arm]) -> Iterable[tuple[list[Arm], str]]:
 def _split(tokenizer: Any, prompt: str, completion: str) -> tuple[Tokens, int]:
     """Return the ids of prompt + completion and how many of them are the prompt's; at least one."""
     end = getattr(tokenizer, "eos_token_id", None)
-    text = encode(tokenizer, [prompt + completion])[0]
+    text = encode(tokenizer, [prompt + completion], None)[0]
     ids = _without_end(text.ids, end)
     if tokenizer.is_fast:
         start = sum(stop <= len(prompt) for _, stop in text.offsets[: len(ids)])
     else:
-        start = len(_without_end(encode(tokenizer, [prompt])[0].ids, end))
+        start = len(_without_end(encode(tokenizer, [prompt], None)[0].ids, end))
     start = max(1, min(start, len(ids)))
     if start >= len(ids):
         raise PromptError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bake.dose_response.arms import Arm
 from bake.dose_response.measurements import Measurements, Sampling, Scorer, Texts
 from bake.dose_response.points import Interval, Point
-from bake.sampling import bootstrap_interval, count_words
+from bake.sampling import bootstrap_interval, count_words, middle_of, resample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,11 +96,27 @@ class _Figures:
 
     def _shift(self) -> Interval:
         moved = self._gap() - self._gap(base=True)
-        return _interval(lambda rows: float(moved[rows].mean()), len(moved))
+        return self._over_prompts(lambda rows: float(moved[rows].mean()))
 
     def _accuracy(self) -> Interval:
         right = (self._gap() > 0).astype(float)
-        return _interval(lambda rows: float(right[rows].mean()), len(right))
+        return self._over_prompts(lambda rows: float(right[rows].mean()))
+
+    def _over_prompts(self, statistic: Callable[[Any], float]) -> Interval:
+        """Return a statistic of pairs; those that share a prompt are drawn together."""
+        import numpy as np
+
+        prompts: dict[Any, list[int]] = {}
+        for row, pair in enumerate(self.texts.pairs):
+            prompts.setdefault(pair.prompt or row, []).append(row)
+        groups = [np.array(rows) for rows in prompts.values()]
+
+        def of_groups(chosen: Any) -> float:
+            if isinstance(chosen, slice):
+                return statistic(chosen)
+            return statistic(np.concatenate([groups[index] for index in chosen]))
+
+        return _interval(of_groups, len(groups))
 
     def _perplexity_ratio(self, side: str) -> Interval:
         own = _pairs_array(self._required("pairs")[side])
@@ -111,7 +127,7 @@ class _Figures:
                 own[rows, 0].sum() / own[rows, 1].sum() - base[rows, 0].sum() / base[rows, 1].sum()
             )
 
-        return _interval(ratio, len(own))
+        return self._over_prompts(ratio)
 
     def _neutral_ratio(self) -> Interval:
         import numpy as np
@@ -135,7 +151,13 @@ class _Figures:
             return summed
 
         def share(top: np.ndarray, bottom: np.ndarray) -> Callable[[Any], float]:
-            return lambda rows: float(top[rows].sum() / max(bottom[rows].sum(), 1e-12))
+            def of(rows: Any) -> float:
+                total = bottom[
+                    rows
+                ].sum()  # An arm that writes nothing has no figure: not 0, not 1.
+                return float(top[rows].sum() / total) if total else math.nan
+
+            return of
 
         nats, tokens = per_opening(own["nats"]), per_opening(len(ids) for ids in own["ids"])
         base_nats = per_opening(base["nats"])
@@ -185,7 +207,7 @@ class _Figures:
         found: dict[str, Any] = {"target_share": _interval(own_share, count)}
         if base_share(slice(None)) > 0:
             found["target_ratio"] = _interval(
-                lambda rows: own_share(rows) / max(base_share(rows), 1e-12), count
+                lambda rows: own_share(rows) / (base_share(rows) or math.nan), count
             )
         return found
 
@@ -203,29 +225,26 @@ def _pairs_array(values: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _exp(nats: float) -> float:
     """Return exp(nats), infinite where a float cannot hold it."""
-    return math.exp(nats) if nats < 700 else math.inf
+    return math.inf if nats >= 700 else math.exp(nats)
 
 
 def _percentiles(kl: Sequence[Sequence[float]]) -> dict[str, Interval]:
     """Return mean, 95th and 99th percentile over all tokens, with intervals over texts."""
     import numpy as np
 
-    texts = [np.array(text) for text in kl]
-    together = [text for text in texts if len(text)]
-    if not together:
+    texts = [np.array(text) for text in kl if len(text)]
+    if not texts:
         return {}
 
-    def of(function: Callable[[np.ndarray], float]) -> Callable[[Any], float]:
-        def statistic(rows: Any) -> float:
-            chosen = together[rows] if isinstance(rows, slice) else [together[r] for r in rows]
-            return float(function(np.concatenate(chosen)))
+    def figures(chosen: Sequence[np.ndarray]) -> tuple[float, ...]:
+        together = np.concatenate(chosen)
+        return (float(together.mean()), *map(float, np.quantile(together, [0.95, 0.99])))
 
-        return statistic
-
+    drawn = [figures([texts[row] for row in rows]) for rows in resample(len(texts), DRAWS)]
+    names = ("mean", "p95", "p99")
     return {
-        "mean": _interval(of(np.mean), len(together)),
-        "p95": _interval(of(lambda values: np.quantile(values, 0.95)), len(together)),
-        "p99": _interval(of(lambda values: np.quantile(values, 0.99)), len(together)),
+        name: Interval(value, *middle_of([draw[place] for draw in drawn]))
+        for place, (name, value) in enumerate(zip(names, figures(texts), strict=True))
     }
 
 

@@ -21,9 +21,9 @@ class Bounds:
 class Window:
     """The multipliers of one sign that stay within the bounds, from 0 outwards without a gap.
 
-    largest: the largest |m| measured inside, with its sign; best: the m in it with the largest shift
-    that way, or the largest where no shift was measured. Both are None where even the smallest costs
-    too much. reason: what ends the window.
+    largest: the largest |m| measured inside, with its sign; None where even the smallest costs too
+    much. best: the m in it with the largest shift that way, or the largest where no shift was measured;
+    None where no shift inside has an interval that lies on that side of 0. reason: what ends the window.
     """
 
     sign: int
@@ -33,7 +33,19 @@ class Window:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        return {**asdict(self), "text": self.describe()}
+
+    def describe(self) -> str:
+        """Return the window as a sentence."""
+        name = "positive" if self.sign > 0 else "negative"
+        if self.largest is None:
+            return f"no {name} m is within the bounds: {self.reason}"
+        best = (
+            "no shift that way is distinguishable from none"
+            if self.best is None
+            else f"best shift at m = {self.best:+g}"
+        )
+        return f"{name} window: up to m = {self.largest:+g}, {best} ({self.reason})"
 
 
 def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
@@ -54,7 +66,7 @@ def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
                 break
             inside.append(point)
         best = max(
-            inside,
+            (point for point in inside if _moves(point, sign)),
             key=lambda p: sign * p.shift.value if p.shift else abs(p.arm.multiplier),
             default=None,
         )
@@ -64,6 +76,12 @@ def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
             best.arm.multiplier if best else None,
             reason,
         )
+
+
+def _moves(point: Point, sign: int) -> bool:
+    """Tell whether a shift's interval lies on the multiplier's side of 0; one not measured may be there."""
+    shift = point.shift
+    return shift is None or (shift.low > 0 if sign > 0 else shift.high < 0)
 
 
 def _exceeds(point: Point, bounds: Bounds) -> str | None:

@@ -27,15 +27,7 @@ def describe(trial: Trial) -> str:
     ]
     if found.specificity is not None:
         parts.append(found.specificity.describe())
-    for window in found.windows:
-        sign = "positive" if window.sign > 0 else "negative"
-        if window.best is None:
-            parts.append(f"no {sign} m is within the bounds: {window.reason}")
-        else:
-            parts.append(
-                f"{sign} window: up to m = {window.largest:+g}, best shift at m = {window.best:+g} "
-                f"({window.reason})"
-            )
+    parts += [window.describe() for window in found.windows]
     costs = found.laws_at_equal_shift()
     if len(costs) > 1:
         parts.append(f"at equal shift, {compare_laws(costs)}")
