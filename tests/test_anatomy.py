@@ -31,7 +31,7 @@ from bake.sites import SITES, LayerStructure, Slot
 @pytest.fixture(autouse=True)
 def no_hosts(monkeypatch):
     """Here is what is exact in place; hosts are test_hosts' business."""
-    monkeypatch.setattr("bake.anatomy.examination.find_hosts", lambda config: ([], []))
+    monkeypatch.setattr("bake.anatomy.examination.find_hosts", lambda *_: ([], []))
 
 
 LLAMA_PARTS = LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm")

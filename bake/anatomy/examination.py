@@ -232,7 +232,7 @@ class _Examination:
     def _hosts(self, site: str) -> tuple[list[SiteRoute], list[str]]:
         """Try every host of the table that can express the configuration."""
         routes = []
-        hosts, reasons = find_hosts(self.config)
+        hosts, reasons = find_hosts(self.config, self.layers)
         for host in hosts:
             try:
                 route = self._prove_host(site, host)
@@ -260,7 +260,7 @@ class _Examination:
             twin=self.twin.prove_rewriting(self.twin_structure, site, host, layers),
             layers=tuple(range(self.layer_count)),
             rewriter=host,
-            rewritten=Outline(host.name, pushed, tuple(created)),
+            rewritten=Outline(host.model_type(self.config), pushed, tuple(created)),
         )
 
     def _created_by(self, flags: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
