@@ -249,18 +249,19 @@ class _Examination:
         layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
         slots = {layer: host.slots_of(layer) for layer in range(self.layer_count)}
         created = host.new_parameters(self.config)
+        flags = host.flags(self.config)
         pushed = tuple(slot.bias for parts in slots.values() for slot in parts)
         return SiteRoute(
             site=site,
             route="host",
             kind="write",
-            flags=host.flags(self.config),
+            flags=flags,
             slots=slots,
             new_parameters=created,
             twin=self.twin.prove_rewriting(self.twin_structure, site, host, layers),
             layers=tuple(range(self.layer_count)),
             rewriter=host,
-            rewritten=Outline(host.model_type(self.config), pushed, tuple(created)),
+            rewritten=Outline(host.model_type(self.config), pushed, tuple(created), tuple(flags)),
         )
 
     def _created_by(self, flags: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
