@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -257,3 +258,56 @@ class TestBadInput:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         assert "model.layers.1.mlp.up_proj.weight" in self.refused(model=model)
+
+
+class TestStreams:
+    """What is printed where: a gone reader, closed streams, a full disk, an encoding without Greek."""
+
+    COMMAND = (sys.executable, "-m", "bake")
+
+    def test_python_dash_m_bake_is_the_command(self):
+        finished = subprocess.run([*self.COMMAND, "--version"], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout) == (0, "bake 0.1.0\n")
+
+    def test_a_reader_that_has_gone_is_no_error(self):
+        for words in (["prompts", "list"], ["export", "--help"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            finished = subprocess.run(
+                [*self.COMMAND, *words], stdout=writer, stderr=subprocess.PIPE, text=True
+            )
+            os.close(writer)
+            assert finished.stderr == ""
+            assert finished.returncode == (0 if "--help" in words else 141)  # argparse forgives.
+
+    def test_a_full_disk_under_stdout_is_one_line(self):
+        with Path("/dev/full").open("w") as full:
+            finished = subprocess.run(
+                [*self.COMMAND, "prompts", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert finished.returncode == 1
+        assert finished.stderr == (
+            "bake: error: the result cannot be printed: No space left on device\n"
+        )
+
+    def test_messages_stay_out_of_stdout_where_stderr_is_closed(self):
+        """Python prints to stdout what is meant for a stderr that is None."""
+        command = " ".join([*self.COMMAND, "prompts", "show", "no-such-set", "2>&-"])
+        finished = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout) == (1, "")
+
+    def test_an_encoding_without_greek_letters(self):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        for words in (["export", "--help"], ["prompts", "show", "multilingual"]):
+            finished = subprocess.run(
+                [*self.COMMAND, *words], capture_output=True, text=True, env=environment
+            )
+            assert (finished.returncode, finished.stderr) == (0, "")
+            assert "?" in finished.stdout
+        finished = subprocess.run(
+            [*self.COMMAND, "prompts", "show", "multilingual", "--json"],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert any(not text.isascii() for text in json.loads(finished.stdout)["entries"])
