@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from bake.errors import OutputError
@@ -42,7 +41,7 @@ def prepare_streams() -> None:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, io.StringIO())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
