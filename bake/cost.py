@@ -17,7 +17,7 @@ from typing import Any
 from bake.anatomy.insertion import Insertion
 from bake.base import Base, open_base
 from bake.checkpoint import Checkpoint
-from bake.destination import announce_cost, choose_layers, choose_route
+from bake.destination import choose_destination
 from bake.disk_names import DiskNames
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.given_directions import hold_against, open_direction
@@ -122,11 +122,8 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     given = given and hold_against(base, given, recipe)
     checkpoint = base.checkpoint
     check_links(checkpoint, recipe.shards)
-    route = choose_route(base.anatomy, recipe, given)
-    layers, _ = choose_layers(base.anatomy, recipe, route)
-    announce_cost(route, layers)
-    if given is not None:
-        given.select(layers, base.anatomy.hidden_size)
+    destination = choose_destination(base.anatomy, recipe, given)
+    route, layers = destination.route, destination.layers
     if recipe.thin:
         check_base(base)
         check_route(base.anatomy, route)
