@@ -239,6 +239,26 @@ class TestBadInput:
         (tmp_path / "special.txt").write_text("<s>\n</s>\n")
         assert "no content tokens" in self.refused("--prompts", tmp_path / "special.txt")
 
+    def test_mistakes_in_small_files_are_told_before_a_model_is_opened(self, tmp_path):
+        """A model that does not exist would be complained about as soon as it is opened."""
+        latin = tmp_path / "latin.txt"
+        latin.write_bytes(b"\xe9t\xe9\n")
+        for options, words in (
+            (("--pairs", "no-such-set"), "no pairs file or set 'no-such-set'"),
+            (("--pairs", self.pairs, "--held-out", "no-such-set"), "no pairs file or set"),
+            (("--pairs", self.pairs, "--calibration", latin), "the calibration"),
+            (("--pairs", self.pairs, "--prompts", latin), "as UTF-8"),
+            (("--pairs", self.pairs, "--seed", "-1"), "seed -1 is out of range"),
+            (("--pairs", self.pairs, "--method", "optimize", "--steps", "0"), "0 steps"),
+            (("--direction", "bake-demo", "--band", "middle"), "START:STOP"),
+            (("--direction", ""), "direction is empty"),
+        ):
+            assert words in self.refused(*options, model=tmp_path / "no-such-model")
+
+    def test_a_model_with_too_few_positions_for_the_proof(self, make_model):
+        short = make_model(TinyModel("gpt2", config=(("n_positions", 16),)))
+        assert "16 positions; the proof continues 12 tokens by 20" in self.refused(model=short)
+
     def test_output_exists(self, run, llama, tmp_path):
         taken = tmp_path / "taken"
         taken.mkdir()
@@ -258,6 +278,23 @@ class TestBadInput:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         assert "model.layers.1.mlp.up_proj.weight" in self.refused(model=model)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "direction"])
+def test_files_that_cannot_be_written_are_told_before_a_model_is_opened(
+    run, pairs_file, tmp_path, command
+):
+    (tmp_path / "file").write_text("")
+    pairs = ("--pairs", pairs_file) if command == "direction" else ()
+    for output, words in (
+        (".", "is a directory"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "file" / "below", "is a file"),
+    ):
+        code, text, errors = run(command, tmp_path / "no-such-model", *pairs, "-o", output)
+        assert (code, text) == (1, "")
+        assert words in errors
+        assert len(errors.splitlines()) == 1
 
 
 class TestStreams:
