@@ -385,3 +385,23 @@ def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
     paths = ("pairs", "held_out", "prompts", "calibration", "sweep", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
+
+
+__all__ = [
+    "calibrate",
+    "convert_direction",
+    "diff",
+    "estimate",
+    "export",
+    "extract_direction",
+    "inspect",
+    "publish",
+    "read_direction",
+    "reproduce",
+    "rescale",
+    "show_direction",
+    "sweep",
+    "undo",
+    "verify",
+    "verify_endpoint",
+]
