@@ -217,18 +217,19 @@ def _proving(base: Base) -> PassCost:
     texts = [
         min(_tokens(text), MAX_TOKENS) for text in read_prompts(EQUIVALENCE_PROMPTS)[:MAX_PROMPTS]
     ]
-    vocabulary = _vocabulary(base.checkpoint)
-    batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * vocabulary)))
+    few = texts[:CANARIES]  # what runs in the stored dtype are given
+    batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * _vocabulary(base.checkpoint))))
     batched = 4  # base, hooked, baked as stored, baked with exact slots: in float32
     single = 3  # plain process, base, hooked: in the stored dtype, one text at a time
     alone = 4  # texts run without padding
     continued = 3  # greedy continuations: reference, plain process, base in the stored dtype
     chosen = 2  # given continuations read in one forward a prompt
     forwards = (
-        batched * batches + single * len(texts) + alone + continued * NEW_TOKENS + chosen * CANARIES
+        batched * batches + single * len(few) + alone + continued * NEW_TOKENS + chosen * CANARIES
     )
     tokens = (
-        (batched + single) * sum(texts)
+        batched * sum(texts)
+        + single * sum(few)
         + sum(sorted(texts)[:alone])
         + (continued + chosen) * CANARIES * (CANARY_TOKENS + NEW_TOKENS)
     )
