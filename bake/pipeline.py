@@ -16,6 +16,7 @@ from bake.decision import Decision, decide_push
 from bake.destination import Destination, choose_destination
 from bake.direction import Direction, convert_to_input
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
+from bake.errors import UnsupportedError
 from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
 from bake.extraction import extract as extract_direction
@@ -24,14 +25,15 @@ from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.model import LoadedModel, read_config
 from bake.norms import ActivationNorms, measure_norms
-from bake.pairs import read_pairs
+from bake.observation import CANARY_TOKENS, NEW_TOKENS
+from bake.pairs import ContrastPair, read_pairs
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
 from bake.recipe import Recipe
 from bake.record import RESULT_FILE, describe_bake, encode_result
 from bake.response import Texts
-from bake.saved_norms import read_norms
+from bake.saved_norms import read_calibration, read_norms
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
@@ -97,6 +99,7 @@ class Inputs:
     """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
 
     direction: Direction | None
+    pairs: Sequence[ContrastPair]
     evidence: Evidence | None
     prompts: Sequence[str]
     trial_texts: Texts | None
@@ -168,8 +171,11 @@ def export(recipe: Recipe) -> Export:
 def read_inputs(recipe: Recipe) -> Inputs:
     """Read what a recipe names, so that a mistake in it is told before a model is opened."""
     extraction_options(recipe)
+    if recipe.calibration:
+        read_calibration(Path(recipe.calibration))
     return Inputs(
         direction=open_direction(recipe),
+        pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
         evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
         prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
         trial_texts=read_trial_texts(recipe.direction, recipe.held_out)
@@ -242,7 +248,7 @@ def decide(
         with clock.stage("load"):
             loaded = load_base(base.checkpoint, placement)
         direction, norms = measure(
-            base, loaded, recipe, destination, given, saved, tokenizer, inputs.prompts, clock
+            base, loaded, recipe, destination, given, saved, tokenizer, inputs, clock
         )
         if inputs.trial_texts is not None:
             with clock.stage("strength"):
@@ -280,13 +286,13 @@ def measure(
     given: Direction | None,
     saved: ActivationNorms | None,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    inputs: Inputs,
     clock: Stopwatch,
 ) -> tuple[Direction, ActivationNorms]:
     """Find what is neither given nor saved: the direction at the site, the norms."""
     site, layers = destination.site, destination.layers
     with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
+        direction = given or extract(base, loaded, tokenizer, recipe, inputs.pairs, site, layers)
         if crosses_norm(direction, site):
             direction = convert_to_input(
                 direction, loaded.model, base.anatomy.structure, site, layers
@@ -296,7 +302,9 @@ def measure(
             loaded,
             base.anatomy.structure,
             site,
-            make_batches(encode(tokenizer, prompts, limit=position_limit(loaded.model.config))),
+            make_batches(
+                encode(tokenizer, inputs.prompts, limit=position_limit(loaded.model.config))
+            ),
             layers,
             statistic=recipe.statistic,
         )
@@ -327,6 +335,7 @@ def extract(
     loaded: LoadedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
+    pairs: Sequence[ContrastPair],
     site: str,
     layers: Sequence[int],
 ) -> Direction:
@@ -336,7 +345,7 @@ def extract(
         base.anatomy.structure,
         site,
         tokenizer,
-        read_pairs(str(recipe.pairs)),
+        pairs,
         layers,
         extraction_options(recipe),
         model_name=base.to_dict()["id"],
@@ -373,7 +382,14 @@ def prove(
     """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
 
     published: (repository, commit) that the plain process loads by its id.
+    Raises UnsupportedError for a model with too few positions to be continued.
     """
+    limit = position_limit(read_config(base.checkpoint.directory))
+    if limit is not None and limit < CANARY_TOKENS + NEW_TOKENS:
+        raise UnsupportedError(
+            f"{base.checkpoint.model_id} has {limit} positions; the proof continues {CANARY_TOKENS} "
+            f"tokens by {NEW_TOKENS}"
+        )
     return prove_equivalence(
         base.checkpoint,
         open_checkpoint(str(directory)),
@@ -385,7 +401,7 @@ def prove(
             tokenizer,
             read_prompts(EQUIVALENCE_PROMPTS),
             MAX_TOKENS,
-            limit=position_limit(read_config(base.checkpoint.directory)),
+            limit=limit,
         ),
         allow_rounding=allow_rounding,
         placement=placement,
