@@ -97,6 +97,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.model_id} has no tensor {name}.")
         return self.tensors[name]
 
+    def check_new(self, name: str) -> None:
+        """Raise CheckpointError where a tensor is there already that a bake would have to create.
+
+        The base's architecture has no such parameter, so transformers drops it, and no bake may
+        bring it to life.
+        """
+        if name in self.tensors:
+            raise CheckpointError(
+                f"{self.model_id} holds {name}, which its architecture does not have and transformers "
+                f"drops on loading (a bias that was set in memory and saved?); bake the model that it "
+                f"was made from, or take such tensors out"
+            )
+
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` in its stored dtype and shape, in memory of its own."""
         entry = self.entry(name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.anatomy.insertion import Insertion
@@ -14,6 +15,34 @@ from bake.progress import announce
 from bake.recipe import Recipe
 from bake.sites import check_direction_site
 from bake.wording import list_numbers
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a push goes. coefficients: {layer: α at m = 1} where the user gave them, else None."""
+
+    route: SiteRoute
+    layers: Sequence[int]
+    coefficients: Mapping[int, float] | None
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self.route.site
+
+
+def choose_destination(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> Destination:
+    """Choose route and layers for a recipe, and say what was chosen; `given` must have the layers.
+
+    Raises UnsupportedError where nothing exact is left, DirectionError where the direction lacks a layer.
+    """
+    route = choose_route(anatomy, recipe, given)
+    layers, coefficients = choose_layers(anatomy, recipe, route)
+    if isinstance(route.rewriter, Insertion):
+        announce(route.rewriter.describe_cost(len(layers)))
+    if given is not None:
+        given.select(layers, anatomy.hidden_size)
+    return Destination(route, layers, coefficients)
 
 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
@@ -36,12 +65,6 @@ def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> S
     return route
 
 
-def announce_cost(route: SiteRoute, layers: Sequence[int]) -> None:
-    """Say what a route costs that makes the model larger, before anything is done."""
-    if isinstance(route.rewriter, Insertion):
-        announce(route.rewriter.describe_cost(len(layers)))
-
-
 def choose_layers(
     anatomy: Anatomy, recipe: Recipe, route: SiteRoute
 ) -> tuple[Sequence[int], dict[int, float] | None]:
@@ -51,7 +74,8 @@ def choose_layers(
     named is refused. Raises BakeError.
     """
     if recipe.coefficients is None:
-        return _within_route(band_layers(anatomy.layer_count, parse_band(recipe.band)), route), None
+        band = band_layers(anatomy.layer_count, parse_band(recipe.band))
+        return layers_within(band, route.site, route.layers), None
     explicit = parse_coefficients(recipe.coefficients)
     beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
     if beyond:
@@ -68,19 +92,19 @@ def choose_layers(
     return sorted(explicit), explicit
 
 
-def _within_route(band: range, route: SiteRoute) -> Sequence[int]:
-    """Return the layers of a band that the route can push; announce those that it cannot."""
-    able = [layer for layer in band if layer in route.layers]
+def layers_within(band: range, site: str, layers: Sequence[int]) -> Sequence[int]:
+    """Return the layers of a band that can take a push at the site; announce those that cannot."""
+    able = [layer for layer in band if layer in layers]
     if len(able) == len(band):
         return band
     if not able:
         raise UnsupportedError(
-            f"no layer of the band ({list_numbers(band)}) can take a push at {route.site}; "
-            f"layers that can: {list_numbers(route.layers)}; choose a --band that holds some"
+            f"no layer of the band ({list_numbers(band)}) can take a push at {site}; "
+            f"layers that can: {list_numbers(layers)}; choose a --band that holds some"
         )
-    unable = [layer for layer in band if layer not in route.layers]
+    unable = [layer for layer in band if layer not in layers]
     announce(
-        f"{route.site} is exact in layers {list_numbers(able)} of the band; "
+        f"{site} is exact in layers {list_numbers(able)} of the band; "
         f"layers {list_numbers(unable)} cannot take a push there and are left as they are"
     )
     return able

@@ -305,7 +305,13 @@ def plan_strength(
             else view.read(name).double()
         )
         delta = slot.delta(vectors[entry["layer"]], weight, tuple(stored.shape))
-        (new if entry["is_new"] else patched)[name] = (old + delta).to(stored.dtype)
+        value = (old + delta).to(stored.dtype)
+        if not value.isfinite().all():
+            raise BakeError(
+                f"multiplier {multiplier:g} is more than {name} can hold in {stored.dtype}; give one "
+                f"nearer to 1"
+            )
+        (new if entry["is_new"] else patched)[name] = value
     return Strength(push, new, patched)
 
 

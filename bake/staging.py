@@ -5,6 +5,7 @@ Beside the output lies, while a run works, `.{name}.bake-{random}/` with
     model/      what becomes the output, and then the old output that it has changed places with
     lock        held with flock by the run that owns it: the kernel lets go when the process dies
     replaced/   for a moment, the old output, where the file system cannot exchange two directories
+    discarded/  that old output once it is being removed, and is never put back
 
 A run first clears away what dead runs for the same output have left; how a dead run is told from a
 living one is `scratch`'s.
@@ -187,10 +188,11 @@ def _remove(work: Path, resolved: Path) -> None:
     An old output that stands in it for a run that died between its two renames goes back first;
     where that fails, everything stays.
     """
-    replaced = work / "replaced"
-    if replaced.exists() and not resolved.exists():
-        replaced.rename(resolved)
-    for directory in (work / "model", replaced):
+    replaced, discarded = work / "replaced", work / "discarded"
+    if replaced.exists():
+        # Its files go one by one: should this run die meanwhile, the rest must not be taken for whole.
+        replaced.rename(discarded if resolved.exists() else resolved)
+    for directory in (work / "model", discarded):
         shutil.rmtree(directory, ignore_errors=True)
     remove_lock(work)
 

@@ -269,3 +269,15 @@ def test_diff_says_what_a_rename_is(tmp_path, capsys):
     assert found.config["rms_norm_eps"][1] == 0.5
     assert main(["diff", str(base), str(tmp_path / "other")]) == 0
     assert f"was {old}, same bytes" in capsys.readouterr().out
+
+
+def test_a_strength_that_the_dtype_cannot_hold_is_refused(tmp_path):
+    base, bake = build_model(tmp_path / "base", TinyModel("llama")), tmp_path / "bake"
+    export(str(base), output=bake, direction=torch.arange(HIDDEN).float())
+    rescale(bake, multiplier=1e30)  # That much still fits.
+    before = hash_files(bake)
+    with pytest.raises(
+        BakeError, match=r"multiplier 1e\+39 is more than .* can hold in torch.float"
+    ):
+        rescale(bake, multiplier=1e39)
+    assert hash_files(bake) == before

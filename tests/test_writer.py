@@ -770,6 +770,32 @@ def test_a_run_that_died_between_its_two_renames_has_its_old_output_put_back(tmp
     assert not leftovers(tmp_path)
 
 
+def test_an_old_output_that_is_being_removed_is_never_put_back(tmp_path, monkeypatch):
+    """A run that died while it removed the output that it had replaced has left half of it."""
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in ("config.json", "bake.json"):
+        (output / name).write_text("old")
+
+    def removes_one_and_dies(directory, **_options):
+        if (directory / "bake.json").exists():
+            (directory / "bake.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bake.staging.shutil.rmtree", removes_one_and_dies)
+        with pytest.raises(KeyboardInterrupt), staged_directory(output, overwrite=True) as staging:
+            (staging / "config.json").write_text("new")
+    assert (output / "config.json").read_text() == "new"
+    assert len(list(tmp_path.glob(".output.bake-*/*/config.json"))) == 1  # the half that was left
+    (output / "config.json").unlink()  # its user removes the new one
+    output.rmdir()
+    with staged_directory(output) as staging:
+        assert not output.exists()
+        (staging / "config.json").write_text("newer")
+    assert not leftovers(tmp_path)
+
+
 def test_clearing_up_takes_nothing_that_is_not_a_dead_runs(tmp_path):
     stranger = tmp_path / ".output.bake-notes"
     stranger.mkdir()
