@@ -15,7 +15,7 @@ from bake.checkpoint import find_bake, is_path, open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
-from bake.errors import BakeError, EndpointError, OutputError
+from bake.errors import BakeError, EndpointError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
@@ -29,7 +29,8 @@ from bake.progress import announce, track
 from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
 from bake.recipe import DEFAULT_BAND, make_recipe
 from bake.resources import find_model
-from bake.sites import layers_with
+from bake.sites import check_site, layers_with
+from bake.small_files import check_file, write_file
 from bake.streaming import choose_placement
 from bake.unembedding import TOKENS, Reading, compare_directions, read_tokens
 from bake.verification import Verification
@@ -98,10 +99,14 @@ def calibrate(
     max_memory: str | None = None,
 ) -> ActivationNorms:
     """Measure the activation norms of every layer at a site; write them to `output` if it is given."""
+    check_site(site)
     texts = read_prompts(prompts)
+    placement = choose_placement(device_map, max_memory)
+    if output is not None:
+        check_file(Path(output))
     base = open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
-    loaded = load_base(base.checkpoint, choose_placement(device_map, max_memory))
+    loaded = load_base(base.checkpoint, placement)
     limit = position_limit(loaded.model.config)
     norms = measure_norms(
         loaded,
@@ -113,7 +118,7 @@ def calibrate(
     )
     if output is not None and is_main():
         values = {"base": base.to_dict(), **norms.to_dict()}
-        _write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
+        write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
     return norms
 
 
@@ -156,7 +161,11 @@ def extract_direction(
         neutral=str(neutral),
     )
     options.check()
+    check_site(site)
     read = read_pairs(pairs)
+    placement = choose_placement(device_map, max_memory)
+    if output is not None:
+        check_file(Path(output))
     base = open_base(model, revision)
     if layers is None:
         band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
@@ -166,7 +175,7 @@ def extract_direction(
             band if method == OPTIMIZE else range(base.anatomy.layer_count),
         )
     direction = extract(
-        load_base(base.checkpoint, choose_placement(device_map, max_memory)),
+        load_base(base.checkpoint, placement),
         base.anatomy.structure,
         site,
         load_tokenizer(base.checkpoint.directory),
@@ -176,7 +185,7 @@ def extract_direction(
         model_name=base.to_dict()["id"],
     )
     if output is not None:
-        _write_file(Path(output), direction_bytes(direction))
+        write_file(Path(output), direction_bytes(direction))
     return direction
 
 
@@ -208,7 +217,7 @@ def convert_direction(
     )
     for sentence in (f"direction understood as {converted.understood}", *converted.notes):
         announce(sentence)
-    _write_file(converted.output, converted.content)
+    write_file(converted.output, converted.content)
     return converted
 
 
@@ -385,18 +394,6 @@ def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
     paths = ("pairs", "held_out", "prompts", "calibration", "sweep", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all; raise OutputError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 __all__ = [

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.direction import Direction, direction_bytes
 from bake.figures import FIGURES, alternative, draw_norms, draw_separation
 from bake.front_matter import compose_front_matter
 from bake.licences import card_lines
-from bake.record import count_added_layers
+from bake.record import CARD_FILE, DIRECTION_FILE, count_added_layers
 from bake.resources import shipped
 from bake.separation import parse_separation
 from bake.sites import DESCRIPTIONS
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from bake.coefficients import Push
-    from bake.direction import Direction
+    from bake.decision import Decision
     from bake.evidence import Evidence
     from bake.plan import Plan
 
@@ -92,6 +93,22 @@ def render_card(values: Mapping[str, Any]) -> str:
         .get_template(CARD_TEMPLATE)
         .render(**values, front_matter=head, licence_lines=card_lines(values.get("licence") or {}))
     )
+
+
+def write_story(directory: Path, story: Mapping[str, Any], plan: Plan, decision: Decision) -> None:
+    """Write what goes with the weights: the unit vectors, the figures, the card.
+
+    story: the values of `bake.json`, see `bake.record.describe_bake`.
+    """
+    site, metadata = plan.route.site, decision.direction.metadata
+    push = decision.push
+    pushed = Direction(
+        {entry.layer: push.directions[entry.layer] for entry in push.layers}, site, metadata
+    )
+    (directory / DIRECTION_FILE).write_bytes(direction_bytes(pushed))
+    draw_figures(directory, push, site, metadata, decision.evidence)
+    card = render_card({**story, **words_for(plan, decision.direction)})
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def draw_figures(

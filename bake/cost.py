@@ -17,7 +17,7 @@ from typing import Any
 from bake.anatomy.insertion import Insertion
 from bake.base import Base, open_base
 from bake.checkpoint import Checkpoint
-from bake.destination import announce_cost, choose_layers, choose_route
+from bake.destination import choose_destination
 from bake.disk_names import DiskNames
 from bake.dose_response import Texts
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
@@ -122,11 +122,8 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     given = given and hold_against(base, given, recipe)
     checkpoint = base.checkpoint
     check_links(checkpoint, recipe.shards)
-    route = choose_route(base.anatomy, recipe, given)
-    layers, _ = choose_layers(base.anatomy, recipe, route)
-    announce_cost(route, layers)
-    if given is not None:
-        given.select(layers, base.anatomy.hidden_size)
+    destination = choose_destination(base.anatomy, recipe, given)
+    route, layers = destination.route, destination.layers
     if recipe.thin:
         check_base(base)
         check_route(base.anatomy, route)
@@ -220,18 +217,19 @@ def _proving(base: Base) -> PassCost:
     texts = [
         min(_tokens(text), MAX_TOKENS) for text in read_prompts(EQUIVALENCE_PROMPTS)[:MAX_PROMPTS]
     ]
-    vocabulary = _vocabulary(base.checkpoint)
-    batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * vocabulary)))
+    few = texts[:CANARIES]  # what runs in the stored dtype are given
+    batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * _vocabulary(base.checkpoint))))
     batched = 4  # base, hooked, baked as stored, baked with exact slots: in float32
     single = 3  # plain process, base, hooked: in the stored dtype, one text at a time
     alone = 4  # texts run without padding
     continued = 3  # greedy continuations: reference, plain process, base in the stored dtype
     chosen = 2  # given continuations read in one forward a prompt
     forwards = (
-        batched * batches + single * len(texts) + alone + continued * NEW_TOKENS + chosen * CANARIES
+        batched * batches + single * len(few) + alone + continued * NEW_TOKENS + chosen * CANARIES
     )
     tokens = (
-        (batched + single) * sum(texts)
+        batched * sum(texts)
+        + single * sum(few)
         + sum(sorted(texts)[:alone])
         + (continued + chosen) * CANARIES * (CANARY_TOKENS + NEW_TOKENS)
     )

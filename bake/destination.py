@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.anatomy.insertion import Insertion
@@ -14,6 +15,34 @@ from bake.progress import announce
 from bake.recipe import Recipe
 from bake.sites import check_direction_site
 from bake.wording import list_numbers
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a push goes. coefficients: {layer: α at m = 1} where the user gave them, else None."""
+
+    route: SiteRoute
+    layers: Sequence[int]
+    coefficients: Mapping[int, float] | None
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self.route.site
+
+
+def choose_destination(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> Destination:
+    """Choose route and layers for a recipe, and say what was chosen; `given` must have the layers.
+
+    Raises UnsupportedError where nothing exact is left, DirectionError where the direction lacks a layer.
+    """
+    route = choose_route(anatomy, recipe, given)
+    layers, coefficients = choose_layers(anatomy, recipe, route)
+    if isinstance(route.rewriter, Insertion):
+        announce(route.rewriter.describe_cost(len(layers)))
+    if given is not None:
+        given.select(layers, anatomy.hidden_size)
+    return Destination(route, layers, coefficients)
 
 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:
@@ -34,12 +63,6 @@ def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> S
         if note:
             announce(note)
     return route
-
-
-def announce_cost(route: SiteRoute, layers: Sequence[int]) -> None:
-    """Say what a route costs that makes the model larger, before anything is done."""
-    if isinstance(route.rewriter, Insertion):
-        announce(route.rewriter.describe_cost(len(layers)))
 
 
 def choose_layers(

@@ -9,31 +9,35 @@ from typing import TYPE_CHECKING, Any
 
 from bake import hub
 from bake.base import Base, load_base, open_base
-from bake.card import draw_figures, render_card, words_for
+from bake.card import write_story
 from bake.checkpoint import open_checkpoint
-from bake.coefficients import Push, compute_push
-from bake.destination import announce_cost, choose_layers, choose_route
-from bake.direction import Direction, convert_to_input, direction_bytes
+from bake.coefficients import Push
+from bake.decision import Decision, decide_push
+from bake.destination import Destination, choose_destination
+from bake.direction import Direction, convert_to_input
+from bake.dose_response.measurements import Texts
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
+from bake.errors import UnsupportedError
 from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
 from bake.extraction import extract as extract_direction
-from bake.given_directions import hold_against, lengths_of, open_direction
+from bake.given_directions import hold_against, open_direction
 from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.model import LoadedModel, read_config
 from bake.norms import ActivationNorms, measure_norms
-from bake.pairs import read_pairs
+from bake.observation import CANARY_TOKENS, NEW_TOKENS
+from bake.pairs import ContrastPair, read_pairs
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
 from bake.recipe import Recipe
-from bake.record import CARD_FILE, DIRECTION_FILE, RESULT_FILE, describe_bake, encode_result
-from bake.saved_norms import read_norms
+from bake.record import RESULT_FILE, describe_bake, encode_result
+from bake.saved_norms import read_calibration, read_norms
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
-from bake.strength import MultiplierChoice, choose_multiplier, read_trial_texts
+from bake.strength import choose_multiplier, read_trial_texts
 from bake.timing import Stopwatch, peak_memory
 from bake.tokenization import keep_tokenizer
 from bake.way_back import describe_undo
@@ -58,17 +62,23 @@ class Export:
 
     output: Path
     base: Base
-    push: Push
     plan: Plan
-    norms: ActivationNorms
-    direction: Direction
+    decision: Decision
     equivalence: Equivalence
     files: Mapping[str, Mapping[str, Any]]
     timings: Mapping[str, float]
     peak_memory: int
     publication: hub.Publication | None = None
-    choice: MultiplierChoice | None = None
-    evidence: Evidence | None = None
+
+    @property
+    def push(self) -> Push:
+        """How far each layer is pushed along its unit direction."""
+        return self.decision.push
+
+    @property
+    def direction(self) -> Direction:
+        """The direction that was baked."""
+        return self.decision.direction
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -76,20 +86,23 @@ class Export:
         return {
             "output": str(self.output),
             **published,
-            **describe_bake(
-                self.base,
-                self.push,
-                self.plan,
-                self.norms,
-                self.direction,
-                self.choice,
-                self.evidence,
-            ),
+            **describe_bake(self.base, self.plan, self.decision),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
             "timings": dict(self.timings),
             "peak_memory": self.peak_memory,
         }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
+
+    direction: Direction | None
+    pairs: Sequence[ContrastPair]
+    evidence: Evidence | None
+    prompts: Sequence[str]
+    trial_texts: Texts | None
 
 
 def export(recipe: Recipe) -> Export:
@@ -100,82 +113,23 @@ def export(recipe: Recipe) -> Export:
     recipe.check()
     clock = Stopwatch()
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
-    if recipe.push_to_hub:
-        with clock.stage("hub"):
-            hub.check_access(
-                recipe.push_to_hub, private=not recipe.public, create_pr=recipe.create_pr
-            )
+    check_access(recipe, clock)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
-    extraction_options(recipe)
-    given = open_direction(recipe)
-    evidence = read_evidence(Path(recipe.sweep)) if recipe.sweep else None
-    prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
-    trial_texts = (
-        read_trial_texts(recipe.direction, recipe.held_out) if recipe.chooses_multiplier else None
-    )
+    inputs = read_inputs(recipe)
     base = open_base(recipe.model, recipe.revision, clock)
-    if recipe.push_to_hub:
-        with clock.stage("hub"):
-            named = {"base": base.to_dict(), "licence": base.licence}
-            hub.check_rights(
-                named, recipe.push_to_hub, public=recipe.public, accepted=recipe.accept_licence
-            )
-    given = given and hold_against(base, given, recipe)
-    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
-    check_links(base.checkpoint, recipe.shards)
-    route = choose_route(base.anatomy, recipe, given)
-    layers, explicit = choose_layers(base.anatomy, recipe, route)
-    announce_cost(route, layers)
-    if given is not None:
-        given.select(layers, base.anatomy.hidden_size)
-
-    saved = saved_norms(base, recipe, route.site, layers)
-
-    tokenizer = load_tokenizer(base.checkpoint.directory)
-
-    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
-        return compute_push(
-            norms.values(),
-            direction.select(layers, base.anatomy.hidden_size),
-            hidden_size=base.anatomy.hidden_size,
-            multiplier=multiplier,
-            law=recipe.law,
-            explicit=explicit,
-            **lengths_of(direction, layers, keep_scale=recipe.keep_scale),
-        )
-
-    choice = None
-    complete = given is not None and saved is not None and not crosses_norm(given, route.site)
-    if complete and trial_texts is None:
-        assert given is not None
-        assert saved is not None
-        direction, norms = given, saved  # Nothing to measure, so the model is not loaded.
-    else:
-        with clock.stage("load"):
-            loaded = load_base(base.checkpoint, placement)
-        direction, norms = measure(
-            base, loaded, recipe, route.site, layers, given, saved, tokenizer, prompts, clock
-        )
-        if trial_texts is not None:
-            with clock.stage("strength"):
-                choice = choose_multiplier(
-                    loaded,
-                    base.anatomy.structure,
-                    tokenizer,
-                    route.site,
-                    lambda m: push_at(m, direction, norms),
-                    trial_texts,
-                )
-            announce(choice.describe())
-        del loaded  # The proof loads base and bake by itself.
-    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
-    if evidence is not None:
-        evidence.check(base.to_dict(), route.site, push)
+    checkpoint = base.checkpoint
+    check_rights(base, recipe, clock)
+    given = inputs.direction and hold_against(base, inputs.direction, recipe)
+    check_output(output, overwrite=recipe.overwrite, base_directory=checkpoint.source)
+    check_links(checkpoint, recipe.shards)
+    destination = choose_destination(base.anatomy, recipe, given)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    decision = decide(base, destination, recipe, inputs, given, tokenizer, placement, clock)
+    push = decision.push
     with clock.stage("plan"):
-        plan = make_plan(base.checkpoint, base.anatomy, route, push, dtype=recipe.dtype)
-
+        plan = make_plan(checkpoint, base.anatomy, destination.route, push, dtype=recipe.dtype)
     with staged_directory(
-        output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
+        output, overwrite=recipe.overwrite, base_directory=checkpoint.source
     ) as staging:
         written = write(base, plan, staging, recipe.shards, clock)
         with clock.stage("tokenizer"):
@@ -185,55 +139,132 @@ def export(recipe: Recipe) -> Export:
                 base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
             )
             equivalence.raise_if_failed()
-        story = describe_bake(base, push, plan, norms, direction, choice, evidence)
-        story["undo"] = describe_undo(
-            base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
-        )
-        story["equivalence"] = equivalence.to_dict()
         with clock.stage("describe"):
-            kept = Direction(
-                {layer: push.directions[layer] for layer in push.directions},
-                route.site,
-                direction.metadata,
+            story = describe_bake(base, plan, decision)
+            story["undo"] = describe_undo(
+                checkpoint, plan, written.sources, tokenizer_changed=note is not None
             )
-            (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            draw_figures(staging, push, route.site, direction.metadata, evidence)
-            card = render_card({**story, **words_for(plan, direction)})
-            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+            story["equivalence"] = equivalence.to_dict()
+            write_story(staging, story, plan, decision)
         with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
             files = hash_files(staging, known=written.known_sha256, progress=progress)
         text = encode_result({**story, "files": files})
         (staging / RESULT_FILE).write_text(text, encoding="utf-8")
-    links = explain_links(base.checkpoint, written, recipe.shards)
+    links = explain_links(checkpoint, written, recipe.shards)
     for warning in (*equivalence.warnings, note, links):
         if warning:
             announce(warning)
-    publication = None
-    if recipe.push_to_hub:
-        with clock.stage("publish"):
-            publication = hub.publish(
-                output,
-                recipe.push_to_hub,
-                private=not recipe.public,
-                commit_message=recipe.commit_message,
-                create_pr=recipe.create_pr,
-                accept_licence=recipe.accept_licence,
-            )
+    publication = publish(output, recipe, clock)
     return Export(
         output,
         base,
-        push,
         plan,
-        norms,
-        direction,
+        decision,
         equivalence,
         files,
         clock.seconds,
         peak_memory(),
         publication,
-        choice,
-        evidence,
     )
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Read what a recipe names, so that a mistake in it is told before a model is opened."""
+    extraction_options(recipe)
+    if recipe.calibration:
+        read_calibration(Path(recipe.calibration))
+    return Inputs(
+        direction=open_direction(recipe),
+        pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
+        evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
+        prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
+        trial_texts=read_trial_texts(recipe.direction, recipe.held_out)
+        if recipe.chooses_multiplier
+        else None,
+    )
+
+
+def check_access(recipe: Recipe, clock: Stopwatch) -> None:
+    """Raise HubError where the bake is to be published and this user may not, before any work."""
+    if recipe.push_to_hub:
+        with clock.stage("hub"):
+            hub.check_access(
+                recipe.push_to_hub, private=not recipe.public, create_pr=recipe.create_pr
+            )
+
+
+def check_rights(base: Base, recipe: Recipe, clock: Stopwatch) -> None:
+    """Raise HubError where the bake is to be published and the base's licence asks for more."""
+    if recipe.push_to_hub:
+        with clock.stage("hub"):
+            named = {"base": base.to_dict(), "licence": base.licence}
+            hub.check_rights(
+                named, recipe.push_to_hub, public=recipe.public, accepted=recipe.accept_licence
+            )
+
+
+def publish(output: Path, recipe: Recipe, clock: Stopwatch) -> hub.Publication | None:
+    """Publish the finished directory where the recipe says so."""
+    if recipe.push_to_hub is None:
+        return None
+    with clock.stage("publish"):
+        return hub.publish(
+            output,
+            recipe.push_to_hub,
+            private=not recipe.public,
+            commit_message=recipe.commit_message,
+            create_pr=recipe.create_pr,
+            accept_licence=recipe.accept_licence,
+        )
+
+
+def decide(
+    base: Base,
+    destination: Destination,
+    recipe: Recipe,
+    inputs: Inputs,
+    given: Direction | None,
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement | None,
+    clock: Stopwatch,
+) -> Decision:
+    """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved."""
+    saved = saved_norms(base, recipe, destination)
+
+    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
+        return decide_push(
+            recipe, destination, base.anatomy.hidden_size, direction, norms, multiplier
+        )
+
+    choice = None
+    if (
+        given is not None
+        and saved is not None
+        and not crosses_norm(given, destination.site)
+        and inputs.trial_texts is None
+    ):
+        direction, norms = given, saved
+    else:
+        with clock.stage("load"):
+            loaded = load_base(base.checkpoint, placement)
+        direction, norms = measure(
+            base, loaded, recipe, destination, given, saved, tokenizer, inputs, clock
+        )
+        if inputs.trial_texts is not None:
+            with clock.stage("strength"):
+                choice = choose_multiplier(
+                    loaded,
+                    base.anatomy.structure,
+                    tokenizer,
+                    destination.site,
+                    lambda m: push_at(m, direction, norms),
+                    inputs.trial_texts,
+                )
+            announce(choice.describe())
+    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
+    if inputs.evidence is not None:
+        inputs.evidence.check(base.to_dict(), destination.site, push)
+    return Decision(push, norms, direction, choice, inputs.evidence)
 
 
 def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
@@ -251,17 +282,17 @@ def measure(
     base: Base,
     loaded: LoadedModel,
     recipe: Recipe,
-    site: str,
-    layers: Sequence[int],
+    destination: Destination,
     given: Direction | None,
     saved: ActivationNorms | None,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    inputs: Inputs,
     clock: Stopwatch,
 ) -> tuple[Direction, ActivationNorms]:
     """Find what is neither given nor saved: the direction at the site, the norms."""
+    site, layers = destination.site, destination.layers
     with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
+        direction = given or extract(base, loaded, tokenizer, recipe, inputs.pairs, site, layers)
         if crosses_norm(direction, site):
             direction = convert_to_input(
                 direction, loaded.model, base.anatomy.structure, site, layers
@@ -271,26 +302,26 @@ def measure(
             loaded,
             base.anatomy.structure,
             site,
-            make_batches(encode(tokenizer, prompts, limit=position_limit(loaded.model.config))),
+            make_batches(
+                encode(tokenizer, inputs.prompts, limit=position_limit(loaded.model.config))
+            ),
             layers,
             statistic=recipe.statistic,
         )
     return direction, norms
 
 
-def saved_norms(
-    base: Base, recipe: Recipe, site: str, layers: Sequence[int]
-) -> ActivationNorms | None:
+def saved_norms(base: Base, recipe: Recipe, destination: Destination) -> ActivationNorms | None:
     """Return the norms of the recipe's calibration file; None where it has none."""
     if recipe.calibration is None:
         return None
     return read_norms(
         Path(recipe.calibration),
         base=base.to_dict(),
-        site=site,
+        site=destination.site,
         statistic=recipe.statistic,
         hidden_size=base.anatomy.hidden_size,
-        layers=layers,
+        layers=destination.layers,
     )
 
 
@@ -304,6 +335,7 @@ def extract(
     loaded: LoadedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
+    pairs: Sequence[ContrastPair],
     site: str,
     layers: Sequence[int],
 ) -> Direction:
@@ -313,7 +345,7 @@ def extract(
         base.anatomy.structure,
         site,
         tokenizer,
-        read_pairs(str(recipe.pairs)),
+        pairs,
         layers,
         extraction_options(recipe),
         model_name=base.to_dict()["id"],
@@ -350,7 +382,14 @@ def prove(
     """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
 
     published: (repository, commit) that the plain process loads by its id.
+    Raises UnsupportedError for a model with too few positions to be continued.
     """
+    limit = position_limit(read_config(base.checkpoint.directory))
+    if limit is not None and limit < CANARY_TOKENS + NEW_TOKENS:
+        raise UnsupportedError(
+            f"{base.checkpoint.model_id} has {limit} positions; the proof continues {CANARY_TOKENS} "
+            f"tokens by {NEW_TOKENS}"
+        )
     return prove_equivalence(
         base.checkpoint,
         open_checkpoint(str(directory)),
@@ -362,7 +401,7 @@ def prove(
             tokenizer,
             read_prompts(EQUIVALENCE_PROMPTS),
             MAX_TOKENS,
-            limit=position_limit(read_config(base.checkpoint.directory)),
+            limit=limit,
         ),
         allow_rounding=allow_rounding,
         placement=placement,

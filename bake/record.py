@@ -15,29 +15,21 @@ from bake import __version__
 from bake.anatomy.insertion import Insertion
 from bake.base import Base
 from bake.coefficients import LayerPush, Push
-from bake.direction import Direction, load_direction
+from bake.decision import Decision
+from bake.direction import load_direction
 from bake.engines import survivals, to_values
 from bake.errors import CheckpointError
-from bake.evidence import Evidence
 from bake.loading import auto_class
-from bake.norms import ActivationNorms
 from bake.plan import Plan, make_plan
 from bake.resources import DEMO_NAME
-from bake.strength import MultiplierChoice
 
 RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"
 
 
-def describe_bake(
-    base: Base,
-    push: Push,
-    plan: Plan,
-    norms: ActivationNorms,
-    direction: Direction,
-    choice: MultiplierChoice | None = None,
-    evidence: Evidence | None = None,
-) -> dict[str, Any]:
+def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
+    push, direction = decision.push, decision.direction
+    choice, evidence = decision.choice, decision.evidence
     route = plan.route
     added = {"added_layers": count_added_layers(plan)} if count_added_layers(plan) else {}
     return {
@@ -55,7 +47,7 @@ def describe_bake(
         **push.to_dict(),
         **({"multiplier_choice": choice.to_dict()} if choice else {}),
         **({"sweep": evidence.summarise(push.multiplier)} if evidence else {}),
-        "calibration": norms.to_dict(),
+        "calibration": decision.norms.to_dict(),
         "direction": direction.to_dict(),
         **({"directions": [part.to_dict() for part in direction.parts]} if direction.parts else {}),
         "plan": plan.to_dict(),

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bake.errors import PromptError
+from bake.errors import BakeError, PromptError
 from bake.model import LoadedModel, decode
+from bake.prompts import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 Tokens = tuple[int, ...]
 ROWS = 64  # sequences per forward
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+
+
+def check_seed(seed: int) -> None:
+    """Raise BakeError for a seed that not every generator of random numbers takes."""
+    if not 0 <= seed < 2**63:
+        raise BakeError(f"the seed {seed} is out of range; give one from 0 to {2**63 - 1}")
 
 
 def sample_continuations(
@@ -114,8 +121,7 @@ def score_continuations(
 
 def read_words(path: Path) -> frozenset[str]:
     """Read target words, one a line, `#` comments allowed; raise PromptError where there are none."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    words = {line.partition("#")[0].strip().lower() for line in lines} - {""}
+    words = {line.partition("#")[0].strip().lower() for line in read_text(path).splitlines()} - {""}
     if not words:
         raise PromptError(f"{path} holds no words; write one a line")
     return frozenset(words)

@@ -15,21 +15,21 @@ from typing import Any
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.base import Base, open_base
-from bake.card import draw_figures, render_card, words_for
-from bake.coefficients import Push, compute_push
+from bake.card import write_story
+from bake.coefficients import Push
 from bake.completion import NeededShard, describe_needs, unproven
-from bake.destination import choose_layers, choose_route
-from bake.direction import Direction, direction_bytes
+from bake.decision import Decision, decide_push
+from bake.destination import choose_destination
+from bake.direction import Direction
 from bake.errors import CheckpointError, UnsupportedError
-from bake.evidence import Evidence, read_evidence
-from bake.given_directions import hold_against, lengths_of, open_direction
+from bake.evidence import read_evidence
+from bake.given_directions import hold_against, open_direction
 from bake.hashing import hash_files
 from bake.licences import write_notice
-from bake.norms import ActivationNorms
 from bake.pipeline import saved_norms
 from bake.plan import Plan, make_plan
 from bake.recipe import Recipe
-from bake.record import CARD_FILE, DIRECTION_FILE, RESULT_FILE, describe_bake, encode_result
+from bake.record import RESULT_FILE, describe_bake, encode_result
 from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
@@ -43,29 +43,29 @@ class ThinExport:
 
     output: Path
     base: Base
-    push: Push
     plan: Plan
-    norms: ActivationNorms
-    direction: Direction
+    decision: Decision
     needs: tuple[NeededShard, ...]
     files: Mapping[str, Mapping[str, Any]]
     equivalence: Mapping[str, Any]
     timings: Mapping[str, float]
     peak_memory: int
-    evidence: Evidence | None = None
+
+    @property
+    def push(self) -> Push:
+        """How far each layer is pushed along its unit direction."""
+        return self.decision.push
+
+    @property
+    def direction(self) -> Direction:
+        """The direction that was baked."""
+        return self.decision.direction
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
         return {
             "output": str(self.output),
-            **describe_bake(
-                self.base,
-                self.push,
-                self.plan,
-                self.norms,
-                self.direction,
-                evidence=self.evidence,
-            ),
+            **describe_bake(self.base, self.plan, self.decision),
             **describe_needs(self.needs),
             "equivalence": dict(self.equivalence),
             "files": dict(self.files),
@@ -90,24 +90,17 @@ def export_thin(recipe: Recipe) -> ThinExport:
     checkpoint = base.checkpoint
     check_output(output, overwrite=recipe.overwrite, base_directory=checkpoint.source)
     check_base(base)
-    route = choose_route(base.anatomy, recipe, direction)
-    check_route(base.anatomy, route)
-    layers, explicit = choose_layers(base.anatomy, recipe, route)
-    norms = saved_norms(base, recipe, route.site, layers)
+    destination = choose_destination(base.anatomy, recipe, direction)
+    check_route(base.anatomy, destination.route)
+    norms = saved_norms(base, recipe, destination)
     assert norms is not None  # Recipe.check has seen to it.
-    push = compute_push(
-        norms.values(),
-        direction.select(layers, base.anatomy.hidden_size),
-        hidden_size=base.anatomy.hidden_size,
-        multiplier=float(recipe.multiplier),
-        law=recipe.law,
-        explicit=explicit,
-        **lengths_of(direction, layers, keep_scale=recipe.keep_scale),
-    )
+    hidden_size, multiplier = base.anatomy.hidden_size, float(recipe.multiplier)
+    push = decide_push(recipe, destination, hidden_size, direction, norms, multiplier)
     if evidence is not None:
-        evidence.check(base.to_dict(), route.site, push)
+        evidence.check(base.to_dict(), destination.site, push)
+    decision = Decision(push, norms, direction, evidence=evidence)
     with clock.stage("plan"):
-        plan = make_plan(checkpoint, base.anatomy, route, push)
+        plan = make_plan(checkpoint, base.anatomy, destination.route, push)
     equivalence = unproven(rounding_allowed=recipe.allow_rounding)
     with staged_directory(
         output, overwrite=recipe.overwrite, base_directory=checkpoint.source
@@ -119,35 +112,16 @@ def export_thin(recipe: Recipe) -> ThinExport:
             copy_companions(checkpoint, staging)
             write_notice(base.licence, staging)
         with clock.stage("describe"):
-            kept = Direction(
-                {layer: push.directions[layer] for layer in push.directions},
-                route.site,
-                direction.metadata,
-            )
-            (staging / DIRECTION_FILE).write_bytes(direction_bytes(kept))
-            draw_figures(staging, push, route.site, direction.metadata, evidence)
-            story = describe_bake(base, push, plan, norms, direction, evidence=evidence)
+            story = describe_bake(base, plan, decision)
             sources = {shard.name: shard.base_file for shard in needs}
             story["undo"] = describe_undo(checkpoint, plan, sources)
-            story |= describe_needs(needs)
-            card = render_card({**story, "equivalence": equivalence, **words_for(plan, direction)})
-            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+            story |= {**describe_needs(needs), "equivalence": equivalence}
+            write_story(staging, story, plan, decision)
             files = hash_files(staging)
-            result = {**story, "equivalence": equivalence, "files": files}
-            (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
+            text = encode_result({**story, "files": files})
+            (staging / RESULT_FILE).write_text(text, encoding="utf-8")
     return ThinExport(
-        output,
-        base,
-        push,
-        plan,
-        norms,
-        direction,
-        needs,
-        files,
-        equivalence,
-        clock.seconds,
-        peak_memory(),
-        evidence,
+        output, base, plan, decision, needs, files, equivalence, clock.seconds, peak_memory()
     )
 
 

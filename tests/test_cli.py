@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,26 @@ class TestBadInput:
         (tmp_path / "special.txt").write_text("<s>\n</s>\n")
         assert "no content tokens" in self.refused("--prompts", tmp_path / "special.txt")
 
+    def test_mistakes_in_small_files_are_told_before_a_model_is_opened(self, tmp_path):
+        """A model that does not exist would be complained about as soon as it is opened."""
+        latin = tmp_path / "latin.txt"
+        latin.write_bytes(b"\xe9t\xe9\n")
+        for options, words in (
+            (("--pairs", "no-such-set"), "no pairs file or set 'no-such-set'"),
+            (("--pairs", self.pairs, "--held-out", "no-such-set"), "no pairs file or set"),
+            (("--pairs", self.pairs, "--calibration", latin), "the calibration"),
+            (("--pairs", self.pairs, "--prompts", latin), "as UTF-8"),
+            (("--pairs", self.pairs, "--seed", "-1"), "seed -1 is out of range"),
+            (("--pairs", self.pairs, "--method", "optimize", "--steps", "0"), "0 steps"),
+            (("--direction", "bake-demo", "--band", "middle"), "START:STOP"),
+            (("--direction", ""), "direction is empty"),
+        ):
+            assert words in self.refused(*options, model=tmp_path / "no-such-model")
+
+    def test_a_model_with_too_few_positions_for_the_proof(self, make_model):
+        short = make_model(TinyModel("gpt2", config=(("n_positions", 16),)))
+        assert "16 positions; the proof continues 12 tokens by 20" in self.refused(model=short)
+
     def test_output_exists(self, run, llama, tmp_path):
         taken = tmp_path / "taken"
         taken.mkdir()
@@ -257,3 +278,73 @@ class TestBadInput:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         assert "model.layers.1.mlp.up_proj.weight" in self.refused(model=model)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "direction"])
+def test_files_that_cannot_be_written_are_told_before_a_model_is_opened(
+    run, pairs_file, tmp_path, command
+):
+    (tmp_path / "file").write_text("")
+    pairs = ("--pairs", pairs_file) if command == "direction" else ()
+    for output, words in (
+        (".", "is a directory"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "file" / "below", "is a file"),
+    ):
+        code, text, errors = run(command, tmp_path / "no-such-model", *pairs, "-o", output)
+        assert (code, text) == (1, "")
+        assert words in errors
+        assert len(errors.splitlines()) == 1
+
+
+class TestStreams:
+    """What is printed where: a gone reader, closed streams, a full disk, an encoding without Greek."""
+
+    COMMAND = (sys.executable, "-m", "bake")
+
+    def test_python_dash_m_bake_is_the_command(self):
+        finished = subprocess.run([*self.COMMAND, "--version"], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout) == (0, "bake 0.1.0\n")
+
+    def test_a_reader_that_has_gone_is_no_error(self):
+        for words in (["prompts", "list"], ["export", "--help"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            finished = subprocess.run(
+                [*self.COMMAND, *words], stdout=writer, stderr=subprocess.PIPE, text=True
+            )
+            os.close(writer)
+            assert finished.stderr == ""
+            assert finished.returncode == (0 if "--help" in words else 141)  # argparse forgives.
+
+    def test_a_full_disk_under_stdout_is_one_line(self):
+        with Path("/dev/full").open("w") as full:
+            finished = subprocess.run(
+                [*self.COMMAND, "prompts", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert finished.returncode == 1
+        assert finished.stderr == (
+            "bake: error: the result cannot be printed: No space left on device\n"
+        )
+
+    def test_messages_stay_out_of_stdout_where_stderr_is_closed(self):
+        """Python prints to stdout what is meant for a stderr that is None."""
+        command = " ".join([*self.COMMAND, "prompts", "show", "no-such-set", "2>&-"])
+        finished = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout) == (1, "")
+
+    def test_an_encoding_without_greek_letters(self):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        for words in (["export", "--help"], ["prompts", "show", "multilingual"]):
+            finished = subprocess.run(
+                [*self.COMMAND, *words], capture_output=True, text=True, env=environment
+            )
+            assert (finished.returncode, finished.stderr) == (0, "")
+            assert "?" in finished.stdout
+        finished = subprocess.run(
+            [*self.COMMAND, "prompts", "show", "multilingual", "--json"],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert any(not text.isascii() for text in json.loads(finished.stdout)["entries"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from bake.engines import describe_survivals
@@ -25,7 +25,7 @@ def describe_anatomy(anatomy: Anatomy) -> str:
     for site in SITES:
         lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
         for route in (route for route in anatomy.routes if route.site == site):
-            changes = ", ".join(f"{k}: {_json(v)}" for k, v in route.flags.items())
+            changes = ", ".join(_config_changes(route))
             where = (
                 f", in layers {list_numbers(route.layers)} only"
                 if len(route.layers) < anatomy.layer_count
@@ -49,6 +49,13 @@ def _json(value: object) -> str:
     if isinstance(value, list) and len(value) > 3 and len({repr(item) for item in value}) == 1:
         return f"[{_json(value[0])}] × {len(value)}"
     return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _config_changes(route: SiteRoute) -> Iterator[str]:
+    """Yield what a route sets in the config, as people read it."""
+    if route.route == "insert":
+        yield "one more layer for each pushed one"
+    yield from (f"{key}: {_json(value)}" for key, value in route.flags.items())
 
 
 def _cost_of(route: SiteRoute) -> str:
