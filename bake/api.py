@@ -266,13 +266,22 @@ def verify(
     return verify_directory(found, base, placement, record=False, published=published)
 
 
-def verify_endpoint(url: str, model: str | None, *, directory: str | Path = ".") -> EndpointCheck:
-    """Ask an OpenAI-compatible server for a baked directory's canary: baked, base or neither."""
+def verify_endpoint(
+    url: str, model: str | None, *, directory: str | Path = ".", revision: str | None = None
+) -> EndpointCheck:
+    """Ask an OpenAI-compatible server for the canary of a bake: baked, base or neither.
+
+    directory: a baked directory, or a Hub id, of which only bake.json is fetched.
+    """
+    from bake.download import download_record
     from bake.endpoint import check_endpoint
 
     if not model:
         raise EndpointError("--endpoint needs --model NAME, what the server calls the model")
-    return check_endpoint(url, model, Path(directory))
+    path = Path(directory)
+    if not path.is_dir() and not is_path(str(directory)):
+        path = download_record(str(directory), revision)
+    return check_endpoint(url, model, path)
 
 
 def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> Trial:

@@ -56,6 +56,11 @@ def download_bake(model_id: str, revision: str | None = None) -> Path:
     return _fetch(model_id, revision)
 
 
+def download_record(model_id: str, revision: str | None = None) -> Path:
+    """Fetch a published bake's bake.json alone; returns the snapshot directory. Raises as above."""
+    return _fetch(model_id, revision, allow_patterns=["bake.json"])
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """What the Hub says of a file: its size in bytes and, of a large one, its SHA-256."""

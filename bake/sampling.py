@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Tokens = tuple[int, ...]
 ROWS = 64  # sequences per forward
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
 def check_seed(seed: int) -> None:
@@ -129,7 +129,7 @@ def read_words(path: Path) -> frozenset[str]:
 
 def count_words(text: str, targets: frozenset[str]) -> tuple[int, int]:
     """Return (target words, all words) of a text."""
-    words = [word.lower() for word in _WORD.findall(text)]
+    words = [word.lower() for word in WORD.findall(text)]
     return sum(word in targets for word in words), len(words)
 
 

@@ -195,6 +195,19 @@ def test_a_continuation_that_begins_the_other_is_no_match_for_it():
     assert _judge(" light fell", " light", " light fell") == "base"
 
 
+def test_of_a_published_bake_only_its_record_is_fetched(serve, verify, directory, monkeypatch):
+    asked = []
+
+    def fetch(model_id, **options):
+        asked.append((model_id, options["revision"], options["allow_patterns"]))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    found, out, _ = verify(serve(BAKED).url, "--revision", "m1.5", where="org/steered")
+    assert (found, out.splitlines()[1][:5]) == (0, "baked")
+    assert asked == [("org/steered", "m1.5", ["bake.json"])]
+
+
 class TestBadInput:
     """One line that names the thing and the remedy, exit 1."""
 

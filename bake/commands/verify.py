@@ -35,7 +35,9 @@ def run(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
     if parsed.endpoint:
-        checked = api.verify_endpoint(parsed.endpoint, parsed.model, directory=parsed.directory)
+        checked = api.verify_endpoint(
+            parsed.endpoint, parsed.model, directory=parsed.directory, revision=parsed.revision
+        )
         print_result(parsed, checked.to_dict(), checked.describe())
         return 0 if checked.verdict == "baked" else EquivalenceError.exit_code
     if parsed.model:

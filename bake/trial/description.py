@@ -14,9 +14,11 @@ from bake.trial.results import Trial
 def describe(trial: Trial) -> str:
     """Return what a person reads: the curve, chance beside it, the window."""
     found = trial.found
-    rows = [_row(point) for point in found.points if point.arm.kind != "random"]
+    scored = any(point.score for point in found.points)
+    rows = [_row(point, scored=scored) for point in found.points if point.arm.kind != "random"]
     header = (
         "arm", "shift [95 %]", "pairs", "words", "text's ppl", "neutral ppl", "KL p95", "repeats",
+        *["score"] * scored,
     )  # fmt: skip
     parts = [
         f"{trial.base.to_dict()['id']}: {len(found.points)} arms, "
@@ -45,7 +47,7 @@ def _written(output: Path) -> Sequence[str]:
     )
 
 
-def _row(point: Point) -> tuple[str, ...]:
+def _row(point: Point, *, scored: bool) -> tuple[str, ...]:
     def ratio(value: Any) -> str:
         return f"× {value.value:.3g}" if value else "-"
 
@@ -59,4 +61,5 @@ def _row(point: Point) -> tuple[str, ...]:
         ratio(point.neutral_ratio),
         f"{point.neutral_kl['p95'].value:.3f}" if point.neutral_kl else "-",
         f"{point.repetition.value:.1%}" if point.repetition else "-",
+        *[f"{point.score.value:.3g}" if point.score else "-"] * scored,
     )
