@@ -257,7 +257,9 @@ class TestBadInput:
 
     def test_a_model_with_too_few_positions_for_the_proof(self, make_model):
         short = make_model(TinyModel("gpt2", config=(("n_positions", 16),)))
-        assert "16 positions; the proof continues 12 tokens by 20" in self.refused(model=short)
+        assert "12 tokens and 20 new ones do not fit the model's 16 positions" in self.refused(
+            model=short
+        )
 
     def test_output_exists(self, run, llama, tmp_path):
         taken = tmp_path / "taken"
