@@ -26,6 +26,7 @@ from bake.download import (
     download_description,
 )
 from bake.errors import CheckpointError
+from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
@@ -95,6 +96,19 @@ class Checkpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.model_id} has no tensor {name}.")
         return self.tensors[name]
+
+    def check_new(self, name: str) -> None:
+        """Raise CheckpointError where a tensor is there already that a bake would have to create.
+
+        The base's architecture has no such parameter, so transformers drops it, and no bake may
+        bring it to life.
+        """
+        if name in self.tensors:
+            raise CheckpointError(
+                f"{self.model_id} holds {name}, which its architecture does not have and transformers "
+                f"drops on loading (a bias that was set in memory and saved?); bake the model that it "
+                f"was made from, or take such tensors out"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` in its stored dtype and shape, in memory of its own."""
@@ -200,6 +214,7 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
+        finish_changes(path)
         return path.resolve()
     if model and exists:
         raise CheckpointError(

@@ -111,7 +111,7 @@ def record_proof(
     try:
         card = render_card({**story, "equivalence": proof, **words})
         _replace(directory / CARD_FILE, card)
-        files = hash_files(directory, exclude=(RESULT_FILE, _partial(RESULT_FILE)))
+        files = hash_files(directory, exclude=(RESULT_FILE,))
         result = {**story, "equivalence": proof, "files": files}
         _replace(directory / RESULT_FILE, encode_result(result))
     except OSError as error:

@@ -19,6 +19,7 @@ from bake.base import Base, open_base
 from bake.checkpoint import Checkpoint
 from bake.destination import choose_destination
 from bake.disk_names import DiskNames
+from bake.dose_response import Texts
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.given_directions import hold_against, open_direction
 from bake.layout import Layout, plan_layout
@@ -29,7 +30,6 @@ from bake.pipeline import EQUIVALENCE_PROMPTS
 from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe
-from bake.response import Texts
 from bake.safetensors_file import TensorEntry
 from bake.strength import AUTO_MULTIPLIERS, SAMPLING, read_trial_texts
 from bake.thin import check_base, check_route

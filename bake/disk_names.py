@@ -130,10 +130,12 @@ class DiskNames:
 
         For a parameter that is not stored. The name is the weight's with `bias` for `weight`, or else
         the module's own; it is one that transformers reads as this very parameter. Raises
-        UnsupportedError where there is none, CheckpointError where the weight is not there.
+        UnsupportedError where there is none, CheckpointError where the weight is not there or the
+        bias is, unread by the base.
         """
         if self.sources(parameter):
-            self.existing(parameter)  # Which says of what it is made.
+            # Where it is made of several, `existing` says so.
+            self._checkpoint.check_new(self.existing(parameter))
         weight = parameter.removesuffix("bias") + "weight"
         sources = self.sources(weight) or self._tied(weight) or (self.existing(weight),)
         stored = next((name for name in sources if name.endswith("weight")), sources[0])

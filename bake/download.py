@@ -192,5 +192,7 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
                 "it is no directory here and not, or not completely, in the Hub's cache, and the "
                 "Hub cannot be reached: go online, unset HF_HUB_OFFLINE, or give a local directory"
             )
+        case hub_errors.HfHubHTTPError() if error.response.status_code == 401:
+            return f"the Hub does not accept the Hugging Face token: {login}"
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return f"the download failed ({reason}): try again, what has arrived is kept"

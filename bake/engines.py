@@ -36,12 +36,13 @@ class Outline:
 
     model_type: the output's, which is a host's where one is used. pushed: names of the parameters that
     hold the push. created: all that the bake creates; what no push goes to is zero. Names may be whole
-    or begin inside the decoder layer.
+    or begin inside the decoder layer. settings: the config keys by which a host computes what the base did.
     """
 
     model_type: str
     pushed: tuple[str, ...]
     created: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Survival:
     """What one engine does with a bake.
 
     engine: its key, as `--target` takes it; name and version: as people say them. verdict: `kept`,
-    `dropped` (the engine runs and the push, or a part of it, is gone), `error` (it does not load) or
-    `unknown`. reason: a phrase without a full stop. seen: how the fact is known.
+    `dropped` (the engine runs and the push, or a part of it or of the base, is gone), `error` (it does
+    not load) or `unknown`. reason: a phrase without a full stop. seen: how the fact is known.
     """
 
     engine: str
@@ -101,19 +102,29 @@ def check_engine(engine: str) -> str:
 
 
 def survival(
-    engine: str, model_type: str, slots: Iterable[str], new_parameters: Iterable[str] = ()
+    engine: str,
+    model_type: str,
+    slots: Iterable[str],
+    new_parameters: Iterable[str] = (),
+    settings: Iterable[str] = (),
 ) -> Survival:
     """Say what an engine does with a checkpoint of `model_type`.
 
     slots: names of the parameters that hold the push. new_parameters: names of all parameters that the
-    bake creates; those that are no slot are zero, so it does no harm where an engine drops them. Raises
-    KeyError for an engine that is not in `engine_names()`.
+    bake creates; those that are no slot are zero, so it does no harm where an engine drops them. settings:
+    see Outline. Raises KeyError for an engine that is not in `engine_names()`.
     """
     if engine == _PROVEN_IN:
         return Survival(engine, engine, version(engine), "kept", "proven by loading it", "run")
     facts = read_facts()[engine]
     verdict, reason = _judge(facts, model_type, _in_layer(slots), _in_layer(new_parameters))
     family = facts["reads"].get(model_type)
+    lost = sorted({*settings} & {*family.get("loses", ())}) if family else []
+    if verdict == "kept" and lost:
+        verdict, reason = (
+            "dropped",
+            f"does not read {', '.join(lost)}, without which it is another model",
+        )
     seen = f"read: {facts['source']}" if verdict != "unknown" else "not checked"
     if family is not None:
         seen = f"{family.get('checked', facts['checked'])}: {family['file']}"
@@ -128,7 +139,9 @@ def survivals(outline: Outline | None) -> tuple[Survival, ...]:
 def survival_of(engine: str, outline: Outline | None) -> Survival:
     """Say what one engine does with a checkpoint; None: not known before the base is rewritten."""
     if outline is not None:
-        return survival(engine, outline.model_type, outline.pushed, outline.created)
+        return survival(
+            engine, outline.model_type, outline.pushed, outline.created, outline.settings
+        )
     if engine == _PROVEN_IN:
         return survival(engine, "", ())
     facts = read_facts()[engine]

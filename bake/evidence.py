@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.direction import hash_vectors
-from bake.dose_response import REPORT_FILE
+from bake.dose_response.store import REPORT_FILE
 from bake.errors import BakeError
 from bake.figures import FIGURES
 
@@ -114,6 +114,8 @@ def read_evidence(directory: Path) -> Evidence:
     missing = [key for key in needed if not isinstance(report, dict) or key not in report]
     if missing or report.get("version") != 1 or "sha256" not in report["direction"]:
         raise BakeError(f"{path} is not a report of bake sweep, version 1; run bake sweep again")
+    if not report.get("complete"):
+        raise BakeError(f"--sweep {directory} is not finished: run the same bake sweep again")
     return Evidence(directory, report)
 
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bake.dose_response import DoseResponse
-    from bake.response import Interval, Point
+    from bake.dose_response import DoseResponse, Interval, Point
 
 PAPER, INK, GRID = "#fbfaf7", "#22252a", "#d9d6cf"
 BLUE, ORANGE, GREY, GREEN = "#1f5fa8", "#c8561b", "#8b8f96", "#dfe9d8"

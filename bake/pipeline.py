@@ -15,6 +15,7 @@ from bake.coefficients import Push
 from bake.decision import Decision, decide_push
 from bake.destination import Destination, choose_destination
 from bake.direction import Direction, convert_to_input
+from bake.dose_response.measurements import Texts
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
@@ -30,7 +31,6 @@ from bake.progress import announce, track_bytes
 from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
 from bake.recipe import Recipe
 from bake.record import RESULT_FILE, describe_bake, encode_result
-from bake.response import Texts
 from bake.saved_norms import read_calibration, read_norms
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.staging import check_output, staged_directory

@@ -35,6 +35,8 @@ from bake.streaming import Placement
 from bake.tokenization import keep_tokenizer
 from bake.writer import copy_companions, write_config, write_weights
 
+_SAME_NORMS = 5e-5  # relative; two machines' kernels differ by less
+
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -163,8 +165,11 @@ def describe(found: Reproduction) -> str:
     lines += [f"  same bytes: {name}" for name in found.same]
     lines += [f"  DIFFERENT: {name}" for name in found.differing]
     if found.drift is not None:
-        lines.append(
-            f"a fresh calibration differs from the recorded norms by {found.drift:.2%} at most; the "
-            f"recorded ones were used"
+        differs = found.drift >= _SAME_NORMS
+        how = (
+            f"would differ from the recorded norms by up to {found.drift:.2%}"
+            if differs
+            else ("gives the recorded norms")
         )
+        lines.append(f"a fresh calibration {how}; the recorded coefficients were used")
     return "\n".join(lines)

@@ -142,10 +142,21 @@ def bootstrap_interval(
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return the percentile interval of statistic(indices) over resampled indices of `count` items."""
+    return middle_of([statistic(rows) for rows in resample(count, draws, seed)], level)
+
+
+def resample(count: int, draws: int, seed: int = 0) -> list[np.ndarray]:
+    """Return `draws` times the indices of `count` items drawn with replacement."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(0, count, count)) for _ in range(draws)]
+    return [generator.integers(0, count, count) for _ in range(draws)]
+
+
+def middle_of(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the two quantiles between which a share of the finite values lies; nan where none is."""
+    import numpy as np
+
     finite = [value for value in values if math.isfinite(value)] or [math.nan]
     tail = (1 - level) / 2
     low, high = np.quantile(finite, [tail, 1 - tail])

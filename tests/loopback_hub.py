@@ -847,7 +847,7 @@ def run_client(
     code_or_arguments: str | list[str],
     tmp_path: Path,
     token: str | None = None,
-    timeout: float = 120,
+    timeout: float = 600,  # seconds; for a process that hangs, not for one on a busy machine
     **extra_environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code (a string) or `python ARGUMENTS` (a list) in a fresh process on this Hub.

@@ -31,7 +31,7 @@ from bake.sites import SITES, LayerStructure, Slot
 @pytest.fixture(autouse=True)
 def no_hosts(monkeypatch):
     """Here is what is exact in place; hosts are test_hosts' business."""
-    monkeypatch.setattr("bake.anatomy.routes.find_hosts", lambda config: ([], []))
+    monkeypatch.setattr("bake.anatomy.examination.find_hosts", lambda *_: ([], []))
 
 
 LLAMA_PARTS = LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm")
@@ -612,7 +612,7 @@ def odd_route(found):
 @pytest.fixture
 def only_the_odd_flag(monkeypatch):
     """Hide Llama's own flags, which would give an exact route of their own."""
-    from bake.anatomy import routes as module
+    from bake.anatomy import examination as module
 
     def odd_only(config):
         return [effect for effect in find_bias_flags(config) if effect.path == "odd_BIASES_switch"]

@@ -11,11 +11,14 @@ from conftest import PROMPTS, TinyModel, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bake.anatomy import examine
 from bake.checkpoint import open_checkpoint
+from bake.coefficients import LayerPush, Push
 from bake.disk_names import DiskNames
 from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import build_on_meta
 from bake.model import compute_logits, load_model, read_config
+from bake.plan import make_plan
 from bake.prompts import encode, load_tokenizer, make_batches
 from bake.streaming import Placement
 
@@ -157,3 +160,21 @@ def test_a_new_bias_lies_beside_its_weight_and_is_read_back(make_model, tmp_path
     )  # The flag is off: it would be dropped.
     with pytest.raises(UnsupportedError, match="would be dropped"):
         names_of(tmp_path).new_bias("model.layers.2.mlp.down_proj.bias")
+
+
+def test_a_bias_on_disk_that_the_base_drops_is_named(make_model, tmp_path):
+    """A bake by other means, which reloads as its base: the flag would bring the old push to life."""
+    base = make_model(architecture="llama")
+    tensors = load_file(base / "model.safetensors")
+    stray = "model.layers.2.mlp.down_proj.bias"
+    tensors[stray] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).report["unexpected_keys"] == [stray]
+    anatomy = examine(read_config(tmp_path))
+    push = Push("explicit", 1.0, (1, 2), 32, (LayerPush(1, 1.0, 1.0),), {1: torch.ones(32)})
+    with pytest.raises(CheckpointError, match=f"holds {stray}, which its architecture does not"):
+        make_plan(open_checkpoint(str(tmp_path)), anatomy, anatomy.choose("mlp_out"), push)
+    # The site beside it has nothing to do with it.
+    assert make_plan(open_checkpoint(str(tmp_path)), anatomy, anatomy.choose("attn_out"), push)

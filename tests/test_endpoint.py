@@ -1,7 +1,7 @@
 """`bake verify --endpoint`: which model a server runs, told by the canary; one line for what is wrong.
 
 A small loopback server answers as servers do. Behind `-m servers`, real ones: `transformers serve`
-(needs fastapi and uvicorn) and `mlx_lm.server` (needs mlx-lm); they fail where these are not installed.
+and `mlx_lm.server`; they fail where these are not installed (the extra `servers`).
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class TestBadInput:
 # How each server is started: (module that must be there, arguments; {port}, {model}).
 REAL = {
     "transformers": (
-        "fastapi",
+        "openai",
         "-m transformers.cli.transformers serve --host 127.0.0.1 --port {port} --device cpu",
     ),
     "mlx": ("mlx_lm", "-m mlx_lm.server --model {model} --host 127.0.0.1 --port {port}"),
@@ -283,7 +283,7 @@ def demo_bake(tmp_path_factory):
 def test_a_real_server(name, served, demo_bake, capsys):
     module, arguments = REAL[name]
     if importlib.util.find_spec(module) is None:
-        pytest.fail(f"{module} is not installed: pip install fastapi uvicorn mlx-lm")
+        pytest.fail(f"{module} is not installed: pip install -e '.[servers]'")
     model = demo_bake if served == "baked" else Path(DEMO_MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -55,7 +55,7 @@ def test_facts_are_well_formed(engine):
     assert len(set(families)) == len(families), "an architecture is listed once"
     assert set(families) <= set(CONFIG_MAPPING), "named as transformers names it"
     for family in facts["reads"].values():
-        assert set(family) <= {"reads", "file", "checked", "unread", "how", "broken"}
+        assert set(family) <= {"reads", "file", "checked", "unread", "how", "broken", "loses"}
         assert family["file"]
         assert all(glob.endswith("bias") for glob in family["reads"])
         assert family.get("checked", "read") in CHECKED
@@ -264,3 +264,19 @@ def test_added_layers_are_not_promised_to_an_engine():
     with pytest.raises(UnsupportedError, match="whether added layers survive in mlx is not known"):
         anatomy("llama").choose("mlp_out", route="insert", target="mlx")
     assert anatomy("llama").choose("mlp_out", route="insert", target="transformers").rewriter
+
+
+def test_an_engine_that_loses_the_window_of_a_host_is_no_target():
+    """MLX reads every bias of SmolLM 3 and no window, which Mistral is re-expressed as it to keep."""
+    config = CONFIG_MAPPING["mistral"](num_hidden_layers=4, sliding_window=4096)
+    found = examine(config)
+    route = found.choose("mlp_out")
+    assert route.rewriter.name == "smollm3"
+    told = {entry.engine: entry for entry in found.survivals(route)}
+    assert told["mlx"].verdict == "dropped"
+    assert "does not read sliding_window" in told["mlx"].reason
+    assert told["vllm"].verdict == "kept"
+    with pytest.raises(UnsupportedError, match="does not read sliding_window"):
+        found.choose("auto", target="mlx")
+    # A SmolLM 3 that is the base itself is not re-expressed, so nothing is lost by the bake.
+    assert verdicts("smollm3", [DOWN])["mlx"] == "kept"

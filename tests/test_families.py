@@ -386,6 +386,44 @@ FAMILIES = {
         "flag",
         wrapper="Gemma3ForConditionalGeneration",
     ),
+    "mistral3-wrapper": Family(
+        "mistral3",
+        {
+            "tie_word_embeddings": False,
+            "text_config": {**HEADS, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {**VISION, "model_type": "pixtral"},
+        },
+        llama3_like,
+        GENERIC,
+        "mlp_out",
+        "host",
+        "llama",
+        wrapper="Mistral3ForConditionalGeneration",
+    ),
+    "llama4-wrapper": Family(
+        "llama4",
+        {
+            "text_config": {
+                **HEADS,
+                "num_local_experts": 4,
+                "intermediate_size_mlp": 88,
+                "attention_chunk_size": 16,
+            },
+            "vision_config": {
+                **VISION,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "vision_output_dim": 32,
+            },
+        },
+        llama3_like,
+        GENERIC,
+        "attn_out",
+        "flag",
+        wrapper="Llama4ForConditionalGeneration",
+    ),
     "qwen2.5-vl": Family(
         "qwen2_5_vl",
         {

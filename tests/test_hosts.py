@@ -542,6 +542,9 @@ def test_defaults_of_the_base_are_stated_where_the_host_has_others(bases, tmp_pa
 def test_window_that_reaches_everywhere_is_none():
     wide = AutoConfig.for_model("mistral", **SIZES, sliding_window=64)
     assert [rewriter.name for rewriter in find_hosts(wide)[0]] == ["llama"]
+    # What is left out is said all the same.
+    route = examine(wide).choose("mlp_out")
+    assert "window of 64 tokens hides nothing within the context of 64" in route.describe()
     narrow = AutoConfig.for_model("mistral", **SIZES, sliding_window=63)
     assert [rewriter.name for rewriter in find_hosts(narrow)[0]] == ["smollm3"]
 
@@ -590,6 +593,23 @@ def test_incomplete_and_foreign_checkpoints_are_refused(bases, tmp_path):
     coarse = tensors["model.layers.1.mlp.down_proj.weight"].to(torch.float8_e4m3fn)
     with pytest.raises(UnsupportedError, match="F8_E4M3, which cannot hold a push"):
         rewrite({**tensors, "model.layers.1.mlp.down_proj.weight": coarse})
+
+
+@pytest.mark.parametrize(("part", "width"), [("down", HIDDEN), ("up", 88)])
+def test_a_bias_that_the_base_drops_does_not_come_to_life(bases, tmp_path, part, width):
+    """What public bakers leave behind: a bias without a config flag, which Mistral drops, Llama not."""
+    directory = bases(next(case for case in CASES if case.name == "mistral"))
+    checkpoint = open_checkpoint(str(directory))
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    stray = f"model.layers.1.mlp.{part}_proj.bias"
+    save_file({**tensors, stray: torch.ones(width)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[1][
+        "unexpected_keys"
+    ] == {stray}
+    (rewriter,) = find_hosts(read_config(tmp_path))[0]
+    with pytest.raises(CheckpointError, match=rf"holds {stray}, which its architecture does not"):
+        rewriter.rewrite(open_checkpoint(str(tmp_path)), read_config(tmp_path), [1])
 
 
 def test_base_model_without_prefix_keeps_its_names(bases, tmp_path):

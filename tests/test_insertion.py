@@ -26,7 +26,7 @@ from bake.cli import main
 from bake.coefficients import LayerPush, Push
 from bake.direction import Direction, direction_bytes
 from bake.edits import Drop, Rename
-from bake.errors import UnsupportedError
+from bake.errors import CheckpointError, UnsupportedError
 from bake.loading import build_on_meta
 from bake.plan import make_plan
 from bake.steering import steered
@@ -198,6 +198,15 @@ def test_layers_beyond_the_last_are_left_out(tmp_path):
     assert not [name for name in baked.tensors if name.endswith("eh_proj.weight")]
 
 
+def test_a_bias_that_the_base_drops_is_not_brought_to_life(tmp_path):
+    model = save_base("qwen3", tmp_path / "base")
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    tensors["model.layers.3.self_attn.o_proj.bias"] = torch.ones(HIDDEN)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.3.*transformers drops on loading"):
+        bake_into("qwen3", tmp_path / "base", tmp_path / "baked", push_of())
+
+
 def test_the_cheapest_layer_that_fits_is_inserted():
     """A mixture of experts with a dense layer gets dense layers, where its config can say so."""
     config = AutoConfig.for_model(
@@ -289,6 +298,7 @@ def test_auto_never_inserts_and_inspect_shows_the_cost(make_model, capsys):
     shown = capsys.readouterr().out
     assert "1/6 of the model's compute" in shown
     assert "only with --route insert" in shown
+    assert "config: one more layer for each pushed one" in shown
 
 
 @pytest.fixture(scope="module")

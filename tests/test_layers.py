@@ -154,7 +154,7 @@ def test_layer_map_matches_by_kind():
 
 def test_layer_of_a_kind_that_the_twin_lacks_is_not_covered(monkeypatch):
     """What the twin cannot show is not claimed, even where the names would fit."""
-    from bake.anatomy import routes as module
+    from bake.anatomy import examination as module
 
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [[0, 1, 2]])
     found = examine(config_of("deepseek_v2"))
@@ -165,7 +165,7 @@ def test_layer_of_a_kind_that_the_twin_lacks_is_not_covered(monkeypatch):
 
 
 def test_too_many_kinds_are_refused(monkeypatch):
-    from bake.anatomy import routes as module
+    from bake.anatomy import examination as module
 
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [])
     with pytest.raises(UnsupportedError, match="4 layers are of 2 kinds, too many"):

@@ -1,11 +1,11 @@
 """Back to the base and to another strength: undo, rescale, reproduce and diff of what bake wrote."""
 
-import errno
 import json
 import shutil
 
 import pytest
 import torch
+from canned import passed
 from conftest import HIDDEN, TinyModel, build_model
 from safetensors.torch import load_file, save_file
 
@@ -101,6 +101,8 @@ def test_rescale_is_a_fresh_export_bit_for_bit(baked, tmp_path):
     assert result["equivalence"]["verified"] is False
     card = (tmp_path / "rescaled/README.md").read_text()
     assert "**Not verified here**: the strength was changed from m = 1 after the proof. Run" in card
+    rescale(tmp_path / "rescaled", multiplier=2.5)
+    assert "changed from m = 1 after the proof" in (tmp_path / "rescaled/README.md").read_text()
 
 
 def test_a_rescaled_bake_is_proven_by_verify(baked, tmp_path):
@@ -120,6 +122,52 @@ def test_reproduce_is_byte_identical(baked):
     assert found.identical
     assert found.drift == pytest.approx(0, abs=1e-6)
     assert set(found.same) == set(hash_files(bake))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"site": "attn_out"},
+        {"site": "attn_in", "convert_site": True},
+        {"site": "mlp_in", "convert_site": True},
+        {"route": "insert"},
+        {"dtype": "float32"},
+        {"law": "flat", "multiplier": -0.75},
+    ],
+    ids=str,
+)
+def test_the_shipped_model_is_reproduced(monkeypatch, prompts_file, tmp_path, options):
+    monkeypatch.setattr(
+        "bake.pipeline.prove", passed
+    )  # The proof is data here, and is tested elsewhere.
+    given = {"direction": "bake-demo", "prompts": prompts_file, **options}
+    export("bake-demo", output=tmp_path / "bake", **given)
+    changed = diff("bake-demo", tmp_path / "bake")
+    assert changed.tensors
+    found = reproduce(tmp_path / "bake")
+    assert found.identical, found.differing
+    assert set(found.same) == set(hash_files(tmp_path / "bake"))
+
+
+def test_reproduce_says_when_a_fresh_calibration_would_differ(
+    monkeypatch, prompts_file, tmp_path, capsys
+):
+    monkeypatch.setattr("bake.pipeline.prove", passed)
+    base = build_model(tmp_path / "base", TinyModel("llama"))
+    given = {"direction": torch.arange(HIDDEN).float(), "prompts": prompts_file}
+    export(str(base), output=tmp_path / "bake", **given)
+    words = ["reproduce", str(tmp_path / "bake"), "--base", str(base), "--calibrate"]
+    capsys.readouterr()
+    assert main([*words, str(prompts_file)]) == 0
+    assert "a fresh calibration gives the recorded norms" in capsys.readouterr().out
+    assert main([*words, "neutral"]) == 0
+    assert (
+        "a fresh calibration would differ from the recorded norms by up to"
+        in capsys.readouterr().out
+    )
+    assert main(words[:-1]) == 0
+    assert "calibration" not in capsys.readouterr().out
 
 
 def test_reproduce_names_what_came_out_differently(baked, tmp_path):
@@ -181,19 +229,6 @@ def test_a_shared_shard_is_not_patched(tmp_path):
     with pytest.raises(OutputError, match="is a link to a file that another directory has too"):
         rescale(tmp_path / "bake", multiplier=2)
     assert hash_files(tmp_path / "bake") == before
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
-    base = build_model(tmp_path / "base", TinyModel("gpt2"))
-    export(str(base), output=tmp_path / "bake", direction=torch.arange(HIDDEN).float())
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("bake.restoration.write_all", full)
-    capsys.readouterr()
-    assert main(["rescale", str(tmp_path / "bake"), "-m", "2"]) == 1
-    assert "cannot be written: No space left on device" in capsys.readouterr().err
 
 
 def test_a_strength_of_zero_is_refused(tmp_path):

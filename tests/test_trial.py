@@ -1,14 +1,19 @@
 """`bake sweep`: the directory it writes, what it says, and one clear line for every bad input."""
 
+import contextlib
+import io
 import json
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bake import trial
 from bake.cli import main
+from bake.errors import BakeError
+from bake.evidence import read_evidence
 from bake.figures import draw_norms
 
 SMALL = (
@@ -51,9 +56,6 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, texts):
     """A sweep with everything that can be asked for; its directory and what it printed."""
-    import contextlib
-    import io
-
     output = tmp_path_factory.mktemp("sweep") / "out"
     printed = io.StringIO()
     options = ("--law", "inverse-sqrt-d", "flat", "--last-token", "--by-layer", "--html")
@@ -72,10 +74,76 @@ def test_the_directory_holds_report_figures_and_page(swept):
     found = sorted(p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file())
     assert found == [
         "figures/dose-response.png", "figures/layers.png", "figures/norms.png",
-        "index.html", "measurements.json", "report.json",
+        "index.html", "measurements.jsonl", "report.json",
     ]  # fmt: skip
     for name in found:
         assert name in text
+
+
+def test_a_sweep_again_takes_what_was_measured_and_leaves_nothing_old(swept, texts, tmp_path, run):
+    """Other words and bounds judge the same measurements; figures and page that were not asked for go."""
+    output = tmp_path / "out"
+    shutil.copytree(swept[0], output)
+    log = (output / "measurements.jsonl").read_bytes()
+    common = ("bake-demo", "--direction", "bake-demo", "-o", output, *SMALL, *texts)
+    options = (
+        "--law", "inverse-sqrt-d", "flat", "--last-token", "--max-fluency", "1e9", "--max-kl", "99",
+        "--instruction", "A <b>cheerful</b> story:",
+    )  # fmt: skip
+    code, _, errors = run(*common, *options)
+    assert code == 0
+    assert "sampled text: 6 of 6 measured before" in errors
+    assert (output / "measurements.jsonl").read_bytes() == log
+    found = sorted(p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file())
+    assert found == [
+        "figures/dose-response.png", "figures/norms.png", "measurements.jsonl", "report.json",
+    ]  # fmt: skip
+    windows = [
+        json.loads((folder / "report.json").read_text())["windows"][1]["largest"]
+        for folder in (swept[0], output)
+    ]
+    assert windows[0] < windows[1]
+
+
+def test_another_model_under_the_same_name_is_measured_anew(
+    make_model, tmp_path, run, pairs_file, prompts_file
+):
+    """Norms and pushes stay the same where only the head differs; what the model says does not."""
+    vector, output = tmp_path / "d.safetensors", tmp_path / "out"
+    save_file({"direction": torch.randn(32)}, vector, metadata={"site": "mlp_out"})
+    files = ("--prompts", prompts_file, "--neutral", prompts_file, "--openings", prompts_file)
+    directory = make_model()
+
+    def shift():
+        options = ("--direction", vector, "-o", output, *SMALL, "--pairs", pairs_file, *files)
+        code, text, errors = run(directory, *options, "--json")
+        assert code == 0, errors
+        return json.loads(text)["points"][1]["shift"]["value"]
+
+    before = shift()
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert abs(shift() - before) > 1e-5
+
+
+def test_a_sweep_that_is_not_finished_says_so(swept, texts, tmp_path, run, monkeypatch):
+    output = tmp_path / "out"
+    shutil.copytree(swept[0], output)
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bake.trial.run.write_pictures", die)
+    options = ("--direction", "bake-demo", "-o", output, *SMALL, *texts, "--seed", "1")
+    with contextlib.suppress(KeyboardInterrupt):
+        run("bake-demo", *options)
+    report = json.loads((output / "report.json").read_text())
+    assert not report["complete"]
+    assert report["design"]["sampling"]["seed"] == 1
+    with pytest.raises(BakeError, match="is not finished"):
+        read_evidence(output)
 
 
 def test_the_report_has_the_published_shape(swept):

@@ -52,6 +52,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": {**TEXT, "model_type": "llama"},
         "vision_config": {**VISION, "model_type": "clip_vision_model"},
+        "image_token_id": 258,
     },
     "gemma3": {
         "text_config": {**TEXT, "model_type": "gemma3_text"},
@@ -79,7 +80,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
     },
     "mistral3": {
-        "text_config": {**TEXT, "model_type": "mistral"},
+        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**VISION, "model_type": "pixtral"},
     },
 }
@@ -94,12 +95,37 @@ WRAPPERS["qwen2_5_vl"] = {
         "fullatt_block_indexes": [1],
     },
 }
+WRAPPERS["llama4"] = {
+    "text_config": {
+        **TEXT,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 88,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+    },
+    "vision_config": {
+        **VISION,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+    },
+}
+WRAPPERS["mistral3-window"] = {
+    **WRAPPERS["mistral3"],
+    "text_config": {**TEXT, "model_type": "mistral", "sliding_window": 8},
+}
+AS_LLAMA = {"text_config.model_type": "llama", "text_config.mlp_bias": True}
 # What `auto` chooses, and the keys that the bake sets.
 CHOSEN = {
     "llava": ("mlp_out", {"text_config.mlp_bias": True}),
     "gemma3": ("attn_in", {"text_config.attention_bias": True}),
     "qwen3_vl": ("attn_out", {"text_config.attention_bias": True}),
     "qwen2_5_vl": ("attn_in", {}),
+    "llama4": ("attn_out", {"text_config.attention_bias": True}),
+    "mistral3": ("mlp_out", AS_LLAMA),
+    "mistral3-window": ("mlp_out", {"text_config.model_type": "smollm3"}),
 }
 # A layout of names: "saved", as save_pretrained writes them (for llava and its kin the Hub's of long
 # ago, `language_model.model.layers`); "module", as the modules are called; "old", Qwen2-VL's first.
@@ -111,6 +137,10 @@ WRITTEN = [
     ("gemma3", "module"),
     ("qwen3_vl", "saved"),
     ("qwen2_5_vl", "old"),
+    ("llama4", "saved"),
+    ("mistral3", "saved"),
+    ("mistral3", "module"),
+    ("mistral3-window", "saved"),
 ]
 BESIDE = {
     ("llava", "saved"): "language_model.model.layers.2.mlp.down_proj.bias",
@@ -119,11 +149,15 @@ BESIDE = {
     ("gemma3", "module"): "model.language_model.layers.2.self_attn.q_proj.bias",
     ("qwen3_vl", "saved"): "model.language_model.layers.2.self_attn.o_proj.bias",
     ("qwen2_5_vl", "old"): "model.layers.2.self_attn.q_proj.bias",
+    ("llama4", "saved"): "language_model.model.layers.2.self_attn.o_proj.bias",
+    ("mistral3", "saved"): "language_model.model.layers.2.mlp.down_proj.bias",
+    ("mistral3", "module"): "model.language_model.layers.2.mlp.down_proj.bias",
+    ("mistral3-window", "saved"): "language_model.model.layers.2.mlp.down_proj.bias",
 }
 
 
 def build_wrapper(directory: Path, model_type: str, layout: str) -> None:
-    config = AutoConfig.for_model(model_type, **WRAPPERS[model_type])
+    config = AutoConfig.for_model(model_type.partition("-")[0], **WRAPPERS[model_type])
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
@@ -237,6 +271,51 @@ def test_other_layouts_are_planned_written_and_loaded(wrapper, tmp_path, model_t
     assert error < 1e-4 * effect
 
 
+def test_an_image_is_seen_as_the_hooked_model_sees_it(baked):
+    """The push is added to the places of an image as to those of a text."""
+    _, _, base, output, result = baked
+    loaded, steered_model = load_model(base).model, load_model(output).model
+    image = loaded.config.image_token_id
+    ids = torch.tensor([[5, 7, *[image] * 4, 9, 11, 13]])
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    plan = result.plan.route
+
+    def look(model, pixels) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, pixel_values=pixels).logits
+
+    alone = look(loaded, pixels)
+    assert (look(loaded, -pixels) - alone).abs().max() > 1e-3  # It looks at the image.
+    structure = examine(read_config(base)).structure
+    with steered(loaded, structure, plan.site, result.push.vectors):
+        hooked = look(loaded, pixels)
+    effect = (hooked - alone).abs().max()
+    assert effect > 0.01
+    error = (look(steered_model, pixels) - hooked).abs().max()
+    assert error < result.equivalence.tolerance * effect
+
+
+def test_a_layer_is_inserted_into_a_wrapper(wrapper, tmp_path):
+    base = wrapper("mistral3")
+    checkpoint, anatomy = open_checkpoint(str(base)), examine(read_config(base))
+    vector = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    push = Push("explicit", 1.0, (2, 3), 32, (LayerPush(2, 1.0, 3.0),), {2: vector})
+    route = anatomy.choose("auto", route="insert")
+    plan = make_plan(checkpoint, anatomy, route, push, dtype="float32")
+    assert plan.config_changes["text_config.num_hidden_layers"] == 5
+    write_weights(checkpoint, plan.edits, tmp_path)
+    write_config(checkpoint, plan.config_changes, tmp_path)
+    batches = make_batches(encode(load_tokenizer(base), PROMPTS))
+    loaded, baked = load_model(base), load_model(tmp_path)
+    alone = torch.cat(compute_logits(loaded, batches))
+    with steered(loaded.model, anatomy.structure, "mlp_out", push.vectors):
+        hooked = torch.cat(compute_logits(loaded, batches))
+    effect = (hooked - alone).abs().max()
+    assert effect > 0.01
+    assert not any(baked.report.values())
+    assert (torch.cat(compute_logits(baked, batches)) - hooked).abs().max() < 1e-4 * effect
+
+
 def test_a_wrapper_is_streamed(wrapper):
     base = wrapper("llava", "saved")
     whole = load_model(base)
@@ -250,11 +329,15 @@ def test_a_wrapper_is_streamed(wrapper):
         assert torch.equal(left, right)
 
 
-def test_a_decoder_without_a_slot_says_why(wrapper):
+def test_a_wrapper_keeps_its_own_type_when_its_decoder_becomes_another(wrapper):
     anatomy = examine(read_config(wrapper("mistral3")))
     assert anatomy.structure.layers == "model.language_model.layers"
     assert anatomy.architecture == "Mistral3ForConditionalGeneration"
-    assert not [route for route in anatomy.routes if route.rewriter is None]
+    (route,) = anatomy.routes
+    assert "text decoder re-expressed as llama" in route.describe()
+    # An engine is asked for the wrapper, of which nothing is known; not for a Llama.
+    assert {found.engine: found.verdict for found in anatomy.survivals(route)}["vllm"] == "unknown"
+    assert all(name.startswith("model.language_model.layers.") for name in route.new_parameters)
 
 
 def test_a_wrapper_of_real_size_has_a_twin():

@@ -14,7 +14,8 @@ from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from bake.anatomy.routes import SiteRoute, examine
+from bake.anatomy.examination import examine
+from bake.anatomy.routes import SiteRoute
 from bake.anatomy.tables import COMPLETIONS
 from bake.errors import BakeError, UnsupportedError
 from bake.loading import quiet_transformers

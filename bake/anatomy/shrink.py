@@ -27,6 +27,7 @@ from bake.anatomy.tables import (
     TOKENS,
     TWINS,
 )
+from bake.anatomy.wrappers import text_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,14 +40,8 @@ def shrink(config: PreTrainedConfig, keep: Sequence[int] = range(LAYERS)) -> Pre
     """
     # An older checkpoint's JSON may carry keys that the class drops, so go through its own dict.
     values = copy.deepcopy(config.to_dict())
-    small = _Shrinking(values, keep, _text_key(config)).values()
+    small = _Shrinking(values, keep, text_key(config)).values()
     return type(config)(**small, **_beyond_init(config, small))
-
-
-def _text_key(config: PreTrainedConfig) -> str | None:
-    """Return the key of the nested config that describes the decoder; None where it is not nested."""
-    text = config.get_text_config(decoder=True)
-    return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
 
 
 def _beyond_init(config: PreTrainedConfig, values: Mapping[str, Any]) -> dict[str, Any]:

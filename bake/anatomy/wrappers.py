@@ -22,6 +22,12 @@ _TOWER_SIZES = {
 _SECTIONS = "mrope_section"  # how many rotary frequencies go to time, height and width
 
 
+def text_key(config: PreTrainedConfig) -> str | None:
+    """Return the key of the nested config that describes the text decoder; None where none does."""
+    text = config.get_text_config(decoder=True)
+    return next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+
+
 def prepare_wrapper(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a config that can be shrunk; the one given, where it is no multimodal wrapper's."""
     text: Any = config.get_text_config()

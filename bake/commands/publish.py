@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--strengths",
         metavar="M,…",
-        help="also put these multipliers on branches (0.5,1.5: m0.5 and m1.5), each proven before it is "
-        "sent; only the slots' shard is sent for each",
+        help="also put these multipliers on branches (0.5,1.5: m0.5 and m1.5; below zero written "
+        "--strengths=-1,1), each proven before it is sent; only the slots' shard is sent for each",
     )
     command.add_argument(
         "--base",

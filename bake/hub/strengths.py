@@ -16,7 +16,8 @@ from typing import Any
 
 from bake.completion import is_thin
 from bake.errors import BakeError, CheckpointError
-from bake.hub.manifest import is_hidden, read_manifest
+from bake.hashing import list_files
+from bake.hub.manifest import read_manifest
 from bake.hub.publication import Publication, publish
 from bake.progress import announce
 from bake.record import base_name
@@ -118,16 +119,13 @@ def publish_strengths(
 def _make_strength(directory: Path, target: Path, multiplier: float) -> None:
     """Copy a bake, its unpatched shards as hard links where the file system has them, and rescale it."""
     patched = _patched_files(directory)
-    for path in directory.rglob("*"):
-        name = path.relative_to(directory).as_posix()
-        if not path.is_file() or is_hidden(name):
-            continue
+    for name in list_files(directory):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors") and name not in patched:
-            _link(path.resolve(), target / name)
+            _link((directory / name).resolve(), target / name)
         else:
-            shutil.copyfile(path, target / name)
-    rescale(target, multiplier)
+            shutil.copyfile(directory / name, target / name)
+    rescale(target, multiplier, revision=branch_of(multiplier))
 
 
 def _patched_files(directory: Path) -> set[str]:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bake.anatomy.hosts import aria, bamba, granite, hy_v3, llama, smollm3
+from bake.anatomy.hosts.configs import remark_on_window
 from bake.anatomy.hosts.conversion import Conversion, HostRewriter
+from bake.anatomy.hosts.names import STEM
+from bake.anatomy.wrappers import text_key
+from bake.quantization import without_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -25,17 +29,26 @@ CONVERSIONS: tuple[Conversion, ...] = (
 )
 
 
-def find_hosts(config: PreTrainedConfig) -> tuple[list[HostRewriter], list[str]]:
-    """Return the rewriters whose host can express `config`, best first, and why others cannot."""
+def find_hosts(
+    config: PreTrainedConfig, layers: str = f"{STEM}layers"
+) -> tuple[list[HostRewriter], list[str]]:
+    """Return the rewriters whose host can express `config`, best first, and why others cannot.
+
+    Of a multimodal wrapper only the text decoder is re-expressed: the wrapper builds whatever
+    architecture its nested config names. layers: the path of the list of decoder layers.
+    """
     found, reasons = [], []
+    nested = text_key(config)
+    decoder = getattr(config, nested) if nested else config
     for conversion in CONVERSIONS:
-        if conversion.base != config.model_type:
+        if conversion.base != decoder.model_type:
             continue
-        reason = conversion.refuse(config)
-        if getattr(config, "quantization_config", None):
+        reason = conversion.refuse(decoder)
+        if without_quantization(config) is not config:
             reason = "quantised weights are not re-expressed"
         if reason is None:
-            found.append(HostRewriter(conversion, conversion.remark(config)))
+            remarks = filter(None, (conversion.remark(decoder), remark_on_window(decoder)))
+            found.append(HostRewriter(conversion, "; ".join(remarks), layers, nested))
         else:
             reasons.append(f"as {conversion.host}: {reason}")
     return found, reasons

@@ -31,6 +31,17 @@ def lost_window(config: PreTrainedConfig) -> str | None:
     return f"it has no place for the sliding window of {config.sliding_window} tokens"
 
 
+def remark_on_window(config: PreTrainedConfig) -> str:
+    """Say that a window is left out because it is as wide as the context; "" where none is."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window < config.max_position_embeddings:
+        return ""
+    return (
+        f"its window of {window} tokens hides nothing within the context of "
+        f"{config.max_position_embeddings} and is left out"
+    )
+
+
 def rotary_share(config: PreTrainedConfig) -> float:
     """Return the share of a head's dimensions that rotate with the position."""
     parameters = config.rope_parameters

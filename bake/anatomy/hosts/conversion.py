@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import parameter_shapes
+from bake.anatomy.hosts.names import HEAD, NORM, STEM, DecoderNames, find_names
 from bake.anatomy.rewriting import Rewritten
 from bake.edits import REMOVED, Add, Edit, Merge, Rename, Transform
 from bake.errors import CheckpointError, UnsupportedError
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from bake.checkpoint import Checkpoint
 
 FLOATS = ("F32", "F16", "BF16")  # safetensors codes of dtypes that can hold a push
-LAYERS = "model.layers"
-_PREFIX = "model."
-_HEAD, _NORM = "lm_head.weight", "model.norm.weight"
 # What identifies a config and is not part of what it computes. A host is never remote code.
 _IDENTITY = {"architectures", "model_type", "transformers_version", "auto_map", "_name_or_path"}
 
@@ -108,10 +106,16 @@ class Conversion:
 
 @dataclass(frozen=True)
 class HostRewriter:
-    """Re-expresses a base as a conversion says; see `bake.anatomy.rewriting.Rewriter`."""
+    """Re-expresses a base as a conversion says; see `bake.anatomy.rewriting.Rewriter`.
+
+    layers: the path of the list of decoder layers. nested: the config key of a multimodal wrapper's
+    text decoder, which alone is re-expressed; None where the base is the decoder.
+    """
 
     conversion: Conversion
     remark: str = ""
+    layers: str = f"{STEM}layers"
+    nested: str | None = None
 
     @property
     def name(self) -> str:
@@ -127,22 +131,27 @@ class HostRewriter:
         """Say what becomes of the base and where the push goes."""
         values = "every weight keeps its value" if self.lossless else "some weights are rounded"
         remark = f"; {self.remark}" if self.remark else ""
-        return f"{self.conversion.slot} (re-expressed as {self.name}: {values}{remark})"
+        what = "text decoder re-expressed" if self.nested else "re-expressed"
+        return f"{self.conversion.slot} ({what} as {self.name}: {values}{remark})"
+
+    def model_type(self, config: PreTrainedConfig) -> str:
+        """Return the model type of the output: a wrapper keeps its own."""
+        return str(config.model_type) if self.nested else self.name
 
     def slots_of(self, layer: int) -> tuple[Slot, ...]:
         """Return the slots of a decoder layer, in the host's parameter names."""
-        return (Slot(f"{LAYERS}.{layer}.{self.conversion.slot}"),)
+        return (Slot(f"{self.layers}.{layer}.{self.conversion.slot}"),)
 
     def flags(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the config keys that the host needs, for people to see."""
-        return {"model_type": self.name, **self.conversion.settings(config)}
+        settings = self.conversion.settings(self._decoder(config))
+        return self._placed({"model_type": self.name, **settings})
 
     def new_parameters(self, config: PreTrainedConfig) -> dict[str, Shape]:
         """Return {name: shape} of the biases that the host has and the base has not."""
-        present = parameter_shapes(build_on_meta(config))
-        _, host = self._configs(config.to_dict(), config)
-        shapes = _host_shapes(host)
-        return {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in present}
+        place = self.layers.removesuffix("layers")
+        created = self._created(self._decoder(config))
+        return {place + name.removeprefix(STEM): shape for name, shape in created.items()}
 
     def rewrite(
         self,
@@ -152,13 +161,20 @@ class HostRewriter:
         dtype: str | None = None,
     ) -> Rewritten:
         """Return the base as the host; see `Rewriter.rewrite`."""
-        changes, host = self._configs(checkpoint.config, config)
-        names = _DiskNames(checkpoint, self.conversion.on_disk)
-        entries = {names.parameter(name): entry for name, entry in checkpoint.tensors.items()}
+        decoder = self._decoder(config)
+        changes, host = self._configs(self._decoder_values(checkpoint), decoder)
+        names = find_names(checkpoint, config, self.layers, self.conversion.on_disk)
+        entries: dict[str, TensorEntry] = {}
         edits: list[Edit] = []
+        for entry in checkpoint.tensors.values():
+            parameter = names.parameter(entry.name)
+            if parameter is not None:
+                entries[parameter] = entry
+            elif dtype and entry.dtype in FLOATS and entry.dtype != dtype:
+                edits.append(_cast(entry, entry.name, dtype))
         provided: dict[str, tuple[Shape, str]] = {}
         merged: set[str] = set()
-        for group in self.conversion.merge({n: e.shape for n, e in entries.items()}, config):
+        for group in self.conversion.merge({n: e.shape for n, e in entries.items()}, decoder):
             first = entries[group.sources[0]]
             code = dtype if dtype and first.dtype in FLOATS else first.dtype
             provided |= {output: (shape, code) for output, shape in group.outputs.items()}
@@ -166,29 +182,68 @@ class HostRewriter:
             edits.append(
                 _merge(group, {name: entries[name] for name in group.sources}, code, names)
             )
+        created = self._created(decoder)
         for name, entry in entries.items():
             if name in merged:
                 continue
-            converted = self.conversion.convert(name, entry.shape, config)
+            converted = self.conversion.convert(name, entry.shape, decoder)
             code = dtype if dtype and entry.dtype in FLOATS else entry.dtype
             outputs = {converted: entry.shape} if isinstance(converted, str) else converted.outputs
+            if not created.keys().isdisjoint(outputs):
+                checkpoint.check_new(entry.name)
             provided |= {output: (shape, code) for output, shape in outputs.items()}
             edits += _edit(entry, converted, code, names)
-        edits += self._biases(checkpoint, host, provided, names)
+        tied = bool(config.tie_word_embeddings)
+        edits += self._biases(checkpoint, host, provided, names, tied=tied)
         slots = {layer: self.slots_of(layer) for layer in layers}
-        biases = [slot.bias for parts in slots.values() for slot in parts]
-        return Rewritten(tuple(edits), changes, slots, {bias: names.disk(bias) for bias in biases})
+        on_disk = {
+            slot.bias: names.disk(f"{STEM}layers.{layer}.{self.conversion.slot}")
+            for layer, parts in slots.items()
+            for slot in parts
+        }
+        return Rewritten(tuple(edits), self._placed(changes), slots, on_disk)
+
+    def _decoder(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config of what is re-expressed."""
+        return getattr(config, self.nested) if self.nested else config
+
+    def _decoder_values(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """Return what config.json says of what is re-expressed."""
+        if self.nested is None:
+            return checkpoint.config
+        values = checkpoint.config.get(self.nested)
+        if not isinstance(values, Mapping):
+            raise UnsupportedError(
+                f"{checkpoint.model_id}: config.json has no object {self.nested}, so its decoder "
+                f"cannot be re-expressed"
+            )
+        return values
+
+    def _placed(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return changes to the decoder's keys as changes to the whole config.json's."""
+        prefix = f"{self.nested}." if self.nested else ""
+        return {prefix + key: value for key, value in changes.items()}
+
+    def _created(self, decoder: PreTrainedConfig) -> dict[str, Shape]:
+        """Return the biases that the host has and the base has not, as in a model of its own."""
+        present = parameter_shapes(build_on_meta(decoder))
+        _, host = self._configs(decoder.to_dict(), decoder)
+        shapes = _host_shapes(host)
+        return {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in present}
 
     def _biases(
         self,
         checkpoint: Checkpoint,
         host: PreTrainedConfig,
         provided: dict[str, tuple[Shape, str]],
-        names: _DiskNames,
+        names: DecoderNames,
+        *,
+        tied: bool,
     ) -> Iterator[Add]:
         """Yield zeros for every bias that the base has not; check that it has everything else.
 
-        provided: {parameter: (shape, dtype)} of what the base gives; what is new joins it.
+        provided: {parameter: (shape, dtype)} of what the base gives; what is new joins it. tied: whether
+        the head is the embedding.
         """
         import torch
 
@@ -201,12 +256,12 @@ class HostRewriter:
                         f"config names?"
                     )
                 continue
-            if name == _HEAD and host.tie_word_embeddings:
+            if name == HEAD and tied:
                 continue
             if (
                 0 in shape
             ):  # A matrix without a row or a column holds nothing that could be lacking.
-                code = provided[_NORM][1]
+                code = provided[NORM][1]
                 provided[name] = shape, code
                 yield Add(names.disk(name), torch.zeros(shape, dtype=torch_dtype(code)))
                 continue
@@ -237,11 +292,9 @@ class HostRewriter:
 
         host_class = CONFIG_MAPPING[self.name]
         known, wanted = _keys(type(config)), _keys(host_class)
-        changes: dict[str, Any] = {
-            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.name]],
-            "model_type": self.name,
-            **self.conversion.settings(config),
-        }
+        changes: dict[str, Any] = {"model_type": self.name, **self.conversion.settings(config)}
+        if not self.nested or "architectures" in values:
+            changes["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.name]]
         foreign = (known - wanted - self.conversion.read) | {"auto_map"}
         changes |= dict.fromkeys(sorted(foreign & values.keys() - changes.keys()), REMOVED)
         shared = sorted((known & wanted) - changes.keys() - _IDENTITY)
@@ -258,33 +311,15 @@ class HostRewriter:
         return changes, host
 
 
-class _DiskNames:
-    """Names on disk against the module's: a checkpoint of the base model alone has no `model.`."""
-
-    def __init__(self, checkpoint: Checkpoint, renamed: Mapping[str, str]) -> None:
-        self._bare = not any(name.startswith(_PREFIX) for name in checkpoint.tensors)
-        self._renamed = renamed
-
-    def parameter(self, name: str) -> str:
-        return _PREFIX + name if self._bare and name != _HEAD else name
-
-    def disk(self, parameter: str) -> str:
-        for part, written in self._renamed.items():
-            parameter = parameter.replace(part, written)
-        return parameter.removeprefix(_PREFIX) if self._bare else parameter
-
-
 def _edit(
-    entry: TensorEntry, converted: str | Computed, code: str, names: _DiskNames
+    entry: TensorEntry, converted: str | Computed, code: str, names: DecoderNames
 ) -> Iterator[Edit]:
     """Yield the edit that makes the host's tensors of one of the base's; none where it is kept."""
     cast = torch_dtype(code) if code != entry.dtype else None
     if isinstance(converted, str):
         disk = names.disk(converted)
         if cast is not None:
-            yield Transform(
-                entry.name, {disk: entry.shape}, lambda tensor: {disk: tensor.to(cast)}, code
-            )
+            yield _cast(entry, disk, code)
         elif disk != entry.name:
             yield Rename(entry.name, disk)
         return
@@ -299,8 +334,14 @@ def _edit(
     yield Transform(entry.name, outputs, function, code, splits)
 
 
+def _cast(entry: TensorEntry, name: str, code: str) -> Transform:
+    """Return the edit that stores a tensor in another dtype, under a name."""
+    dtype = torch_dtype(code)
+    return Transform(entry.name, {name: entry.shape}, lambda tensor: {name: tensor.to(dtype)}, code)
+
+
 def _merge(
-    group: Merged, entries: Mapping[str, TensorEntry], code: str, names: _DiskNames
+    group: Merged, entries: Mapping[str, TensorEntry], code: str, names: DecoderNames
 ) -> Merge:
     """Return the edit that makes the host's tensors of several of the base's."""
     cast = torch_dtype(code)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.anatomy.flags import FlagEffect, with_flags
+from bake.loading import build_model
 from bake.sites import LayerStructure, Slot
 from bake.steering import captured
 
@@ -298,9 +299,7 @@ def _fresh_layers(
     twin: Twin, structure: LayerStructure, flags: Mapping[str, Any]
 ) -> list[dict[str, torch.Tensor]]:
     """Return the parameters of layers as the architecture initialises them: norms do nothing then."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(with_flags(twin.config, flags))
+    model = build_model(with_flags(twin.config, flags))
     layers: Any = model.get_submodule(structure.layers)
     return [
         {name: p.detach() for name, p in layer.named_parameters(remove_duplicate=False)}

@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from bake.anatomy.flags import with_flags
 from bake.anatomy.insertion.filling import Filling, layer_kind
+from bake.anatomy.wrappers import text_key
 from bake.config_text import edit_json
 from bake.errors import UnsupportedError
 from bake.loading import build_on_meta
@@ -184,12 +185,12 @@ def _nesting(config: PreTrainedConfig, text: PreTrainedConfig) -> str:
     """Return the prefix of the keys of the config that describes the decoder."""
     if text is config:
         return ""
-    for name, value in vars(config).items():
-        if value is text:
-            return f"{name}."
-    raise UnsupportedError(
-        f"{config.model_type}: config.json has no place of its own for the text decoder's keys"
-    )
+    key = text_key(config)
+    if key is None:
+        raise UnsupportedError(
+            f"{config.model_type}: config.json has no place of its own for the text decoder's keys"
+        )
+    return f"{key}."
 
 
 def check_growth(

@@ -152,6 +152,7 @@ class _Rewriting:
                 inside = parameter.removeprefix(prefix)
                 if inside == parameter or f"{self.insertion.path}.{source}.{inside}" in self.plain:
                     continue
+                self.checkpoint.check_new(self.disk.name(source, inside))
                 code = self._beside(source, inside).dtype
                 yield Add(
                     self.disk.name(index, inside), torch.zeros(shape, dtype=self._dtype(code))

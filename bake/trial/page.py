@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bake.dose_response import compare_laws
 from bake.resources import shipped
-
-if TYPE_CHECKING:
-    from bake.trial import Trial
+from bake.trial.results import Trial
 
 TEMPLATE = "sweep.html.jinja"
 
