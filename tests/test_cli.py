@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from conftest import TinyModel
 from safetensors.torch import save_file
 
-from bake.cli import main
+from bake.cli import build_parser, main
+from bake.commands import given_direction
 
 
 @pytest.fixture
@@ -59,6 +62,33 @@ def test_usage_errors_exit_with_2(run):
         with pytest.raises(SystemExit) as caught:
             run(*arguments)
         assert caught.value.code == 2
+
+
+def test_a_number_that_is_none_is_named(capsys):
+    for arguments, words in (
+        (["export", "m", "-m", "strong"], "'strong' is neither a number nor auto"),
+        (["sweep", "m", "--direction", "d", "-o", "o", "--multipliers", "x"], "'x' is no list"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_every_command_and_option_says_what_it_is():
+    """A default in brackets, or nothing, does not."""
+    commands = {
+        action.dest: action.choices
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    }["command"]
+    parsers = [*commands.values(), *map(given_direction.build_parser, given_direction.COMMANDS)]
+    assert len(parsers) == 15
+    for parser in parsers:
+        assert parser.description, parser.prog
+        for action in parser._actions:
+            text = re.sub(r"\(.*?\)", "", action.help or "")
+            if not isinstance(action, argparse._SubParsersAction):
+                assert len(text.split()) > 1, (parser.prog, action.dest)
 
 
 def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):
