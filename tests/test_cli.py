@@ -99,6 +99,8 @@ def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):
     assert json.loads(text)["layers"] == list(range(6))
     code, text, _ = run("calibrate", llama, "--prompts", prompts_file, "-o", norms, "--json")
     assert code == 0
+    assert json.loads(text)["timings"]["total"] > 0
+    assert json.loads(text)["peak_memory"] > 1e6
     assert json.loads(text)["layers"] == json.loads(norms.read_text())["layers"]
     code, text, errors = run(
         "export", llama, "--direction", vector, "--prompts", prompts_file, "-o", out, "--json"

@@ -125,7 +125,11 @@ def add(commands: Any) -> None:
     option("--push-to-hub", metavar="REPO_ID", help="publish when proven (private)")
     option("--public", action="store_true", help="with --push-to-hub: make the repo public")
     option("--create-pr", action="store_true", help="with --push-to-hub: open a pull request")
-    option("--commit-message", metavar="TEXT", help="with --push-to-hub: the title (Publish the baked model)")
+    option(
+        "--commit-message",
+        metavar="TEXT",
+        help="with --push-to-hub: title (Publish the baked model)",
+    )
     option("--accept-licence", action="store_true", help=f"with --push-to-hub: {ACCEPT_LICENCE}")
 
 
