@@ -196,7 +196,7 @@ def _row_length(pair: EncodedPair) -> int:
 
 
 def _longest(pairs: Sequence[EncodedPair], chosen: Sequence[int]) -> list[int]:
-    """Return the pair with the longest text, which a window cuts first, and the one with the longest row."""
+    """Return the pair with the longest text, which a window cuts first, and that with the longest row."""
     text = max(chosen, key=lambda i: max(len(text.ids) for text in pairs[i].texts))
     row = max(chosen, key=lambda i: _row_length(pairs[i]))
     return sorted({text, row})
@@ -289,7 +289,9 @@ class _Reader:
             return False  # A model that takes no such mask says so in many ways.
         plain, _ = self.read(self.plain_batches(texts, UNLIMITED))
         bound = SHARING_BOUNDS[str(next(self.loaded.model.parameters()).dtype).split(".")[1]]
-        return all(_alike(packed[layer][texts], plain[layer][texts], bound) for layer in self.layers)
+        return all(
+            _alike(packed[layer][texts], plain[layer][texts], bound) for layer in self.layers
+        )
 
     def read(
         self, batches: Sequence[tuple[TokenBatch | SharedBatch, _Reads]]

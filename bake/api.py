@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import BakeError, EndpointError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
-from bake.formats import conversion, read_direction
+from bake.formats import conversion, fit_direction, read_direction
 from bake.formats.conversion import ConvertedDirection
 from bake.formats.objects import given_as_file
 from bake.model import read_config
@@ -227,18 +228,35 @@ def show_direction(
     model: str | None = None,
     compare: Sequence[str | Path] = (),
     tokens: int = TOKENS,
+    layer_offset: int | None = None,
+    site: str | None = None,
     revision: str | None = None,
 ) -> tuple[Direction, Reading]:
     """Say what a direction raises and lowers in `model`, and its cosines to others.
 
-    direction and others: whatever `export` takes.
+    direction and others: whatever `export` takes; layer_offset and site correct how `direction` is
+    understood. Raises DirectionError for one that does not fit the model.
     """
-    given = read_direction(direction)
+    given = read_direction(direction, layer_offset=layer_offset, site=site)
     others = {str(path): read_direction(path) for path in compare}
-    cosines = compare_directions(given, others)
     if model is None:
-        return given, Reading((), cosines)
+        for shown in (given, *others.values()):
+            if "understood" in shown.metadata:
+                announce(f"direction understood as {shown.metadata['understood']}")
+        return given, Reading((), compare_directions(given, others))
     base = open_base(model, revision)
+    fit = partial(
+        fit_direction,
+        hidden_size=base.anatomy.hidden_size,
+        layer_count=base.anatomy.layer_count,
+    )
+    given, notes = fit(given, direction, layer_offset=layer_offset, site=site)
+    for path in others:
+        others[path], more = fit(others[path], path)
+        notes += more
+    for note in notes:
+        announce(note)
+    cosines = compare_directions(given, others)
     loaded = load_base(base.checkpoint)
     tokenizer = load_tokenizer(base.checkpoint.directory)
     found = read_tokens(loaded, base.anatomy.structure, tokenizer, given, count=tokens)

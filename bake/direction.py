@@ -197,14 +197,30 @@ def effective_weight(norm: nn.Module, hidden_size: int) -> torch.Tensor:
     x = (1, −1, 1, …) has mean 0 and mean square 1, so RMSNorm and LayerNorm leave it as it is:
     (norm(x) − norm(−x)) / 2 = weight ⊙ x.
     """
+    x = _ones(norm, hidden_size)
+    x[..., 1::2] = -1
+    return _odd_part(norm, x) * x[0, 0].float().cpu()
+
+
+def removes_mean(norm: nn.Module, hidden_size: int) -> bool:
+    """Tell whether a norm takes its input's mean out, as a LayerNorm does: then a constant is nothing."""
+    return float(_odd_part(norm, _ones(norm, hidden_size)).abs().max()) < 1e-3
+
+
+def _ones(norm: nn.Module, hidden_size: int) -> torch.Tensor:
     import torch
 
-    parameter = next(norm.parameters())
-    x = torch.ones(1, 1, hidden_size, device=parameter.device, dtype=parameter.dtype)
-    x[..., 1::2] = -1
+    parameter = next(norm.parameters(), torch.empty(0))  # Some norms have no weight.
+    return torch.ones(1, 1, hidden_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _odd_part(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return (norm(x) − norm(−x)) / 2, in which no bias is left: (hidden_size,) float32 on the CPU."""
+    import torch
+
     with torch.no_grad():
-        weight: torch.Tensor = (norm(x) - norm(-x)) / 2 * x
-    return weight[0, 0].float().cpu()
+        half: torch.Tensor = (norm(x) - norm(-x)) / 2
+    return half[0, 0].float().cpu()
 
 
 def load_direction(path: Path) -> Direction:

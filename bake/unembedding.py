@@ -9,19 +9,23 @@ it on, which is truer the later the layer is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bake.direction import Direction, effective_weight
+from bake.direction import Direction, effective_weight, removes_mean
 from bake.errors import DirectionError, UnsupportedError
 from bake.model import LoadedModel
-from bake.sites import RESIDUAL_SITES, LayerStructure
+from bake.sites import RESIDUAL_SITES, LayerStructure, suits
+from bake.steering import captured
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 TOKENS = 10
+TRIED = 8  # tokens that are run to see what the unembedding reads
+SAME = 0.9999  # cosine from which two activations are one
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def read_tokens(
     """Return what every vector of a direction of the residual stream raises and lowers.
 
     Raises DirectionError for a direction of another width or of a normalised input, UnsupportedError for
-    a model without an unembedding.
+    a model without an unembedding or with one that does not read a norm of the stream.
     """
     import torch
 
@@ -94,7 +98,7 @@ def read_tokens(
     head = model.get_output_embeddings()
     if head is None or loaded.weights is not None:
         raise UnsupportedError("the model has no unembedding in memory to show tokens with")
-    norm = final_norm(loaded.model, structure)
+    norm = find_final_norm(loaded.model, structure)
     matrix = head.weight.detach()
     names = [tokenizer.decode([index]) for index in range(len(tokenizer))]
     found = []
@@ -117,28 +121,65 @@ def read_tokens(
     return tuple(found)
 
 
-def final_norm(model: nn.Module, structure: LayerStructure) -> nn.Module | None:
-    """Return the norm behind the last decoder layer: the last one that stands beside the layers."""
-    parent, _, name = structure.layers.rpartition(".")
-    beside = model.get_submodule(parent).named_children()
-    norms = [
-        module
-        for other, module in beside
-        if other != name
-        and ("norm" in type(module).__name__.lower() or "norm" in other or other == "ln_f")
-        and next(module.parameters(), None) is not None
-        and "emb" not in other
-    ]
-    return norms[-1] if norms else None
+def find_final_norm(model: Any, structure: LayerStructure) -> nn.Module | None:
+    """Return the module that stands between the last decoder layer and the unembedding; None for nothing.
+
+    Found by what flows: names and places differ too much (LFM 2's is called embedding_norm, and Gemma 4
+    has others beside it). Raises UnsupportedError where the unembedding reads something else than a norm
+    of the last layer's output, such as a projection of it or another transformation's.
+    """
+    import torch
+
+    last = len(list(model.get_submodule(structure.layers).children())) - 1
+    head = model.get_output_embeddings()
+    inside = f"{structure.layers}."
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    stream: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+        if arguments and all(isinstance(x, torch.Tensor) for x in (arguments[0], output)):
+            seen[module] = arguments[0], output
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            leaf = next(module.children(), None) is None  # BERT's head has a whole transformation.
+            if leaf and not name.startswith(inside) and module is not head:
+                hooks.callback(module.register_forward_hook(keep).remove)
+        hooks.callback(
+            head.register_forward_pre_hook(lambda _, given: read.append(given[0])).remove
+        )
+        hooks.enter_context(
+            captured(model, structure, "mlp_out", [last], lambda _, output: stream.append(output))
+        )
+        ids = torch.arange(1, 1 + TRIED, device=head.weight.device)[None]
+        model(input_ids=ids, use_cache=False)
+    if read and stream and _same(stream[0], read[0]):
+        return None
+    for module, (given, output) in seen.items():
+        if read and stream and _same(stream[0], given) and _same(output, read[0]):
+            return module
+    raise UnsupportedError(
+        "between its last layer and its unembedding this architecture does more than one norm, so that "
+        "what a direction does to the logits cannot be read off these two"
+    )
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Tell whether the last position of two activations is the same but for a factor."""
+    import torch
+
+    if first.shape[-1] != second.shape[-1]:
+        return False
+    a, b = (values.reshape(-1, values.shape[-1])[-1].float().cpu() for values in (first, second))
+    return float(torch.cosine_similarity(a, b, dim=0)) > SAME
 
 
 def _through(norm: nn.Module | None, vector: torch.Tensor, hidden_size: int) -> torch.Tensor:
     """Return γ ⊙ û, with û's mean taken out where the norm takes it out, (hidden_size,) float32."""
-    import torch
-
     if norm is None:
         return vector.float()
-    if isinstance(norm, torch.nn.LayerNorm):
+    if removes_mean(norm, hidden_size):
         vector = vector - vector.mean()
     return vector.float() * effective_weight(norm, hidden_size)
 
@@ -149,7 +190,7 @@ def compare_directions(
     """Return the cosines of a direction to others, layer by layer.
 
     A direction for all layers is compared with every layer of the other. Raises DirectionError for
-    another width or where the two have no layer in common.
+    another width or space, or where the two have no layer in common.
     """
     found: dict[str, dict[int | None, float]] = {}
     for name, other in others.items():
@@ -157,6 +198,11 @@ def compare_directions(
             raise DirectionError(
                 f"{name} is {other.hidden_size} wide and the direction {direction.hidden_size}; "
                 "compare directions of one model"
+            )
+        if not suits(other.site, direction.site):
+            raise DirectionError(
+                f"{name} was found at {other.site} and the direction at {direction.site}, which are "
+                "different spaces; compare directions of one"
             )
         layers = _common_layers(direction, other)
         if not layers:

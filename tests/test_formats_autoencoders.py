@@ -45,25 +45,30 @@ def test_axis_of_the_hidden_size_is_the_vector(files, index, transposed):
 
 
 def test_pipeline_reads_it_again_when_the_model_is_known(files):
-    reference = f"{files(W.T.contiguous())}:W_dec[5]"
+    reference = f"{files(W[:5].contiguous())}:W_dec[3]"
     early = read_direction(reference)
-    assert early.hidden_size == FEATURES  # Taken for a row: the model is not known yet.
+    assert early.hidden_size == 5  # Fewer features than dimensions: the model is not known yet.
     found, notes = fit_direction(early, reference, hidden_size=WIDTH, layer_count=4)
-    torch.testing.assert_close(found.layer(0), W[5] / W[5].norm())
-    assert "read as (hidden_size, features)" in notes[0]
+    torch.testing.assert_close(found.layer(0), W[3] / W[3].norm())
+    assert "read as (features, hidden_size)" in notes[0]
 
 
-def test_square_decoders_and_unknown_models_take_rows():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_without_a_model_the_shorter_axis_is_the_vector(files, transposed):
+    reference = f"{files(W.T.contiguous() if transposed else W)}:W_dec[5]"
+    torch.testing.assert_close(read_direction(reference).layer(0), W[5] / W[5].norm())
+
+
+def test_square_decoders_take_rows():
     assert choose_axis((8, 8), 3, 8, "x")
-    assert choose_axis((24, 8), 3, None, "x")
-    assert not choose_axis((8, 24), 9, None, "x")
+    assert choose_axis((8, 8), 3, None, "x")
 
 
 @pytest.mark.parametrize(
     ("reference", "hidden", "message"),
     [
         ("W_dec[24]", WIDTH, "features 0 to 23; there is no 24"),
-        ("W_dec[99]", None, "there is no 99"),
+        ("W_dec[99]", None, "features 0 to 23; there is no 99"),
         ("W_dec[0]", 16, r"shape \(24, 8\) and the model's hidden size is 16, which is neither"),
         ("decoder[0]", WIDTH, "holds no tensor decoder; it has"),
     ],

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FINAL_NORMS, HIDDEN
+from conftest import CONFIGS, FINAL_NORMS, HIDDEN, STRUCTURES
 
 from bake import show_direction
+from bake.anatomy import examine
 from bake.cli import main
 from bake.direction import Direction, direction_bytes, normalise
 from bake.errors import BakeError
 from bake.resources import DEMO_NAME
-from bake.unembedding import compare_directions, final_norm, read_tokens
+from bake.unembedding import compare_directions, find_final_norm, read_tokens
 
 
 def random_direction(layers=(0, 4), seed=0, site="mlp_out", width=HIDDEN):
@@ -41,7 +42,7 @@ def test_tokens_are_those_whose_logits_move(open_tiny, architecture):
     direction = random_direction(layers=(5,))
     (found,) = read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, direction, count=5)
     norm = tiny.loaded.model.get_submodule(FINAL_NORMS[architecture])
-    assert final_norm(tiny.loaded.model, tiny.structure) is norm
+    assert find_final_norm(tiny.loaded.model, tiny.structure) is norm
     unit = direction.layer(5).double()
     stream = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)).double()
     centred = unit - unit.mean() if architecture == "gpt2" else unit
@@ -56,6 +57,50 @@ def test_tokens_are_those_whose_logits_move(open_tiny, architecture):
         expected = torch.topk(change, 5, largest=largest).indices.tolist()
         assert [score.token for score in scores] == [tiny.tokenizer.decode([i]) for i in expected]
     assert found.raised[0].score > 0 > found.lowered[0].score
+
+
+@pytest.fixture
+def make(load_tiny, monkeypatch):
+    """Return a function: model type and options → a random model of transformers' with its structure."""
+
+    def build(model_type, **options):
+        sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = {**sizes, "intermediate_size": 88, **options}
+        monkeypatch.setitem(CONFIGS, model_type, config)
+        monkeypatch.setitem(STRUCTURES, model_type, STRUCTURES["llama"])
+        tiny = load_tiny(model_type)
+        return replace(tiny, structure=examine(tiny.loaded.model.config).structure)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "norm"),
+    [
+        ("lfm2", {"num_key_value_heads": 2}, "model.embedding_norm"),
+        (
+            "gemma4_text",
+            {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8},
+            "model.norm",
+        ),
+        ("olmo", {}, "model.norm"),
+    ],
+)
+def test_the_final_norm_is_known_by_what_flows_through_it(make, model_type, options, norm):
+    """Its name says something else, another norm stands behind it, it has no parameter."""
+    tiny = make(model_type, **options)
+    direction = random_direction(layers=(1,))
+    assert find_final_norm(tiny.loaded.model, tiny.structure) is tiny.loaded.model.get_submodule(
+        norm
+    )
+    (found,) = read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, direction)
+    assert found.raised[0].score > 0 > found.lowered[0].score
+
+
+def test_an_unembedding_that_reads_something_else_is_refused(make):
+    tiny = make("modernbert-decoder")
+    with pytest.raises(BakeError, match="does more than one norm"):
+        read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, random_direction(layers=(1,)))
 
 
 def test_the_norms_weight_counts(load_tiny):
@@ -112,6 +157,30 @@ def test_command(llama, save, capsys):
     assert len(values["reading"]["layers"][0]["raised"]) == 10
 
 
+def test_show_says_how_a_file_was_understood_and_takes_corrections(llama, tmp_path, capsys):
+    """A decoder whose features are columns is known by the model's width; layer numbers can be moved."""
+    wanted = random_direction((2,)).layer(2)
+    decoder = torch.randn(HIDDEN, 7, generator=torch.Generator().manual_seed(2))
+    decoder[:, 3] = wanted
+    torch.save({"decoder.weight": decoder}, tmp_path / "sae.pt")
+    reference = f"{tmp_path}/sae.pt:decoder.weight[3]"
+    given, _ = show_direction(reference, model=str(llama))
+    assert torch.allclose(given.layer(0), wanted)
+    assert "understood as autoencoder decoder" in capsys.readouterr().err
+    torch.save({3: wanted}, tmp_path / "one.pt")
+    arguments = ["direction", "show", str(tmp_path / "one.pt"), "--compare", reference]
+    corrected = ["--layer-offset", "-1", "--direction-site", "attn_out"]
+    assert main([*arguments, *corrected, "--model", str(llama)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("1 direction of width 32 at attn_out\n\n2  raised ")
+    assert shown.out.split()[-2:] == ["2", "1.000"]
+    assert shown.err.count("direction understood as ") == 2
+    assert main(["direction", "show", str(tmp_path / "one.pt")]) == 0
+    assert "unit length; site mlp_out (the file names none)" in capsys.readouterr().err
+    assert main([*arguments, "--layer-offset", "3", "--model", str(llama)]) == 1
+    assert "the model has layers 0 to 5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("direction", "options", "message"),
     [
@@ -136,5 +205,7 @@ def test_streamed_model_is_refused(open_tiny):
 def test_directions_that_cannot_be_compared_are_refused():
     with pytest.raises(BakeError, match="other is 48 wide and the direction 32"):
         compare_directions(random_direction(), {"other": random_direction(width=48)})
+    with pytest.raises(BakeError, match=r"other was found at attn_in .* different spaces"):
+        compare_directions(random_direction(), {"other": random_direction(site="attn_in")})
     with pytest.raises(BakeError, match="other has no layer in common"):
         compare_directions(random_direction((0,)), {"other": random_direction((1,))})

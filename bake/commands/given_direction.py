@@ -36,8 +36,7 @@ def _build_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", "-o", required=True, metavar="FILE", help="its suffix names the format"
     )
-    parser.add_argument("--layer-offset", type=int, metavar="N", help="added to FILE's layers (0)")
-    parser.add_argument("--direction-site", choices=SITES, help="where FILE was found (mlp_out)")
+    _add_understanding(parser)
     parser.add_argument(
         "--model-hint", metavar="NAME", help="GGUF: the architecture, such as llama"
     )
@@ -81,6 +80,13 @@ def _build_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, default=10, metavar="N", help="how many of each kind (10)"
     )
+    _add_understanding(parser)
+
+
+def _add_understanding(parser: argparse.ArgumentParser) -> None:
+    """Add the options that correct how FILE is understood."""
+    parser.add_argument("--layer-offset", type=int, metavar="N", help="added to FILE's layers (0)")
+    parser.add_argument("--direction-site", choices=SITES, help="where FILE was found (mlp_out)")
 
 
 def _run_show(parsed: argparse.Namespace) -> int:
@@ -91,6 +97,8 @@ def _run_show(parsed: argparse.Namespace) -> int:
         model=parsed.model,
         compare=parsed.compare,
         tokens=parsed.tokens,
+        layer_offset=parsed.layer_offset,
+        site=parsed.direction_site,
         revision=parsed.revision,
     )
     found = separation.read_separation(direction)

@@ -1,8 +1,9 @@
 """One row of a sparse autoencoder's decoder: `FILE:TENSOR[INDEX]`, such as `sae.safetensors:W_dec[512]`.
 
 A decoder is (features, hidden_size) in most libraries and (hidden_size, features) where it is a linear
-layer's weight. The axis whose length is the model's hidden size tells; where both or neither fit, or
-no model is known, INDEX is a row. Of a safetensors file only what is needed is read.
+layer's weight. The axis whose length is the model's hidden size tells, or without a model the shorter
+one, because dictionaries have more features than the stream has dimensions; where both fit, INDEX is a
+row. Of a safetensors file only what is needed is read.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def choose_axis(shape: tuple[int, ...], index: int, hidden_size: int | None, ori
         raise DirectionError(f"{origin} has shape {shape}; a decoder is (features, hidden_size)")
     rows, columns = shape
     if hidden_size is None:
-        along_rows = index < rows  # The pipeline asks again when the model is known.
+        along_rows = columns <= rows  # The pipeline asks again when the model is known.
     elif hidden_size not in shape:
         raise DirectionError(
             f"{origin} has shape {shape} and the model's hidden size is {hidden_size}, which is "
