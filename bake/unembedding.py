@@ -154,11 +154,12 @@ def find_final_norm(model: Any, structure: LayerStructure) -> nn.Module | None:
         )
         ids = torch.arange(1, 1 + TRIED, device=head.weight.device)[None]
         model(input_ids=ids, use_cache=False)
-    if read and stream and _same(stream[0], read[0]):
-        return None
-    for module, (given, output) in seen.items():
-        if read and stream and _same(stream[0], given) and _same(output, read[0]):
-            return module
+    if read and stream:
+        for module, (given, output) in seen.items():
+            if _same(stream[0], given) and _same(output, read[0]):
+                return module
+        if _same(stream[0], read[0]):
+            return None
     raise UnsupportedError(
         "between its last layer and its unembedding this architecture does more than one norm, so that "
         "what a direction does to the logits cannot be read off these two"

@@ -5,14 +5,18 @@
 
 The floor is a bare forward of the same texts, sorted by length, in the same batches, without the head.
 steering-vectors (mean, last token) and repeng (pca) take part where they can be imported; they get
-batches of 32 texts, and their progress bars are off. Two sets: pairs of uneven length that share only
-their beginning, and pairs that share a prompt. The base is a random 12-layer, 512-wide Llama in float32.
+batches of 32 texts, and their progress bars are off. Two sets on a random 12-layer, 512-wide Llama in
+float32: pairs of uneven length that share only their beginning, and pairs that share a prompt. Two on the
+small model that ships, 9 layers, for what trained weights do: its own pairs, and pairs in other words.
 Sides alternate within one run; medians of CPU seconds on one thread are printed, so that what else the
 machine does counts little, with the ratio to the floor and, layer by layer, the cosine between bake's
-direction and theirs. repeng reads the last layer behind the model's final norm, so bake is compared with
-it as it is and with its definition on the residual stream. Where a random model's pairs are divided evenly,
-repeng keeps whatever sign its solver gave; bake then goes by the mean projection. Nothing is installed into
-bake's own environment.
+direction and theirs. One side asks for the lower half of the layers only: the others are not run.
+
+repeng reads the last layer behind the model's final norm (`hidden_states[-1]`), where no vector is added.
+So bake is also compared with its definition on the residual stream, in every layer, and the last layer of
+repeng with bake's component of what the final norm makes of the stream: both are 1. Where a random model's
+pairs are divided evenly, repeng keeps whatever sign its solver gave; bake then goes by the mean projection.
+Nothing is installed into bake's own environment.
 """
 
 from __future__ import annotations
@@ -49,8 +53,10 @@ WORDS = (
 
 
 def main() -> None:
-    """Run both sets of pairs and print times and cosines."""
+    """Run all sets of pairs and print times and cosines."""
     import torch
+
+    from bake.resources import DEMO_MODEL
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="counted runs of every side (3)")
@@ -60,11 +66,13 @@ def main() -> None:
     print(f"load average {', '.join(f'{value:.2f}' for value in os.getloadavg())}")
     with tempfile.TemporaryDirectory(prefix="bake-extraction-") as folder:
         base = write_model(Path(folder) / "base")
-        for title, pairs in (
-            ("pairs of uneven length", uneven_pairs(options.pairs)),
-            ("pairs that share a prompt", shared_pairs(options.pairs)),
+        for model, title, pairs in (
+            (base, "random Llama, pairs of uneven length", uneven_pairs(options.pairs)),
+            (base, "random Llama, pairs that share a prompt", shared_pairs(options.pairs)),
+            (DEMO_MODEL, "shipped model, cheerful-gloomy", shipped_pairs("cheerful-gloomy")),
+            (DEMO_MODEL, "shipped model, formal-casual", shipped_pairs("formal-casual")),
         ):
-            compare(base, title, pairs, options.runs)
+            compare(model, title, pairs, options.runs)
 
 
 def write_model(directory: Path) -> Path:
@@ -103,28 +111,37 @@ def shared_pairs(count: int, seed: int = 1) -> list[tuple[str, str, str]]:
     ]
 
 
+def shipped_pairs(name: str) -> list[tuple[str, str, str]]:
+    """Return (prompt, positive, negative) of a shipped set."""
+    from bake.pairs import read_pairs
+
+    return [(pair.prompt, pair.positive, pair.negative) for pair in read_pairs(name)]
+
+
 def _words(draw: random.Random, least: int, most: int) -> str:
     return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
 
 
 def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs: int) -> None:
     """Time every side on one set of pairs, and compare the directions they find."""
+    from bake.activations import read_activations
     from bake.anatomy import examine
     from bake.contrast import find_direction
     from bake.model import load_model, read_config
-    from bake.pairs import ContrastPair
+    from bake.pairs import ContrastPair, encode_pairs
     from bake.prompts import load_tokenizer
 
     loaded, tokenizer = load_model(base), load_tokenizer(base)
-    structure = examine(read_config(base)).structure
+    anatomy = examine(read_config(base))
+    structure, layers = anatomy.structure, range(anatomy.layer_count)
     contrast = [ContrastPair(*pair) for pair in pairs]
     found: dict[str, dict[int, Any]] = {}
 
-    def ours(method: str) -> dict[int, Any]:
+    def ours(method: str, asked: range = layers) -> dict[int, Any]:
         direction = find_direction(
-            loaded, structure, "mlp_out", tokenizer, contrast, range(LAYERS), method=method
+            loaded, structure, "mlp_out", tokenizer, contrast, asked, method=method
         )
-        return {layer: direction.layer(layer) for layer in range(LAYERS)}
+        return {layer: direction.layer(layer) for layer in asked}
 
     def kept(name: str, find: Callable[[], dict[int, Any]]) -> Callable[[], float]:
         def side() -> float:
@@ -140,16 +157,22 @@ def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs:
         "floor": kept("floor", lambda: run_floor(loaded, tokenizer, texts)),
         "bake mean": kept("bake mean", lambda: ours("mean")),
         "bake pca": kept("bake pca", lambda: ours("pca")),
+        "bake mean, lower half": kept("half", lambda: ours("mean", layers[: len(layers) // 2])),
     }
     for name, find in references(loaded.model, tokenizer, texts).items():
         sides[name] = kept(name, find)
     seconds = alternate(sides, runs)
     report(f"{title} ({len(pairs)})", seconds, "CPU s", "floor")
-    found["exact component"] = exact_components(loaded, structure, tokenizer, contrast)
+    read = read_activations(
+        loaded, structure, "mlp_out", encode_pairs(tokenizer, contrast), layers, share=False
+    )
+    found["exact component"] = exact_components(read)
+    found["bake pca behind the final norm"] = behind_final_norm(loaded.model, structure, read)
     for mine, theirs in (
         ("bake mean", "steering-vectors"),
         ("bake pca", "repeng"),
         ("bake pca", "exact component"),
+        ("bake pca behind the final norm", "repeng"),
     ):
         if theirs in found:
             _print_cosines(mine, theirs, found)
@@ -194,8 +217,9 @@ def references(
 
         def with_repeng() -> dict[int, Any]:
             data = [DatasetEntry(positive, negative) for positive, negative in texts]
+            layers = range(model.config.num_hidden_layers)
             found = ControlVector.train(
-                model, tokenizer, data, hidden_layers=range(LAYERS), batch_size=BATCH
+                model, tokenizer, data, hidden_layers=layers, batch_size=BATCH
             )
             return {layer: torch.from_numpy(v) for layer, v in found.directions.items()}
 
@@ -203,26 +227,35 @@ def references(
     return sides
 
 
-def exact_components(
-    loaded: Any, structure: Any, tokenizer: Any, pairs: Sequence[Any]
-) -> dict[int, Any]:
+def exact_components(read: Any) -> dict[int, Any]:
     """Return repeng's definition of pca_diff with scikit-learn's exact solver, signed as repeng does."""
     import torch
     from sklearn.decomposition import PCA
 
-    from bake.activations import read_activations
-    from bake.pairs import encode_pairs
-
-    encoded = encode_pairs(tokenizer, pairs)
-    read = read_activations(loaded, structure, "mlp_out", encoded, range(LAYERS), share=False)
     found = {}
-    for layer in range(LAYERS):
+    for layer in read.layers:
         differences = read.differences(layer).numpy()
         component = PCA(n_components=1, svd_solver="full").fit(differences).components_[0]
         if (differences @ component < 0).mean() > 0.5:
             component = -component
         found[layer] = torch.from_numpy(component).float()
     return found
+
+
+def behind_final_norm(model: Any, structure: Any, read: Any) -> dict[int, Any]:
+    """Return bake's component of what the model's final norm makes of the last layer's activations."""
+    import torch
+
+    from bake.activations import PairActivations
+    from bake.contrast import fit_directions
+    from bake.unembedding import find_final_norm
+
+    last, norm = read.layers[-1], find_final_norm(model, structure)
+    with torch.no_grad():
+        positive, negative = norm(read.positive[last]), norm(read.negative[last])
+    lengths = torch.stack([positive, negative], dim=1).flatten(0, 1).norm(dim=1)
+    normed = PairActivations({last: positive}, {last: negative}, {last: lengths})
+    return fit_directions(normed, "pca")
 
 
 def _restore_numpy_name() -> None:
