@@ -22,13 +22,13 @@ from bake.dose_response import (
     Texts,
     Variant,
 )
-from bake.errors import BakeError, UnsupportedError
+from bake.errors import BakeError, DirectionError, UnsupportedError
 from bake.pairs import read_pairs
 from bake.progress import announce
 from bake.prompts import read_prompts
 from bake.resources import find_set, tried_on
 from bake.sampling import read_words
-from bake.sites import check_direction_site
+from bake.sites import INPUT_SITES, RESIDUAL_SITES, check_direction_site
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,10 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
     multipliers = tuple(sorted({m for m in options.multipliers if m}))
     if not multipliers:
         raise BakeError("a sweep needs multipliers other than 0, such as --multipliers=-1,1")
+    if len({f"{m:g}" for m in multipliers}) < len(multipliers):
+        raise BakeError("two of --multipliers agree in six digits; leave one of them out")
+    if not 0 <= options.seed < 2**63:
+        raise BakeError(f"--seed {options.seed} is no seed; give one from 0 to 2**63 - 1")
     if min(options.samples, options.new_tokens) < 1 or options.control_seeds < 0:
         raise BakeError("--samples and --new-tokens are 1 or more, --control-seeds 0 or more")
     unknown = next((law for law in options.laws if law not in LAWS), None)
@@ -132,6 +136,11 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
         for site in options.sites
     ]
     for site in sites:
+        if direction.site in RESIDUAL_SITES and site in INPUT_SITES:
+            raise DirectionError(
+                f"the direction was found at {direction.site} and {site} is a normalised input, another "
+                f"space; a sweep converts none: find it there, with bake direction --site {site}"
+            )
         check_direction_site(direction.site, site, convert=False)
     variants = [
         Variant(site, law, parse_band(band))
