@@ -331,6 +331,8 @@ def publish(
         raise BakeError(
             "--verify-remote is of what was published, not of a pull request: leave one out"
         )
+    if base and not (strengths or verify_remote):
+        raise BakeError("--base is for the proofs of --strengths and --verify-remote: leave it out")
     options: dict[str, Any] = {
         "private": not public,
         "commit_message": commit_message,

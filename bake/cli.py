@@ -31,6 +31,10 @@ from bake.errors import BakeError
 from bake.results import discard_output, prepare_streams
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
+EPILOG = (
+    "bake COMMAND --help says more. Begin with bake demo, which downloads nothing. Exit codes: 0 done, 1 "
+    "an error that one line names, 2 usage, 3 not equivalent."
+)
 COMMANDS = (
     export,
     direction,
@@ -50,7 +54,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every command."""
-    parser = argparse.ArgumentParser(prog="bake", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="bake", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"bake {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:

@@ -17,7 +17,6 @@ from bake.destination import Destination, choose_destination
 from bake.direction import Direction, convert_to_input
 from bake.dose_response.measurements import Texts
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
-from bake.errors import UnsupportedError
 from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
 from bake.extraction import extract as extract_direction
@@ -26,7 +25,6 @@ from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.model import LoadedModel, read_config
 from bake.norms import ActivationNorms, measure_norms
-from bake.observation import CANARY_TOKENS, NEW_TOKENS
 from bake.pairs import ContrastPair, read_pairs
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
@@ -382,14 +380,7 @@ def prove(
     """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
 
     published: (repository, commit) that the plain process loads by its id.
-    Raises UnsupportedError for a model with too few positions to be continued.
     """
-    limit = position_limit(read_config(base.checkpoint.directory))
-    if limit is not None and limit < CANARY_TOKENS + NEW_TOKENS:
-        raise UnsupportedError(
-            f"{base.checkpoint.model_id} has {limit} positions; the proof continues {CANARY_TOKENS} "
-            f"tokens by {NEW_TOKENS}"
-        )
     return prove_equivalence(
         base.checkpoint,
         open_checkpoint(str(directory)),
@@ -401,7 +392,7 @@ def prove(
             tokenizer,
             read_prompts(EQUIVALENCE_PROMPTS),
             MAX_TOKENS,
-            limit=limit,
+            limit=position_limit(read_config(base.checkpoint.directory)),
         ),
         allow_rounding=allow_rounding,
         placement=placement,

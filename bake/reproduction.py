@@ -6,7 +6,6 @@ calibration would give is said on request.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from bake.record import (
     rebuild_plan,
     rebuild_push,
 )
+from bake.scratch import scratch_directory
 from bake.streaming import Placement
 from bake.tokenization import keep_tokenizer
 from bake.writer import copy_companions, write_config, write_weights
@@ -103,8 +103,7 @@ def reproduce(
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
     plan = rebuild_plan(recorded, opened, push)
-    with tempfile.TemporaryDirectory(prefix="bake-reproduce-", dir=_roomy(directory)) as folder:
-        again = Path(folder)
+    with scratch_directory(directory, ".bake-reproduce-") as again:
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again)
@@ -134,13 +133,6 @@ def reproduce(
     same = [name for name in (*names, RESULT_FILE) if name not in wrong]
     fresh = _measure(opened, recorded, calibrate, placement) if calibrate else None
     return Reproduction(directory, opened.checkpoint.model_id, tuple(same), tuple(wrong), fresh)
-
-
-def _roomy(directory: Path) -> Path | None:
-    """Return where to build: beside the bake where that can be written, so that clones cost nothing."""
-    import os
-
-    return directory.parent if os.access(directory.parent, os.W_OK) else None
 
 
 def _measure(

@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.card import draw_figures, render_card, words_of
+from bake.card import draw_figures, words_of
 from bake.checkpoint import Checkpoint, find_bake, open_checkpoint
-from bake.completion import check_shards, is_unproven, unproven
+from bake.completion import check_shards, is_unproven, tell, unproven
 from bake.config_text import edit_json
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError, OutputError
-from bake.hashing import hash_files
 from bake.journal import changing
 from bake.layout import ORIGINALS_FILE
 from bake.licences import NOTICE_FILE
-from bake.record import CARD_FILE, RESULT_FILE, encode_result, read_result, rebuild_push
+from bake.record import read_result, rebuild_push
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import staged_directory
@@ -238,37 +237,28 @@ def rescale(directory: Path, multiplier: float, *, revision: str | None = None) 
         extra = _extra_shards(checkpoint, recorded, strength)
         for name, data in extra.items():
             journal.write(name, data)
-        _tell_again(journal.files, directory, recorded, strength.push, patches, revision)
+        draw_figures(
+            journal.files, strength.push, recorded["site"], recorded["direction"]["metadata"]
+        )
+        known = {name: entry["sha256"] for name, entry in recorded["files"].items()}
+        story = _retold(recorded, strength.push, revision)
+        tell(journal, directory, story, words_of(recorded), known=known, patches=patches)
     return Rescaled(directory, multiplier, float(recorded["multiplier"]), (*patches, *extra))
 
 
-def _tell_again(
-    written: Path,
-    directory: Path,
-    recorded: Mapping[str, Any],
-    push: Push,
-    patches: Mapping[str, Mapping[int, bytes]],
-    revision: str | None,
-) -> None:
-    """Add figures, card and `bake.json` of a bake at another strength to the shards in `written`."""
+def _retold(recorded: Mapping[str, Any], push: Push, revision: str | None) -> dict[str, Any]:
+    """Return `bake.json`, without its files, of the same bake at another strength."""
     # The choice of a multiplier was for another strength, as a sweep's samples were.
     stale = ("files", "equivalence", "multiplier_choice", "revision")
     story = {key: value for key, value in recorded.items() if key not in stale}
     story |= push.to_dict() | ({"revision": revision} if revision else {})
     if "sweep" in story:
         story["sweep"] = {**story["sweep"], "samples": []}
-    draw_figures(written, push, recorded["site"], recorded["direction"]["metadata"])
     proof = recorded["equivalence"]
     if not is_unproven(recorded):
         reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
         proof = {**unproven(rounding_allowed=bool(proof.get("rounding_allowed"))), "reason": reason}
-    story["equivalence"] = proof
-    (written / CARD_FILE).write_text(render_card({**story, **words_of(recorded)}), encoding="utf-8")
-    new = hash_files(written)
-    known = {name: entry["sha256"] for name, entry in {**recorded["files"], **new}.items()}
-    kept = hash_files(directory, known=known, patches=patches, exclude=(RESULT_FILE,))
-    result = {**story, "files": dict(sorted({**kept, **new}.items()))}
-    (written / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")
+    return {**story, "equivalence": proof}
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,27 @@ import io
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from bake.errors import OutputError
 from bake.processes import is_main
+from bake.timing import peak_memory
+
+STARTED = time.monotonic()
 
 
 def print_result(parsed: argparse.Namespace, values: dict[str, Any], text: str) -> None:
     """Print a command's result on stdout; of several processes only the main one does.
 
+    With `--json` it has what it cost, which is the whole where the command knows no stages.
+
     Raises OutputError where stdout is a file that cannot be written, and BrokenPipeError.
     """
     if not is_main():
         return
-    answer = json.dumps(values, indent=2) if parsed.json else text
+    measured = {"timings": {"total": time.monotonic() - STARTED}, "peak_memory": peak_memory()}
+    answer = json.dumps({**measured, **values}, indent=2) if parsed.json else text
     try:
         print(answer, flush=True)
     except BrokenPipeError:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import cache
+from logging import Handler
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from bake.anatomy import TwinVerdict, examine
 from bake.anatomy.flags import added_parameters, build_on_meta, find_bias_flags, parameter_shapes
@@ -26,6 +28,7 @@ from bake.anatomy.twin import Twin, build_random, fold
 from bake.errors import UnsupportedError
 from bake.loading import single_thread
 from bake.sites import SITES, LayerStructure, Slot
+from bake.steering import steered
 
 
 @pytest.fixture(autouse=True)
@@ -800,3 +803,57 @@ def test_proposals_for_an_input_site():
     kinds = {p.kind: p for p in propose_slots(twin, twin.model, found, "attn_in")}
     assert sorted(kinds) == ["norm", "projection"]
     assert [short(slot.bias) for slot in kinds["norm"].slots_of(0)] == ["ln_1.bias"]
+
+
+def test_what_transformers_says_of_a_twin_is_not_said_to_the_user():
+    """A twin's sizes do not fit its rope scaling, of which transformers warns."""
+    said: list[str] = []
+    handler = Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    config = AutoConfig.for_model("gpt_oss", num_hidden_layers=2, num_local_experts=4)
+    logging.set_verbosity_warning()
+    logging.add_handler(handler)
+    try:
+        shrink(config, range(2))
+        assert any("original_max_position_embeddings" in message for message in said)
+        said.clear()
+        examine(config)
+    finally:
+        logging.remove_handler(handler)
+        logging.set_verbosity_error()
+    assert said == []
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "attn_out"])
+def test_a_factor_that_follows_from_a_size_is_the_real_models(site):
+    """MiniCPM 3 scales each branch by the number of layers, of which the twin has three."""
+    values = {"num_hidden_layers": 12, "scale_depth": 1.4, "hidden_size": 32, "vocab_size": 96}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 80}
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8, "dim_model_base": 16}
+    rotary = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "pad_token_id": 0}
+    config = AutoConfig.for_model("minicpm3", **values, **sizes, **heads, **rotary)
+    found = examine(config)
+    route = found.choose(site)
+    assert {slot.scale for slot in route.slots_of(5)} == {1.4 / 12**0.5}
+    with torch.random.fork_rng():
+        real = build_random(config, 0)
+    ids = torch.arange(3, 15).reshape(1, -1)
+    push = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    seen: dict[str, torch.Tensor] = {}
+
+    def stream(name: str) -> None:
+        # What the next thing on the residual stream reads is the stream itself.
+        reader = (
+            real.model.layers[5].post_attention_layernorm
+            if site == "attn_out"
+            else real.model.layers[6].input_layernorm
+        )
+        handle = reader.register_forward_pre_hook(lambda _, given: seen.update({name: given[0]}))
+        with torch.no_grad():
+            real(input_ids=ids)
+        handle.remove()
+
+    stream("base")
+    with steered(real, found.structure, site, {5: push}):
+        stream("hooked")
+    assert torch.allclose(seen["hooked"] - seen["base"], push.expand(1, 12, 32), atol=1e-4)

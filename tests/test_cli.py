@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from conftest import TinyModel
 from safetensors.torch import save_file
 
-from bake.cli import main
+from bake.cli import build_parser, main
+from bake.commands import given_direction
 
 
 @pytest.fixture
@@ -61,6 +64,33 @@ def test_usage_errors_exit_with_2(run):
         assert caught.value.code == 2
 
 
+def test_a_number_that_is_none_is_named(capsys):
+    for arguments, words in (
+        (["export", "m", "-m", "strong"], "'strong' is neither a number nor auto"),
+        (["sweep", "m", "--direction", "d", "-o", "o", "--multipliers", "x"], "'x' is no list"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_every_command_and_option_says_what_it_is():
+    """A default in brackets, or nothing, does not."""
+    commands = {
+        action.dest: action.choices
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    }["command"]
+    parsers = [*commands.values(), *map(given_direction.build_parser, given_direction.COMMANDS)]
+    assert len(parsers) == 15
+    for parser in parsers:
+        assert parser.description, parser.prog
+        for action in parser._actions:
+            text = re.sub(r"\(.*?\)", "", action.help or "")
+            if not isinstance(action, argparse._SubParsersAction):
+                assert len(text.split()) > 1, (parser.prog, action.dest)
+
+
 def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):
     """direction → calibrate → export → verify, each with --json."""
     vector, norms, out = tmp_path / "d.safetensors", tmp_path / "norms.json", tmp_path / "out"
@@ -69,6 +99,8 @@ def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):
     assert json.loads(text)["layers"] == list(range(6))
     code, text, _ = run("calibrate", llama, "--prompts", prompts_file, "-o", norms, "--json")
     assert code == 0
+    assert json.loads(text)["timings"]["total"] > 0
+    assert json.loads(text)["peak_memory"] > 1e6
     assert json.loads(text)["layers"] == json.loads(norms.read_text())["layers"]
     code, text, errors = run(
         "export", llama, "--direction", vector, "--prompts", prompts_file, "-o", out, "--json"
@@ -257,7 +289,9 @@ class TestBadInput:
 
     def test_a_model_with_too_few_positions_for_the_proof(self, make_model):
         short = make_model(TinyModel("gpt2", config=(("n_positions", 16),)))
-        assert "16 positions; the proof continues 12 tokens by 20" in self.refused(model=short)
+        assert "12 tokens and 20 new ones do not fit the model's 16 positions" in self.refused(
+            model=short
+        )
 
     def test_output_exists(self, run, llama, tmp_path):
         taken = tmp_path / "taken"

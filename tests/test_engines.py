@@ -240,6 +240,15 @@ def test_inspect_says_it_of_every_route():
     ]
 
 
+def test_inspect_says_first_what_auto_takes():
+    found = examine(CONFIG_MAPPING["qwen2"](num_hidden_layers=2))
+    assert "auto takes mlp_out, host llama" in describe_anatomy(found).splitlines()[1]
+    assert found.to_dict()["auto"] == {"site": "mlp_out", "route": "host"}
+    none = examine(CONFIG_MAPPING["mixtral"](num_hidden_layers=2, sliding_window=8))
+    assert none.automatic is None
+    assert "auto takes nothing" in describe_anatomy(none)
+
+
 def test_export_takes_the_route_of_the_target_and_records_where_it_survives(
     tmp_path, llama, prompts_file, capsys
 ):

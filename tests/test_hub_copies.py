@@ -113,10 +113,12 @@ def failing(request):
     return None
 
 
-@pytest.mark.parametrize("why", ["xet", "region", "failed", "gone"])
+@pytest.mark.parametrize("why", ["xet", "region", "failed", "gone", "gated"])
 def test_where_the_hub_cannot_copy_it_is_sent_and_said(hub, output, capsys, why):
     if why == "gone":
         del hub.repos[BASE]
+    elif why == "gated":
+        hub.repos[BASE].gated = True
     else:
         hub.before_request = {"xet": without_xet(hub), "region": refusing(400), "failed": failing}[
             why
@@ -125,7 +127,12 @@ def test_where_the_hub_cannot_copy_it_is_sent_and_said(hub, output, capsys, why)
     assert published.copied == ()
     assert hub.files(REPO_ID)["model-00001-of-00002.safetensors"] == BIG
     assert hub.received_lfs_bytes == UPLOADED + len(BIG)  # and what a first try sent, once
-    said = {"xet": "outside Xet", "region": "another storage region", "failed": "no room"}
+    said = {
+        "xet": "outside Xet",
+        "region": "another storage region",
+        "failed": "no room",
+        "gated": "is restricted",
+    }
     (line,) = [
         line
         for line in capsys.readouterr().err.splitlines()

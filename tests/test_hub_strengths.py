@@ -122,6 +122,8 @@ def test_strengths_that_are_none_are_one_line(baked):
     for options in ({"revision": "x"}, {"create_pr": True}, {"verify_remote": True}):
         with pytest.raises(BakeError, match="--strengths makes branches of its own"):
             publish(baked, REPO_ID, strengths=[1], **options)
+    with pytest.raises(BakeError, match="--base is for the proofs"):
+        publish(baked, REPO_ID, base="somewhere")
     with pytest.raises(BakeError, match="not of a pull request"):
         publish(baked, REPO_ID, verify_remote=True, create_pr=True)
 

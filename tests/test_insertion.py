@@ -299,6 +299,7 @@ def test_auto_never_inserts_and_inspect_shows_the_cost(make_model, capsys):
     assert "1/6 of the model's compute" in shown
     assert "only with --route insert" in shown
     assert "config: one more layer for each pushed one" in shown
+    assert "auto takes mlp_out, host smollm3" in shown
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from bake import diff, export, reproduce, rescale, undo, verify
 from bake.cli import main
 from bake.errors import BakeError, CheckpointError, EquivalenceError, OutputError
 from bake.hashing import hash_files
+from bake.scratch import scratch_directory
 
 RECIPES = {
     "host": ("mistral", {"site": "mlp_out"}),
@@ -168,6 +169,18 @@ def test_reproduce_says_when_a_fresh_calibration_would_differ(
     )
     assert main(words[:-1]) == 0
     assert "calibration" not in capsys.readouterr().out
+
+
+def test_what_a_killed_run_left_beside_a_bake_is_cleared(tmp_path):
+    dead = tmp_path / ".bake-reproduce-00000000"
+    (dead / "model").mkdir(parents=True)
+    (dead / "model" / "shard").touch()
+    (dead / "lock").touch()
+    with scratch_directory(tmp_path / "bake", ".bake-reproduce-") as folder:
+        assert not dead.exists()
+        assert folder.parent.parent == tmp_path
+        (folder / "shard").touch()
+    assert not list(tmp_path.iterdir())
 
 
 def test_reproduce_names_what_came_out_differently(baked, tmp_path):

@@ -113,7 +113,7 @@ def test_another_model_under_the_same_name_is_measured_anew(
 ):
     """Norms and pushes stay the same where only the head differs; what the model says does not."""
     vector, output = tmp_path / "d.safetensors", tmp_path / "out"
-    save_file({"direction": torch.randn(32)}, vector, metadata={"site": "mlp_out"})
+    save_file({"direction": torch.arange(1.0, 33)}, vector, metadata={"site": "mlp_out"})
     files = ("--prompts", prompts_file, "--neutral", prompts_file, "--openings", prompts_file)
     directory = tmp_path / "model"
     shutil.copytree(make_model(), directory)
@@ -226,7 +226,7 @@ def test_another_architecture_with_a_users_own_texts_and_scorer(
     make_model, tmp_path, run, pairs_file, prompts_file, monkeypatch
 ):
     directory, vector = make_model(architecture="gpt2"), tmp_path / "d.safetensors"
-    save_file({"direction": torch.randn(32)}, vector, metadata={"site": "mlp_out"})
+    save_file({"direction": torch.arange(1.0, 33)}, vector, metadata={"site": "mlp_out"})
     (tmp_path / "my_scorer.py").write_text(
         "def vowels(text): return sum(c in 'aeiou' for c in text)"
     )
@@ -260,7 +260,7 @@ class TestBadInput:
     def prepare(self, run, llama, pairs_file, tmp_path):
         self.run, self.pairs, self.output = run, pairs_file, tmp_path / "out"
         self.vector = tmp_path / "d.safetensors"
-        save_file({"direction": torch.randn(32)}, self.vector, metadata={"site": "mlp_out"})
+        save_file({"direction": torch.arange(1.0, 33)}, self.vector, metadata={"site": "mlp_out"})
         self.common = (llama, "--direction", self.vector, "-o", self.output)
 
     def refuse(self, *options, code=1):
@@ -304,7 +304,9 @@ class TestBadInput:
 
     @pytest.mark.parametrize("seed", ["-1", "9" * 30])
     def test_a_seed_that_is_none(self, seed):
-        assert f"--seed {seed}" in self.refuse("--pairs", self.pairs, "--seed", seed)
+        assert f"the seed {seed} is out of range" in self.refuse(
+            "--pairs", self.pairs, "--seed", seed
+        )
 
     def test_a_residual_direction_at_a_normalised_input(self):
         line = self.refuse("--pairs", self.pairs, "--site", "mlp_in")
@@ -315,7 +317,7 @@ class TestBadInput:
         assert "--samples" in self.refuse("--pairs", self.pairs, "--samples", "0")
 
     def test_a_direction_of_another_width(self, tmp_path):
-        save_file({"direction": torch.randn(48)}, self.vector)
+        save_file({"direction": torch.ones(48)}, self.vector)
         assert "48 wide" in self.refuse("--pairs", self.pairs)
 
     def test_a_directory_that_holds_something_else_is_left_alone(self):
@@ -346,3 +348,27 @@ def test_the_same_values_give_the_same_figure(tmp_path):
     ]
     other = draw_norms(tmp_path / "c.png", norms, {3: 0.5, 4: 0.7}, "mlp_out")
     assert paths[0].read_bytes() == paths[1].read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--seed", "-1"), "seed -1 is out of range"),
+        (("--prompts", "no-such-set"), "no prompt file or set"),
+        (("--multipliers", "0"), "other than 0"),
+        (("--multipliers", "nan"), "finite numbers"),
+        (("--samples", "0"), "1 or more"),
+        (("--max-kl", "nan"), "bounds above 0"),
+        (("--band", "middle"), "START:STOP"),
+        (("--max-memory", "much"), "not a size"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_opened(run, tmp_path, options, words):
+    """A model that does not exist would be complained about as soon as it is opened."""
+    output = tmp_path / "out"
+    code, text, errors = run(
+        tmp_path / "no-such-model", "--direction", "bake-demo", "-o", output, *options
+    )
+    assert (code, text) == (1, "")
+    assert words in errors
+    assert not output.exists()

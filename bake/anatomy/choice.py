@@ -97,6 +97,14 @@ class Anatomy:
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
         )
 
+    @property
+    def automatic(self) -> SiteRoute | None:
+        """What `--site auto` takes; None where nothing is exact."""
+        try:
+            return self.choose("auto")
+        except UnsupportedError:
+            return None
+
     def survivals(self, route: SiteRoute) -> tuple[Survival, ...]:
         """Say what every engine does with a bake by one of the routes."""
         return survivals(route.outline(self.model_type))
@@ -155,12 +163,14 @@ class Anatomy:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
+        auto = self.automatic
         return {
             "architecture": self.architecture,
             "model_type": self.model_type,
             "layer_count": self.layer_count,
             "hidden_size": self.hidden_size,
             "structure": asdict(self.structure),
+            "auto": {"site": auto.site, "route": auto.route} if auto else None,
             "routes": [
                 {**route.to_dict(), "survives": to_values(self.survivals(route))}
                 for route in self.routes

@@ -7,6 +7,7 @@ the real model, on the meta device, and to the twin. Which route is taken is dec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ from bake.anatomy.insertion import find_insertion
 from bake.anatomy.layers import LayerKind, LayerMap, choose_layers_to_keep, find_layer_kinds
 from bake.anatomy.residual import trace_residual
 from bake.anatomy.routes import SiteRoute
+from bake.anatomy.scales import scale_of_real
 from bake.anatomy.structure import combine, find_decoder_layers, find_structure
 from bake.anatomy.twin import TWIN_ERRORS, Twin, one_line, small_config
 from bake.engines import Outline
 from bake.errors import BakeError, UnsupportedError
-from bake.loading import build_on_meta, single_thread
+from bake.loading import build_on_meta, quiet_transformers, single_thread
 from bake.sites import SITES, LayerStructure, Slot
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def examine(config: PreTrainedConfig) -> Anatomy:
     """
     import torch
 
-    with single_thread(), torch.random.fork_rng(devices=[]):
+    with single_thread(), quiet_transformers(), torch.random.fork_rng(devices=[]):
         try:
             return _Examination(config).anatomy()
         except TWIN_ERRORS as error:
@@ -55,7 +57,7 @@ def prove_insertion(config: PreTrainedConfig) -> SiteRoute:
     """
     import torch
 
-    with single_thread(), torch.random.fork_rng(devices=[]):
+    with single_thread(), quiet_transformers(), torch.random.fork_rng(devices=[]):
         try:
             return _Examination(config).insertion()
         except TWIN_ERRORS as error:
@@ -87,7 +89,7 @@ class _Examination:
             self.structures[kind], self.no_attention[kind] = self._trace(kind)
         self.structure = combine(
             {
-                index: self.structures.get(kind, LayerStructure(self.layers, None, None, None))
+                index: self._real_structure(index, kind)
                 for index, kind in enumerate(self.layer_map.real)
             }
         )
@@ -185,6 +187,23 @@ class _Examination:
             reason = f"the twin's layer cannot be traced ({one_line(error)})"
             return LayerStructure(self.layers, None, None, None), reason
 
+    def _real_structure(self, layer: int, kind: LayerKind) -> LayerStructure:
+        """Return the structure of a layer of the real model; an empty one for a kind without a twin."""
+        found = self.structures.get(kind)
+        if found is None:
+            return LayerStructure(self.layers, None, None, None)
+        scale = self._real_scale(found.attention_scale, layer)
+        return replace(found, attention_scale=scale)
+
+    def _real_scale(self, measured: float, layer: int) -> float:
+        """Return a factor that was measured on the twin as a layer of the real model has it."""
+        probed = self.layer_map.probed_layer(self.layer_map.real[layer])
+        return scale_of_real(
+            measured,
+            self.twin.model.get_submodule(f"{self.layers}.{probed}"),
+            self.real.get_submodule(f"{self.layers}.{layer}"),
+        )
+
     def _routes(self, site: str) -> tuple[list[SiteRoute], list[str]]:
         found, reasons = self.in_place.find(site)
         routes = []
@@ -208,7 +227,9 @@ class _Examination:
             if absent:
                 lacking = lacking or absent[0]
             else:
-                slots[layer] = wanted
+                slots[layer] = tuple(
+                    replace(slot, scale=self._real_scale(slot.scale, layer)) for slot in wanted
+                )
         if not slots:
             return None, lacking
         return (

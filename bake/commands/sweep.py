@@ -29,7 +29,13 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     option("--band", nargs="+", default=["40:90"], metavar="A:B", help="one or more bands (40:90)")
     option("--site", nargs="+", default=["auto"], choices=SITES, help="one or more sites (auto)")
-    option("--law", nargs="+", default=["inverse-sqrt-d"], choices=LAWS, help="one or more laws")
+    option(
+        "--law",
+        nargs="+",
+        default=["inverse-sqrt-d"],
+        choices=LAWS,
+        help="one or more laws (inverse-sqrt-d)",
+    )
     option("--pairs", metavar="FILE", help="held-out contrast pairs, not those it was found from")
     option("--words", metavar="FILE", help="target words to count in sampled text, one a line")
     option("--openings", default="openings", metavar="FILE", help="texts to continue (openings)")
@@ -48,13 +54,16 @@ def add(commands: Any) -> None:
            "no bake can do: to compare with")  # fmt: skip
     option("--by-layer", action="store_true", help="what each layer of the band contributes")
     option("--html", action="store_true", help="also one self-contained page, samples side by side")
-    option("--seed", type=int, default=0, metavar="N", help="of the sampling noise (0)")
+    option("--seed", type=int, default=0, metavar="N", help="random seed of the sampled text (0)")
     option("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     add_placement(command)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as -1,1") from None
 
 
 def run(parsed: argparse.Namespace) -> int:

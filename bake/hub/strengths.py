@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from bake.hub.publication import Publication, publish
 from bake.progress import announce
 from bake.record import base_name
 from bake.restoration import read_record, rescale
+from bake.scratch import scratch_directory
 from bake.verification import verify
 
 
@@ -93,12 +93,12 @@ def publish_strengths(
             "name it with --base"
         )
     # Made first: what cannot be rescaled is found before anything is sent.
-    with tempfile.TemporaryDirectory(prefix=".bake-strengths-", dir=_roomy(directory)) as folder:
+    with scratch_directory(directory, ".bake-strengths-") as folder:
         made = {}
         for multiplier in strengths:
             made[multiplier] = directory
             if multiplier != recorded["multiplier"]:
-                made[multiplier] = Path(folder) / directory.resolve().name / branch_of(multiplier)
+                made[multiplier] = folder / directory.resolve().name / branch_of(multiplier)
                 _make_strength(directory, made[multiplier], multiplier)
                 if known:
                     verify(made[multiplier], base).equivalence.raise_if_failed()
@@ -157,9 +157,3 @@ def _base_at_hand(recorded: dict[str, Any], directory: Path, base: str | None) -
     except CheckpointError:
         return False
     return True
-
-
-def _roomy(directory: Path) -> Path | None:
-    """Where links to the directory's files can be made; the system's own place where it is read-only."""
-    parent = directory.resolve().parent
-    return parent if os.access(parent, os.W_OK) else None

@@ -5,6 +5,7 @@ from bake.report.bakes import (
     describe_equivalence,
     describe_estimate,
     describe_export,
+    describe_proven,
     describe_thin,
 )
 from bake.report.directions import (
@@ -24,6 +25,7 @@ __all__ = [
     "describe_estimate",
     "describe_export",
     "describe_norms",
+    "describe_proven",
     "describe_reading",
     "describe_set",
     "describe_sets",

@@ -20,11 +20,13 @@ def describe_anatomy(anatomy: Anatomy) -> str:
     """Return what `bake inspect` says: every site, how it is exact or why it is not."""
     lines = [
         f"{anatomy.architecture} ({anatomy.model_type}): {anatomy.layer_count} layers, "
-        f"hidden size {anatomy.hidden_size}"
+        f"hidden size {anatomy.hidden_size}",
+        f"auto takes {_name_route(anatomy.automatic)}",
     ]
     for site in SITES:
         lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
-        for route in (route for route in anatomy.routes if route.site == site):
+        here = [route for route in anatomy.routes if route.site == site]
+        for route in here:
             changes = ", ".join(_config_changes(route))
             where = (
                 f", in layers {list_numbers(route.layers)} only"
@@ -38,7 +40,8 @@ def describe_anatomy(anatomy: Anatomy) -> str:
                 f"    {describe_survivals(anatomy.survivals(route), brief=True)}",
             ]
         if site in anatomy.refusals:
-            lines.append(f"  no: {anatomy.refusals[site]}")
+            no = "no other way" if here else "no"
+            lines.append(f"  {no}: {anatomy.refusals[site]}")
     if "insert" in anatomy.refusals:
         lines += ["", f"extra layers (--route insert): no: {anatomy.refusals['insert']}"]
     return "\n".join(lines)
@@ -49,6 +52,14 @@ def _json(value: object) -> str:
     if isinstance(value, list) and len(value) > 3 and len({repr(item) for item in value}) == 1:
         return f"[{_json(value[0])}] × {len(value)}"
     return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _name_route(route: SiteRoute | None) -> str:
+    """Say in a few words what is taken where nothing is asked for."""
+    if route is None:
+        return "nothing: no site is exact; what is said below of extra layers has to be asked for"
+    host = f" {route.rewriter.name}" if route.rewriter is not None else ""
+    return f"{route.site}, {route.route}{host}"
 
 
 def _config_changes(route: SiteRoute) -> Iterator[str]:

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 SHOWN_SHARDS = 4
 
 
+def describe_proven(result: Export) -> str:
+    """Return what was pushed where, and the proof."""
+    return "\n".join([*_describe_push(result), "", describe_equivalence(result.equivalence)])
+
+
 def describe_export(result: Export) -> str:
     """Return the summary of an export: the layers, the proof, the files, how to load them."""
     parts = [
-        *_describe_push(result),
-        "",
-        describe_equivalence(result.equivalence),
+        describe_proven(result),
         "",
         f"written to {result.output} ({len(result.files) + 1} files)",
     ]

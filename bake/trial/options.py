@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from bake.pairs import read_pairs
 from bake.progress import announce
 from bake.prompts import read_prompts
 from bake.resources import find_set, tried_on
-from bake.sampling import read_words
+from bake.sampling import check_seed, read_words
 from bake.sites import INPUT_SITES, RESIDUAL_SITES, check_direction_site
 
 
@@ -117,20 +118,30 @@ def load_scorer(name: str | None) -> Scorer | None:
     return score
 
 
-def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -> Design:
-    """Return what is compared: every combination of site, law and band, the first one leading."""
-    multipliers = tuple(sorted({m for m in options.multipliers if m}))
-    if not multipliers:
+def check_numbers(options: TrialOptions) -> None:
+    """Raise BakeError for what cannot be swept whatever the model is, before one is opened."""
+    if not any(options.multipliers):
         raise BakeError("a sweep needs multipliers other than 0, such as --multipliers=-1,1")
+    if not all(math.isfinite(multiplier) for multiplier in options.multipliers):
+        raise BakeError("--multipliers are finite numbers, such as --multipliers=-1,1")
+    multipliers = set(options.multipliers)
     if len({f"{m:g}" for m in multipliers}) < len(multipliers):
         raise BakeError("two of --multipliers agree in six digits; leave one of them out")
-    if not 0 <= options.seed < 2**63:
-        raise BakeError(f"--seed {options.seed} is no seed; give one from 0 to 2**63 - 1")
     if min(options.samples, options.new_tokens) < 1 or options.control_seeds < 0:
         raise BakeError("--samples and --new-tokens are 1 or more, --control-seeds 0 or more")
+    if not (options.max_fluency > 0 and options.max_kl > 0):
+        raise BakeError("--max-fluency and --max-kl are bounds above 0")
+    check_seed(options.seed)
     unknown = next((law for law in options.laws if law not in LAWS), None)
     if unknown:
         raise BakeError(f"unknown law {unknown!r}; the laws are {', '.join(LAWS)}")
+    for band in options.bands:
+        parse_band(band)
+
+
+def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -> Design:
+    """Return what is compared: every combination of site, law and band, the first one leading."""
+    multipliers = tuple(sorted({m for m in options.multipliers if m}))
     sites = [
         anatomy.choose("auto", found_at=direction.site).site if site == "auto" else site
         for site in options.sites

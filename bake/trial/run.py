@@ -23,6 +23,7 @@ from bake.timing import Stopwatch, peak_memory
 from bake.trial.files import prepare_directory, write_pictures, write_report
 from bake.trial.options import (
     TrialOptions,
+    check_numbers,
     load_scorer,
     make_design,
     pushable_layers,
@@ -40,7 +41,10 @@ def sweep(options: TrialOptions) -> Trial:
     if processes.count() > 1:
         raise BakeError("bake sweep runs in one process; start it without accelerate launch")
     clock = Stopwatch()
+    check_numbers(options)
     texts = read_texts(options)
+    prompts = read_prompts(options.prompts)
+    placement = choose_placement(options.device_map, options.max_memory)
     scorer = load_scorer(options.scorer)
     file = read_direction(options.direction)
     base = open_base(options.model, options.revision, clock)
@@ -53,12 +57,10 @@ def sweep(options: TrialOptions) -> Trial:
     for note in notes:
         announce(note)
     design = make_design(options, base.anatomy, direction)
-    prompts = read_prompts(options.prompts)
     output = prepare_directory(Path(options.output))
     store = Store(output, fingerprint_of(base, direction, design, texts, prompts))
     tokenizer = load_tokenizer(base.checkpoint.directory)
     with clock.stage("load"):
-        placement = choose_placement(options.device_map, options.max_memory)
         loaded = load_base(base.checkpoint, placement)
     given = loaded, base.anatomy.structure, tokenizer
     layer_count = base.anatomy.layer_count
