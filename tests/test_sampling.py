@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from bake.errors import PromptError
 from bake.model import LoadedModel, continue_greedily
@@ -30,6 +31,7 @@ class FixedLogits(nn.Module):
     def __init__(self, logits):
         super().__init__()
         self.fixed, self.forwards = logits, 0
+        self.config = PreTrainedConfig()  # It names no number of positions.
 
     def forward(self, tokens, past_key_values=None, use_cache=True):
         self.forwards += 1
