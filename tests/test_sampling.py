@@ -31,7 +31,7 @@ class FixedLogits(nn.Module):
     def __init__(self, logits):
         super().__init__()
         self.fixed, self.forwards = logits, 0
-        self.config = PreTrainedConfig()
+        self.config = PreTrainedConfig()  # It names no number of positions.
 
     def forward(self, tokens, past_key_values=None, use_cache=True):
         self.forwards += 1

@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "sweep",
         help="measure what a direction does at each strength, and what it costs",
         description="Hooks on one loaded model: shift, fluency and side effects at each multiplier, with "
-        "random directions beside them; report.json, figures and the operating window. The same "
-        "command again goes on after a break.",
+        "random directions beside them; report.json, figures and the operating window. A directory "
+        "keeps every text as it is measured: the same command goes on after a break.",
     )
     command.set_defaults(run=run)
     option = command.add_argument
