@@ -183,7 +183,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
         pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
         evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
         prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
-        trial_texts=read_trial_texts(recipe.direction, recipe.held_out)
+        trial_texts=read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template)
         if recipe.chooses_multiplier
         else None,
     )

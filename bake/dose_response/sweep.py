@@ -94,7 +94,9 @@ def run_sweep(
         )
         return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
 
-    measured["pairs"] = measure_pairs(*given, arms, texts.pairs, each("pairs"))
+    measured["pairs"] = measure_pairs(
+        *given, arms, texts.pairs, each("pairs"), chat_template=texts.chat_template
+    )
     yield account()
     measured["neutral"] = measure_neutral(*given, arms, texts.neutral, each("neutral"))
     yield account()

@@ -44,6 +44,7 @@ class TrialOptions:
     sites: tuple[str, ...] = ("auto",)
     laws: tuple[str, ...] = ("inverse-sqrt-d",)
     pairs: str | None = None
+    chat_template: str = "auto"
     words: str | None = None
     openings: str = "openings"
     neutral: str | None = None
@@ -87,6 +88,7 @@ def read_texts(options: TrialOptions) -> Texts:
         tuple(read_prompts(options.neutral or known.get("neutral", "neutral"))),
         tuple(read_prompts(options.openings)),
         listed,
+        options.chat_template,
     )
 
 
