@@ -14,7 +14,8 @@ from typing import Any
 from bake.base import Base, load_base, open_base
 from bake.card import draw_figures, render_card, words_of
 from bake.checkpoint import find_bake
-from bake.errors import EquivalenceError, PromptError
+from bake.completion import check_shards, is_thin
+from bake.errors import CheckpointError, EquivalenceError, PromptError
 from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.norms import measure_norms
@@ -102,6 +103,11 @@ def reproduce(
     """
     directory = find_bake(model, revision)
     recorded = read_result(directory)
+    check_shards(directory, recorded)
+    if is_thin(recorded):
+        raise CheckpointError(
+            f"{directory} is a thin bake that has not been proven yet: run bake verify {directory} first"
+        )
     prompts = find_prompts(recorded, calibrate) if calibrate else None
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
