@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from bake.checkpoint import find_bake, is_path, open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
-from bake.errors import BakeError, EndpointError, OutputError
+from bake.errors import BakeError, EndpointError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, read_direction
 from bake.formats.conversion import ConvertedDirection
@@ -26,10 +27,11 @@ from bake.optimization import KL_WEIGHT, STEPS
 from bake.pairs import read_pairs
 from bake.processes import divide, is_main
 from bake.progress import announce, track
-from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
+from bake.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
 from bake.recipe import DEFAULT_BAND, make_recipe
 from bake.resources import find_model
-from bake.sites import layers_with
+from bake.sites import check_site, layers_with
+from bake.small_files import check_file, write_file
 from bake.streaming import choose_placement
 from bake.unembedding import TOKENS, Reading, compare_directions, read_tokens
 from bake.verification import Verification
@@ -98,22 +100,26 @@ def calibrate(
     max_memory: str | None = None,
 ) -> ActivationNorms:
     """Measure the activation norms of every layer at a site; write them to `output` if it is given."""
+    check_site(site)
     texts = read_prompts(prompts)
+    placement = choose_placement(device_map, max_memory)
+    if output is not None:
+        check_file(Path(output))
     base = open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
-    loaded = load_base(base.checkpoint, choose_placement(device_map, max_memory))
-    limit = position_limit(loaded.model.config)
-    norms = measure_norms(
+    loaded = load_base(base.checkpoint, placement)
+    measured = measure_norms(
         loaded,
         base.anatomy.structure,
         site,
-        make_batches(encode(tokenizer, divide(texts), limit=limit)),
+        batch_prompts(tokenizer, divide(texts), loaded.model.config),
         layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )
+    norms = replace(measured, texts=identify_prompts(prompts, texts))
     if output is not None and is_main():
         values = {"base": base.to_dict(), **norms.to_dict()}
-        _write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
+        write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
     return norms
 
 
@@ -156,7 +162,11 @@ def extract_direction(
         neutral=str(neutral),
     )
     options.check()
+    check_site(site)
     read = read_pairs(pairs)
+    placement = choose_placement(device_map, max_memory)
+    if output is not None:
+        check_file(Path(output))
     base = open_base(model, revision)
     if layers is None:
         band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
@@ -166,7 +176,7 @@ def extract_direction(
             band if method == OPTIMIZE else range(base.anatomy.layer_count),
         )
     direction = extract(
-        load_base(base.checkpoint, choose_placement(device_map, max_memory)),
+        load_base(base.checkpoint, placement),
         base.anatomy.structure,
         site,
         load_tokenizer(base.checkpoint.directory),
@@ -176,7 +186,7 @@ def extract_direction(
         model_name=base.to_dict()["id"],
     )
     if output is not None:
-        _write_file(Path(output), direction_bytes(direction))
+        write_file(Path(output), direction_bytes(direction))
     return direction
 
 
@@ -208,7 +218,7 @@ def convert_direction(
     )
     for sentence in (f"direction understood as {converted.understood}", *converted.notes):
         announce(sentence)
-    _write_file(converted.output, converted.content)
+    write_file(converted.output, converted.content)
     return converted
 
 
@@ -257,13 +267,22 @@ def verify(
     return verify_directory(found, base, placement, record=False, published=published)
 
 
-def verify_endpoint(url: str, model: str | None, *, directory: str | Path = ".") -> EndpointCheck:
-    """Ask an OpenAI-compatible server for a baked directory's canary: baked, base or neither."""
+def verify_endpoint(
+    url: str, model: str | None, *, directory: str | Path = ".", revision: str | None = None
+) -> EndpointCheck:
+    """Ask an OpenAI-compatible server for the canary of a bake: baked, base or neither.
+
+    directory: a baked directory, or a Hub id, of which only bake.json is fetched.
+    """
+    from bake.download import download_record
     from bake.endpoint import check_endpoint
 
     if not model:
         raise EndpointError("--endpoint needs --model NAME, what the server calls the model")
-    return check_endpoint(url, model, Path(directory))
+    path = Path(directory)
+    if not path.is_dir() and not is_path(str(directory)):
+        path = download_record(str(directory), revision)
+    return check_endpoint(url, model, path)
 
 
 def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> Trial:
@@ -313,6 +332,8 @@ def publish(
         raise BakeError(
             "--verify-remote is of what was published, not of a pull request: leave one out"
         )
+    if base and not (strengths or verify_remote):
+        raise BakeError("--base is for the proofs of --strengths and --verify-remote: leave it out")
     options: dict[str, Any] = {
         "private": not public,
         "commit_message": commit_message,
@@ -348,7 +369,7 @@ def reproduce(
     *,
     base: str | None = None,
     revision: str | None = None,
-    calibrate: str | None = None,
+    calibrate: str | bool = False,
 ) -> Reproduction:
     """Build a bake again from its bake.json and its base, and compare every file."""
     from bake import reproduction
@@ -376,18 +397,6 @@ def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options with their paths as text, which a recipe holds."""
     paths = ("pairs", "held_out", "prompts", "calibration", "sweep", "output")
     return {k: str(v) if k in paths and v is not None else v for k, v in options.items()}
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all; raise OutputError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.direction import Direction, direction_bytes
-from bake.figures import FIGURES, draw_norms, draw_separation
+from bake.figures import FIGURES, alternative, draw_norms, draw_separation
 from bake.front_matter import compose_front_matter
 from bake.licences import card_lines
 from bake.record import CARD_FILE, DIRECTION_FILE, count_added_layers
@@ -38,8 +38,15 @@ METHOD_WORDS = {
 
 
 def table_cell(text: str) -> str:
-    """Return text as one cell of a Markdown table: quoted, on one line, bars escaped."""
-    return json.dumps(text, ensure_ascii=False).replace("|", "\\|")
+    """Return text as one cell of a Markdown table: quoted, on one line, bars and tags escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return quoted.replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")
+
+
+def completion_request(canary: Mapping[str, str]) -> str:
+    """Return the JSON that asks a server for a canary, fit to stand between single quotes of a shell."""
+    body = {"model": "NAME", "prompt": canary["prompt"], "max_tokens": 20, "temperature": 0}
+    return json.dumps(body, ensure_ascii=False).replace("'", "\\u0027")
 
 
 def figure(value: float | None, form: str, factor: float = 1.0) -> str:
@@ -67,7 +74,13 @@ def card_environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; the values are numbers and names of our own.
     )
-    environment.filters |= {"cell": table_cell, "figure": figure, "interval": interval}
+    environment.filters |= {
+        "alt": alternative,
+        "cell": table_cell,
+        "figure": figure,
+        "interval": interval,
+        "request": completion_request,
+    }
     return environment
 
 

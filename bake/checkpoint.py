@@ -26,6 +26,7 @@ from bake.download import (
     download_description,
 )
 from bake.errors import CheckpointError
+from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
@@ -213,6 +214,7 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
+        finish_changes(path)
         return path.resolve()
     if model and exists:
         raise CheckpointError(

@@ -28,8 +28,13 @@ from bake.commands import (
     verify,
 )
 from bake.errors import BakeError
+from bake.results import discard_output, prepare_streams
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
+EPILOG = (
+    "bake COMMAND --help says more. Begin with bake demo, which downloads nothing. Exit codes: 0 done, 1 "
+    "an error that one line names, 2 usage, 3 not equivalent."
+)
 COMMANDS = (
     export,
     direction,
@@ -49,7 +54,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every command."""
-    parser = argparse.ArgumentParser(prog="bake", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="bake", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"bake {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
@@ -60,19 +65,35 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 0 done, 1 a known error, 2 usage, 3 not equivalent."""
+    """Run a command; return its exit code: 0 done, 1 a known error, 2 usage, 3 not equivalent.
+
+    130 where it was interrupted, 141 where whoever read the output has gone, as in `bake … | head`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if given_direction.is_command(words):
-        parsed = given_direction.build_parser(words[1]).parse_args(words[2:])
-    else:
-        parsed = build_parser().parse_args(words)
+    prepare_streams()
     try:
+        try:
+            return _run(words)
+        finally:
+            sys.stdout.flush()  # Here, because Python's own flush at exit has a complaint of its own.
+    except BrokenPipeError:
+        discard_output()
+        return 141
+
+
+def _run(words: Sequence[str]) -> int:
+    """Parse and run; known errors become one line."""
+    try:
+        if given_direction.is_command(words):
+            parsed = given_direction.build_parser(words[1]).parse_args(words[2:])
+        else:
+            parsed = build_parser().parse_args(words)
         return int(parsed.run(parsed))
     except BakeError as error:
         print(f"bake: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("bake: interrupted; nothing was left behind", file=sys.stderr)
+        print("bake: interrupted; no output is half written", file=sys.stderr)
         return 130
 
 

@@ -1,8 +1,4 @@
-"""Completing a thin bake: which base shards it needs, and the record of the proof once they are there.
-
-The record is one rename: the card is replaced first and bake.json last, so that a run that dies in
-between leaves a directory that still says "not verified".
-"""
+"""Completing a thin bake: which base shards it needs, and the record of the proof once they are there."""
 
 from __future__ import annotations
 
@@ -13,10 +9,10 @@ from typing import Any
 
 from bake.card import render_card
 from bake.checkpoint import Checkpoint
-from bake.copying import sync
 from bake.equivalence import Equivalence
 from bake.errors import CheckpointError, OutputError
 from bake.hashing import hash_files
+from bake.journal import Journal, changing
 from bake.layout import PlannedFile
 from bake.record import CARD_FILE, RESULT_FILE, encode_result
 
@@ -107,27 +103,32 @@ def record_proof(
     story = {
         key: value for key, value in recorded.items() if key not in (_KEY, "equivalence", "files")
     }
-    proof = equivalence.to_dict()
+    story["equivalence"] = equivalence.to_dict()
     try:
-        card = render_card({**story, "equivalence": proof, **words})
-        _replace(directory / CARD_FILE, card)
-        files = hash_files(directory, exclude=(RESULT_FILE, _partial(RESULT_FILE)))
-        result = {**story, "equivalence": proof, "files": files}
-        _replace(directory / RESULT_FILE, encode_result(result))
-    except OSError as error:
+        with changing(directory) as journal:
+            tell(journal, directory, story, words)
+    except OutputError as error:
         raise OutputError(
-            f"{directory} is proven, but that cannot be recorded: {error.strerror or error}; make it "
-            "writable and verify it again"
+            f"the bake is proven, but that cannot be recorded: {error}; mend that and verify it again"
         ) from error
 
 
-def _partial(name: str) -> str:
-    return f".{name}.partial"
+def tell(
+    journal: Journal,
+    directory: Path,
+    story: Mapping[str, Any],
+    words: Mapping[str, Any],
+    *,
+    known: Mapping[str, str] | None = None,
+    patches: Mapping[str, Mapping[int, bytes]] | None = None,
+) -> None:
+    """Add the card and `bake.json` to a journal, the hashes of all files in it as they will be.
 
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(_partial(path.name))
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    story: `bake.json` without "files". words: what the card needs besides. known, patches: as
+    `hash_files` takes them, of the files that are there already.
+    """
+    journal.write(CARD_FILE, render_card({**story, **words}).encode())
+    new = hash_files(journal.files)
+    kept = hash_files(directory, known=known, patches=patches, exclude=(RESULT_FILE, *new))
+    result = {**story, "files": dict(sorted({**kept, **new}.items()))}
+    journal.write(RESULT_FILE, encode_result(result).encode())

@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from bake.safetensors_file import (
     encode_tensor,
     spec_of,
 )
-from bake.scratch import clear_dead_runs, make_work_directory, remove_lock
+from bake.scratch import clear_dead_runs, make_work_directory, remove_scratch
 from bake.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class ConvertedDirectory:
 
     def __init__(self) -> None:
         parent = Path(tempfile.gettempdir())
-        clear_dead_runs(parent, _PREFIX, _remove)
+        clear_dead_runs(parent, _PREFIX, remove_scratch)
         work, lock = make_work_directory(parent, _PREFIX, mode=0o700)
         self._finalizer = weakref.finalize(self, _discard, work, lock)
         self.path = work / "model"
@@ -269,11 +268,6 @@ def _check_room(directory: Path, needed: int) -> None:
 
 def _discard(work: Path, lock: int) -> None:
     try:
-        _remove(work)
+        remove_scratch(work)
     finally:
         os.close(lock)
-
-
-def _remove(work: Path) -> None:
-    shutil.rmtree(work / "model", ignore_errors=True)
-    remove_lock(work)

@@ -8,6 +8,7 @@ where somebody asked for them, and never of a file that will be written to.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -23,6 +24,7 @@ SHARDS = ("copy", "hardlink", "symlink")  # how shards without a change get into
 Progress = Callable[[int], None]  # told the number of bytes since the last call
 
 _FICLONE = 0x40049409  # Linux's ioctl: share all blocks of another file
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux's renameat2
 _CHUNK = 64 * 1024 * 1024  # bytes between two reports of progress
 
 # What the kernel answers when a way of copying is not available between two files. Anything else,
@@ -133,6 +135,23 @@ def sync(path: Path) -> None:
     """Have the file's bytes on the disk before anything that relies on them."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Have two directories change places in one step, so that neither name is ever without one.
+
+    Returns False, and does nothing, where the system or the file system has no such step.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    paths = (os.fsencode(first), os.fsencode(second))
+    if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_AVAILABLE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def free_bytes(directory: Path) -> int:

@@ -19,6 +19,7 @@ from bake.base import Base, open_base
 from bake.checkpoint import Checkpoint
 from bake.destination import choose_destination
 from bake.disk_names import DiskNames
+from bake.dose_response import Texts
 from bake.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.given_directions import hold_against, open_direction
 from bake.layout import Layout, plan_layout
@@ -29,7 +30,6 @@ from bake.pipeline import EQUIVALENCE_PROMPTS
 from bake.plan import outline_edits
 from bake.prompts import BATCH_TOKENS, read_prompts
 from bake.recipe import Recipe
-from bake.response import Texts
 from bake.safetensors_file import TensorEntry
 from bake.strength import AUTO_MULTIPLIERS, SAMPLING, read_trial_texts
 from bake.thin import check_base, check_route
@@ -192,7 +192,9 @@ def _count_passes(base: Base, recipe: Recipe, layers: Sequence[int]) -> list[Pas
     if recipe.calibration is None:
         passes.append(_measuring("calibrate", read_prompts(recipe.prompts), share))
     if recipe.chooses_multiplier:
-        passes.append(_choosing(read_trial_texts(recipe.direction, recipe.held_out)))
+        passes.append(
+            _choosing(read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template))
+        )
     return [*passes, _proving(base)]
 
 
@@ -217,18 +219,19 @@ def _proving(base: Base) -> PassCost:
     texts = [
         min(_tokens(text), MAX_TOKENS) for text in read_prompts(EQUIVALENCE_PROMPTS)[:MAX_PROMPTS]
     ]
-    vocabulary = _vocabulary(base.checkpoint)
-    batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * vocabulary)))
+    few = texts[:CANARIES]  # what runs in the stored dtype are given
+    batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * _vocabulary(base.checkpoint))))
     batched = 4  # base, hooked, baked as stored, baked with exact slots: in float32
     single = 3  # plain process, base, hooked: in the stored dtype, one text at a time
     alone = 4  # texts run without padding
     continued = 3  # greedy continuations: reference, plain process, base in the stored dtype
     chosen = 2  # given continuations read in one forward a prompt
     forwards = (
-        batched * batches + single * len(texts) + alone + continued * NEW_TOKENS + chosen * CANARIES
+        batched * batches + single * len(few) + alone + continued * NEW_TOKENS + chosen * CANARIES
     )
     tokens = (
-        (batched + single) * sum(texts)
+        batched * sum(texts)
+        + single * sum(few)
         + sum(sorted(texts)[:alone])
         + (continued + chosen) * CANARIES * (CANARY_TOKENS + NEW_TOKENS)
     )

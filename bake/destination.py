@@ -74,7 +74,8 @@ def choose_layers(
     named is refused. Raises BakeError.
     """
     if recipe.coefficients is None:
-        return _within_route(band_layers(anatomy.layer_count, parse_band(recipe.band)), route), None
+        band = band_layers(anatomy.layer_count, parse_band(recipe.band))
+        return layers_within(band, route.site, route.layers), None
     explicit = parse_coefficients(recipe.coefficients)
     beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
     if beyond:
@@ -91,19 +92,19 @@ def choose_layers(
     return sorted(explicit), explicit
 
 
-def _within_route(band: range, route: SiteRoute) -> Sequence[int]:
-    """Return the layers of a band that the route can push; announce those that it cannot."""
-    able = [layer for layer in band if layer in route.layers]
+def layers_within(band: range, site: str, layers: Sequence[int]) -> Sequence[int]:
+    """Return the layers of a band that can take a push at the site; announce those that cannot."""
+    able = [layer for layer in band if layer in layers]
     if len(able) == len(band):
         return band
     if not able:
         raise UnsupportedError(
-            f"no layer of the band ({list_numbers(band)}) can take a push at {route.site}; "
-            f"layers that can: {list_numbers(route.layers)}; choose a --band that holds some"
+            f"no layer of the band ({list_numbers(band)}) can take a push at {site}; "
+            f"layers that can: {list_numbers(layers)}; choose a --band that holds some"
         )
-    unable = [layer for layer in band if layer not in route.layers]
+    unable = [layer for layer in band if layer not in layers]
     announce(
-        f"{route.site} is exact in layers {list_numbers(able)} of the band; "
+        f"{site} is exact in layers {list_numbers(able)} of the band; "
         f"layers {list_numbers(unable)} cannot take a push there and are left as they are"
     )
     return able

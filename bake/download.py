@@ -56,6 +56,11 @@ def download_bake(model_id: str, revision: str | None = None) -> Path:
     return _fetch(model_id, revision)
 
 
+def download_record(model_id: str, revision: str | None = None) -> Path:
+    """Fetch a published bake's bake.json alone; returns the snapshot directory. Raises as above."""
+    return _fetch(model_id, revision, allow_patterns=["bake.json"])
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """What the Hub says of a file: its size in bytes and, of a large one, its SHA-256."""
@@ -192,5 +197,7 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
                 "it is no directory here and not, or not completely, in the Hub's cache, and the "
                 "Hub cannot be reached: go online, unset HF_HUB_OFFLINE, or give a local directory"
             )
+        case hub_errors.HfHubHTTPError() if error.response.status_code == 401:
+            return f"the Hub does not accept the Hugging Face token: {login}"
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return f"the download failed ({reason}): try again, what has arrived is kept"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bake.errors import EndpointError
+from bake.secrecy import without_secrets
 
 Verdict = Literal["baked", "base", "neither"]
 TIMEOUT = 120  # seconds; a server on a CPU may load the model at the first request
@@ -82,7 +83,14 @@ def check_endpoint(url: str, model: str, directory: Path) -> EndpointCheck:
     baked, base = canary["baked"], canary["base"]
     agreement = {"baked": _shared(text, baked), "base": _shared(text, base)}
     return EndpointCheck(
-        url, model, _judge(text, baked, base), text, baked, base, agreement, log_probability
+        without_secrets(url),
+        model,
+        _judge(text, baked, base),
+        text,
+        baked,
+        base,
+        agreement,
+        log_probability,
     )
 
 

@@ -7,6 +7,7 @@ dtype cannot hold the push.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,6 @@ from bake.errors import EquivalenceError
 from bake.observation import (
     NEW_TOKENS,
     BakedRun,
-    Continuations,
     Exam,
     Logits,
     PlainRun,
@@ -331,15 +331,22 @@ def _agreement(found: Logits, expected: Logits) -> tuple[float, float]:
 def _find_canary(
     tokenizer: Any, exam: Exam, stored_base: StoredBase, plain: PlainRun
 ) -> Canary | None:
-    """Return the first prompt whose greedy continuation differs between base and baked."""
-    before: Continuations = stored_base.greedy
-    for prompt, base, baked in zip(exam.canaries, before, plain.continuations, strict=True):
+    """Return the first prompt whose greedy continuation differs between base and baked.
+
+    Continuations end where a server would end them, before the first special token.
+    """
+    special = set(tokenizer.all_special_ids)
+
+    def text(ids: Sequence[int]) -> str:
+        kept = itertools.takewhile(lambda token: token not in special, ids)
+        return str(tokenizer.decode(list(kept)))
+
+    runs = zip(exam.canaries, stored_base.greedy, plain.continuations, strict=True)
+    for prompt, *continuations in runs:
+        base, baked = map(text, continuations)
         if base != baked:
-            texts = (
-                tokenizer.decode(list(ids), skip_special_tokens=True)
-                for ids in (prompt, base, baked)
-            )
-            return Canary(*texts)
+            asked = tokenizer.decode(list(prompt), skip_special_tokens=True)
+            return Canary(asked, base, baked)
     return None
 
 

@@ -1,14 +1,20 @@
 """The errors that bake raises, and the exit code of each.
 
 Every message is one line that names the thing, what was found, what was expected and the remedy.
-The command line prints the line and exits with `exit_code`; nothing else is caught anywhere.
+The command line prints the line and exits with `exit_code`; nothing else is caught anywhere. Software
+that bake quotes may quote a token or an address with a password in it: no message holds one.
 """
+
+from bake.secrecy import without_secrets
 
 
 class BakeError(Exception):
     """A known error: the command line prints its one line and exits with 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class CheckpointError(BakeError):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.direction import hash_vectors
-from bake.dose_response import REPORT_FILE
+from bake.dose_response import compare_laws
+from bake.dose_response.store import REPORT_FILE
 from bake.errors import BakeError
 from bake.figures import FIGURES
 
@@ -68,15 +69,28 @@ class Evidence:
     def summarise(self, multiplier: float) -> dict[str, Any]:
         """Return what `bake.json` and the card hold: the curve, chance, the window, samples at m."""
         report = self.report
-        curve = [p for p in report["points"] if p["kind"] in ("base", "direction")]
+        curve = [
+            p for p in report["points"] if p["kind"] in ("base", "direction") and not p["variant"]
+        ]
         steered = f"m={multiplier:+g}"
+        costs = report["fluency_at_equal_shift"]
         return {
             "texts": dict(report["texts"]),
+            "sampling": dict(report["design"]["sampling"]),
             "bounds": dict(report["design"]["bounds"]),
-            "points": [_row(p) for p in sorted(curve, key=_multiplier) if not p["variant"]],
+            "counts_words": any("target_ratio" in p for p in curve),
+            "points": [_row(p) for p in sorted(curve, key=_multiplier)],
             "windows": list(report["windows"]),
             "specificity": report["specificity"],
-            "fluency_at_equal_shift": dict(report["fluency_at_equal_shift"]),
+            "laws": compare_laws(costs) if len(costs) > 1 else None,
+            "instruction": next(
+                (
+                    {"text": p["instruction"], "shift": p["shift"]}
+                    for p in report["points"]
+                    if p["kind"] == "prompt"
+                ),
+                None,
+            ),
             "samples": [
                 {
                     "opening": sample["opening"],
@@ -114,6 +128,8 @@ def read_evidence(directory: Path) -> Evidence:
     missing = [key for key in needed if not isinstance(report, dict) or key not in report]
     if missing or report.get("version") != 1 or "sha256" not in report["direction"]:
         raise BakeError(f"{path} is not a report of bake sweep, version 1; run bake sweep again")
+    if not report.get("complete"):
+        raise BakeError(f"--sweep {directory} is not finished: run the same bake sweep again")
     return Evidence(directory, report)
 
 
@@ -127,6 +143,7 @@ def _row(point: Mapping[str, Any]) -> dict[str, Any]:
         "multiplier": point["multiplier"],
         "shift": point.get("shift"),
         "accuracy": (point.get("accuracy") or {}).get("value"),
+        "target_ratio": (point.get("target_ratio") or {}).get("value"),
         "fluency_ratio": (point.get("fluency_ratio") or {}).get("value"),
         "neutral_ratio": (point.get("neutral_ratio") or {}).get("value"),
         "on_axis_ratio": (point.get("on_axis_ratio") or {}).get("value"),

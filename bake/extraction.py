@@ -17,11 +17,12 @@ from bake.contrast import check_method, fit_directions
 from bake.direction import SCALE_KEY, Direction, normalise
 from bake.errors import DirectionError
 from bake.model import LoadedModel
-from bake.optimization import KL_WEIGHT, STEPS, optimize_push
+from bake.optimization import KL_WEIGHT, STEPS, check_training, optimize_push
 from bake.pairs import CHAT_TEMPLATES, ContrastPair, encode_pairs, read_pairs
 from bake.progress import announce
 from bake.prompts import encode as encode_texts
 from bake.prompts import position_limit, read_prompts
+from bake.sampling import check_seed
 from bake.separation import KEY, Separation, encode_separation, measure_separation, rounded
 from bake.sites import LayerStructure
 
@@ -53,13 +54,19 @@ class ExtractionOptions:
     neutral: str = "neutral"
 
     def check(self) -> None:
-        """Raise DirectionError for a choice that does not exist, before any work starts."""
+        """Raise a BakeError for a choice or a file that does not exist, before any work starts."""
         check_method(self.method, METHODS)
         parse_token(self.token)
         if self.chat_template not in CHAT_TEMPLATES:
             raise DirectionError(
                 f"unknown chat template {self.chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"
             )
+        check_seed(self.seed)
+        if self.held_out is not None:
+            read_pairs(self.held_out)
+        if self.method == OPTIMIZE:
+            check_training(self.steps, self.kl_weight)
+            read_prompts(self.neutral)
 
 
 def extract(

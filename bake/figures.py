@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bake.dose_response import DoseResponse
-    from bake.response import Interval, Point
+    from bake.dose_response import DoseResponse, Interval, Point
 
 PAPER, INK, GRID = "#fbfaf7", "#22252a", "#d9d6cf"
 BLUE, ORANGE, GREY, GREEN = "#1f5fa8", "#c8561b", "#8b8f96", "#dfe9d8"
@@ -44,6 +43,11 @@ _STYLE = {
 }
 WIDTH, HEIGHT, DPI = 7.2, 3.0, 160
 MOST_TICKS = 9
+ALTERNATIVES = {
+    "dose-response": "Shift, perplexity of sampled text and KL over the multiplier, with the window",
+    "layers": "What each layer of the band gives alone, and what is lost without it",
+    "norms": "Activation norms over depth, and the coefficients of the band",
+}
 FIGURES = "figures"  # the folder, of a sweep and of a bake
 
 
@@ -55,12 +59,9 @@ def draw_norms(
     multiplier: float = 1.0,
 ) -> Path:
     """Draw μ_l over depth, and |α_l| at m over the band, which is shaded. {layer: value} each."""
-    alpha = (
-        f"|α| at m = {multiplier:g}"
-        if min(coefficients.values()) < 0
-        else (f"α at m = {multiplier:g}")
-    )
-    with _canvas(path, 1, HEIGHT) as (axes,):
+    alpha = "|α|" if min(coefficients.values()) < 0 else "α"
+    alpha += f" at m = {_number(multiplier)}"
+    with _canvas(path, 1, HEIGHT + 0.2) as (axes,):
         layers = sorted(norms)
         band = sorted(coefficients)
         axes.plot(
@@ -93,7 +94,7 @@ def draw_norms(
         axes.set_zorder(beside.get_zorder() + 1)
         axes.patch.set_visible(False)
         handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
-        axes.legend(handles=handles, loc="upper left")
+        _legend_below(axes, handles)
     return path
 
 
@@ -106,8 +107,12 @@ def draw_dose_response(path: Path, found: DoseResponse) -> Path:
             axes.set_xlabel("multiplier m")
             if len(curve) <= MOST_TICKS:
                 multipliers = [point.arm.multiplier for point in curve]
-                axes.set_xticks(multipliers, [f"{m:g}" for m in multipliers])
+                axes.set_xticks(multipliers, [_number(m) for m in multipliers])
             axes.axvline(0, color=GRID, lw=1)
+            ends = [point.arm.multiplier for point in (curve[0], curve[-1])]
+            axes.set_xlim(
+                ends[0] - 0.05 * (ends[1] - ends[0]), ends[1] + 0.05 * (ends[1] - ends[0])
+            )
         _draw_controls(shift, found, "shift")
         _draw_series(
             shift,
@@ -128,7 +133,7 @@ def draw_dose_response(path: Path, found: DoseResponse) -> Path:
         fluency.set_yscale("log")
         fluency.axhline(found.design.bounds.fluency, color=ORANGE, lw=1, ls="--")
         fluency.set_title("Perplexity of its text, × base")
-        _plain_numbers(fluency)
+        _ratio_ticks(fluency)
         steered = [point for point in curve if point.neutral_kl]
         _draw_controls(kl, found, "kl")
         _draw_series(
@@ -146,9 +151,7 @@ def draw_dose_response(path: Path, found: DoseResponse) -> Path:
             handles.insert(1, _key("patch", GREY, f"{_seeds(found)} random directions"))
         if any(window.largest is not None for window in found.windows):
             handles.append(_key("patch", GREEN, "operating window"))
-        shift.figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False
-        )
+        _legend_below(shift, handles)
     return path
 
 
@@ -157,7 +160,7 @@ def draw_layers(path: Path, layers: Sequence[Mapping[str, Any]], title: str) -> 
 
     layers: [{"layer", "alone", "without"}], shifts in nats a token.
     """
-    with _canvas(path, 1, HEIGHT) as (axes,):
+    with _canvas(path, 1, HEIGHT + 0.2) as (axes,):
         places = [entry["layer"] for entry in layers]
         axes.bar(
             [place - 0.2 for place in places],
@@ -178,8 +181,7 @@ def draw_layers(path: Path, layers: Sequence[Mapping[str, Any]], title: str) -> 
         axes.axhline(0, color=INK, lw=0.6)
         axes.set(xlabel="decoder layer", ylabel="shift, nats a token", title=title)
         _whole_numbers(axes)
-        axes.margins(y=0.22)  # Room for the legend above the bars.
-        axes.legend(loc="upper right", ncols=2)
+        _legend_below(axes, axes.get_legend_handles_labels()[0])
     return path
 
 
@@ -203,6 +205,11 @@ def draw_separation(path: Path, accuracy: Mapping[int, tuple[float, float, float
         _whole_numbers(axes)
         axes.legend(loc="lower right")
     return path
+
+
+def alternative(path: str | Path) -> str:
+    """Return what stands for a figure where it is not seen."""
+    return ALTERNATIVES[Path(path).stem]
 
 
 @contextmanager
@@ -249,8 +256,10 @@ def _draw_controls(axes: Axes, found: DoseResponse, what: str) -> None:
     if not sizes:
         return
     reach = [max(value(c) for c in found.controls if c.arm.multiplier == size) for size in sizes]
-    places = [-size for size in reversed(sizes)] + [0.0] + sizes
-    top = [*reversed(reach), 0.0, *reach]
+    sides = {point.arm.multiplier > 0 for point in found.curve() if point.arm.kind == "direction"}
+    left, right = False in sides, True in sides
+    places = [-size for size in reversed(sizes)] * left + [0.0] + sizes * right
+    top = [*reversed(reach)] * left + [0.0] + reach * right
     bottom = [-height for height in top] if what == "shift" else [0.0] * len(top)
     axes.fill_between(places, bottom, top, color=GREY, alpha=0.35, lw=0)
     for edge in (bottom, top):  # In greyscale the outline tells chance from window and interval.
@@ -283,8 +292,26 @@ def _whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _plain_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def _ratio_ticks(axes: Axes) -> None:
+    """Put a handful of plain numbers on a logarithmic axis, however little or much it spans."""
+    from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
+    low, high = axes.get_ylim()
+    locator: Locator = LogLocator()
+    if high / low < 4:
+        locator = MaxNLocator(5)
+    elif high / low < 100:
+        locator = LogLocator(subs=(1, 2, 5))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float) -> str:
+    """Return a number with the minus sign that the axes have."""
+    return f"{value:g}".replace("-", "−")
+
+
+def _legend_below(axes: Axes, handles: Sequence[Any]) -> None:
+    """Put one legend under the whole figure, where it covers nothing."""
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from bake.direction import Direction
 from bake.formats import fit_direction, read_direction
 from bake.progress import announce
 from bake.recipe import Recipe
+from bake.secrecy import without_local_paths
 
 
 def open_direction(recipe: Recipe) -> Direction | None:
@@ -52,9 +54,11 @@ def _read_part(recipe: Recipe, part: tuple[Any, float]) -> Direction:
 
 
 def _join(recipe: Recipe, directions: Sequence[Direction]) -> Direction:
-    """Return the one direction, or the sum of several."""
+    """Return the one direction, or the sum of several; a bake tells nobody of paths on this machine."""
     if not recipe.added:
-        return directions[0]
+        (given,) = directions
+        told = {key: without_local_paths(text) for key, text in given.metadata.items()}
+        return replace(given, metadata=told)
     named = [
         (Path(str(reference)).stem, strength, direction)
         for (reference, strength), direction in zip(_references(recipe), directions, strict=True)

@@ -2,14 +2,16 @@
 
 Licences do not inherit by themselves: the base's fields go into the bake's card, its LICENSE, NOTICE and
 USE_POLICY files are carried as companions, and families whose terms ask for a name, a notice or a
-phrase are in the table below. This is no legal advice: it is what can be checked by a program.
+phrase are in `licences.toml`. This is no legal advice: it is what can be checked by a program.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +19,29 @@ from bake.errors import BakeError
 from bake.front_matter import read_front_matter
 
 NOTICE_FILE = "NOTICE"
+_FACTS = Path(__file__).with_name("licences.toml")
 _LICENCE_FILE = re.compile(r"licen[cs]e", re.IGNORECASE)
 _NOTICE_FILE = re.compile(r"notice", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Duties:
-    """What a family's terms ask: see the fields.
+    """What a family's terms ask; the fields are explained where the facts are, in `licences.toml`."""
 
-    notice: what a text file named Notice has to say. phrase: what has to be shown prominently.
-    name: what the model's name has to begin with. agreement: whether a copy of the licence has to go
-    along as a file; otherwise `terms`, an address, stands in the card.
-    """
-
+    source: str
     notice: str
+    agreement: bool
     phrase: str | None = None
     name: str | None = None
-    agreement: bool = True
     terms: str | None = None
+    remark: str | None = None
 
 
-def _llama(version: str) -> Duties:
-    notice = (
-        f"Llama {version} is licensed under the Llama {version} Community License, "
-        "Copyright © Meta Platforms, Inc. All Rights Reserved."
-    )
-    return Duties(notice, phrase="Built with Llama", name="Llama")
-
-
-# By the Hub's licence identifiers; sources: the texts of the licences, section 1.b of Llama's and 3.1 of
-# Gemma's terms.
-DUTIES: Mapping[str, Duties] = {
-    "llama2": Duties(
-        "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
-        "All Rights Reserved."
-    ),
-    "llama3": Duties(
-        "Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright © Meta Platforms, "
-        "Inc. All Rights Reserved.",
-        phrase="Built with Meta Llama 3",
-        name="Llama 3",
-    ),
-    "llama3.1": _llama("3.1"),
-    "llama3.2": _llama("3.2"),
-    "llama3.3": _llama("3.3"),
-    "llama4": _llama("4"),
-    "gemma": Duties(
-        "Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "ai.google.dev/gemma/terms",
-        agreement=False,
-        terms="https://ai.google.dev/gemma/terms",
-    ),
-}
+@cache
+def known_duties() -> Mapping[str, Duties]:
+    """Return `licences.toml`: {the Hub's licence identifier: what it asks}."""
+    facts = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
+    return {identifier: Duties(**fields) for identifier, fields in facts.items()}
 
 
 def read_licence(directory: Path, companions: Collection[str]) -> dict[str, Any]:
@@ -98,7 +71,7 @@ def duties_of(licence: Mapping[str, Any]) -> Duties | None:
     identifier = str(licence.get("license") or "").lower()
     if identifier == "other":
         identifier = str(licence.get("license_name") or "").lower()
-    return DUTIES.get(identifier)
+    return known_duties().get(identifier)
 
 
 def write_notice(licence: Mapping[str, Any], directory: Path) -> None:
@@ -124,6 +97,8 @@ def card_lines(licence: Mapping[str, Any]) -> list[str]:
         lines.insert(0, f"**{duties.phrase}**")
     terms = f" Terms: {duties.terms}." if duties.terms else ""
     lines.append(f"{duties.notice.rstrip('.')}.{terms}")
+    if duties.remark:
+        lines.append(duties.remark)
     lines.append("The weights and `config.json` were modified by bake, as described above.")
     return lines
 
@@ -163,7 +138,10 @@ def find_objections(
     if not any(_NOTICE_FILE.match(file) for file in files):
         found.append(f'{family} asks for a file {NOTICE_FILE} that says "{duties.notice}"')
     if duties.agreement and not any(_LICENCE_FILE.match(file) for file in files):
-        found.append(f"{family} asks for a copy of the licence, and there is no file LICENSE")
+        found.append(
+            f"{family} asks for a copy of the licence, and the base has no file LICENSE: put one into a "
+            f"copy of the base and export from there"
+        )
     return found
 
 

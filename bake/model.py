@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bake.errors import CheckpointError, UnsupportedError
+from bake.errors import CheckpointError, PromptError, UnsupportedError
 from bake.loading import load_pretrained
+from bake.prompts import TokenBatch, position_limit
 from bake.streaming import CheckpointWeights, Placement, stream_model
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedConfig
-
-    from bake.prompts import TokenBatch
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -176,10 +175,17 @@ def decode(
     """Continue prompts of one length token by token, with a key-value cache where the model has one.
 
     prompts: (rows, positions). choose: (logits (rows, vocabulary) float32 on the CPU, step) → (rows,)
-    token ids. Returns (rows, new_tokens) on the CPU.
+    token ids. Returns (rows, new_tokens) on the CPU. Raises PromptError where the model has too few
+    positions, of which learned ones end in an index error, or on a GPU in worse.
     """
     import torch
 
+    limit, length = position_limit(loaded.model.config), prompts.shape[1]
+    if limit is not None and length + new_tokens > limit:
+        raise PromptError(
+            f"a prompt of {length} tokens and {new_tokens} new ones do not fit the model's {limit} "
+            f"positions: shorten one of them"
+        )
     tokens = prompts.to(loaded.device)
     chosen: list[torch.Tensor] = []
     cache: dict[str, Any] = {}

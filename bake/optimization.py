@@ -150,6 +150,15 @@ def optimize_push(
     return Optimization(vectors, step, best_step, tuple(left_out), before, effect)
 
 
+def check_training(steps: int, kl_weight: float) -> None:
+    """Raise DirectionError for a number of steps or a KL weight that trains nothing."""
+    if steps < 1 or not (math.isfinite(kl_weight) and kl_weight >= 0):
+        raise DirectionError(
+            f"{steps} steps with a KL weight of {kl_weight:g}: give at least one step, and a weight of 0 "
+            "or more"
+        )
+
+
 def measure_effect(
     loaded: LoadedModel,
     structure: LayerStructure,
@@ -183,11 +192,7 @@ def _check(
             f"--method optimize needs {LEAST_PAIRS} pairs, some of them to know when to stop, and there "
             f"are {len(pairs)}; give more, or take --method mean"
         )
-    if steps < 1 or not (math.isfinite(kl_weight) and kl_weight >= 0):
-        raise DirectionError(
-            f"{steps} steps with a KL weight of {kl_weight:g}: give at least one step, and a weight of 0 "
-            "or more"
-        )
+    check_training(steps, kl_weight)
     if not any(any(text.content) for text in neutral):
         raise DirectionError("the neutral prompts hold no content token; give longer ones")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from bake.coefficients import Push
 from bake.decision import Decision, decide_push
 from bake.destination import Destination, choose_destination
 from bake.direction import Direction, convert_to_input
+from bake.dose_response.measurements import Texts
 from bake.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
 from bake.evidence import Evidence, read_evidence
 from bake.extraction import ExtractionOptions
@@ -24,14 +25,20 @@ from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.model import LoadedModel, read_config
 from bake.norms import ActivationNorms, measure_norms
-from bake.pairs import read_pairs
+from bake.pairs import ContrastPair, read_pairs
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
-from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
+from bake.prompts import (
+    batch_prompts,
+    encode,
+    identify_prompts,
+    load_tokenizer,
+    position_limit,
+    read_prompts,
+)
 from bake.recipe import Recipe
 from bake.record import RESULT_FILE, describe_bake, encode_result
-from bake.response import Texts
-from bake.saved_norms import read_norms
+from bake.saved_norms import read_calibration, read_norms
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.staging import check_output, staged_directory
 from bake.streaming import Placement, choose_placement
@@ -97,6 +104,7 @@ class Inputs:
     """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
 
     direction: Direction | None
+    pairs: Sequence[ContrastPair]
     evidence: Evidence | None
     prompts: Sequence[str]
     trial_texts: Texts | None
@@ -168,11 +176,14 @@ def export(recipe: Recipe) -> Export:
 def read_inputs(recipe: Recipe) -> Inputs:
     """Read what a recipe names, so that a mistake in it is told before a model is opened."""
     extraction_options(recipe)
+    if recipe.calibration:
+        read_calibration(Path(recipe.calibration))
     return Inputs(
         direction=open_direction(recipe),
+        pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
         evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
         prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
-        trial_texts=read_trial_texts(recipe.direction, recipe.held_out)
+        trial_texts=read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template)
         if recipe.chooses_multiplier
         else None,
     )
@@ -242,7 +253,7 @@ def decide(
         with clock.stage("load"):
             loaded = load_base(base.checkpoint, placement)
         direction, norms = measure(
-            base, loaded, recipe, destination, given, saved, tokenizer, inputs.prompts, clock
+            base, loaded, recipe, destination, given, saved, tokenizer, inputs, clock
         )
         if inputs.trial_texts is not None:
             with clock.stage("strength"):
@@ -280,25 +291,28 @@ def measure(
     given: Direction | None,
     saved: ActivationNorms | None,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    inputs: Inputs,
     clock: Stopwatch,
 ) -> tuple[Direction, ActivationNorms]:
     """Find what is neither given nor saved: the direction at the site, the norms."""
     site, layers = destination.site, destination.layers
     with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, site, layers)
+        direction = given or extract(base, loaded, tokenizer, recipe, inputs.pairs, site, layers)
         if crosses_norm(direction, site):
             direction = convert_to_input(
                 direction, loaded.model, base.anatomy.structure, site, layers
             )
     with clock.stage("calibrate"):
-        norms = saved or measure_norms(
-            loaded,
-            base.anatomy.structure,
-            site,
-            make_batches(encode(tokenizer, prompts, limit=position_limit(loaded.model.config))),
-            layers,
-            statistic=recipe.statistic,
+        norms = saved or replace(
+            measure_norms(
+                loaded,
+                base.anatomy.structure,
+                site,
+                batch_prompts(tokenizer, inputs.prompts, loaded.model.config),
+                layers,
+                statistic=recipe.statistic,
+            ),
+            texts=identify_prompts(recipe.prompts, inputs.prompts),
         )
     return direction, norms
 
@@ -327,6 +341,7 @@ def extract(
     loaded: LoadedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
+    pairs: Sequence[ContrastPair],
     site: str,
     layers: Sequence[int],
 ) -> Direction:
@@ -336,7 +351,7 @@ def extract(
         base.anatomy.structure,
         site,
         tokenizer,
-        read_pairs(str(recipe.pairs)),
+        pairs,
         layers,
         extraction_options(recipe),
         model_name=base.to_dict()["id"],

@@ -73,6 +73,7 @@ def observe(
     """Load and run the directory; save the logits and return the rest of what was seen."""
     import torch
     from safetensors.torch import save_file
+    from transformers import GenerationConfig
 
     named = {"revision": request["revision"]} if request["revision"] else {}
     model, info = auto_class(request["directory"], request["revision"]).from_pretrained(
@@ -84,6 +85,8 @@ def observe(
         **options,
     )
     model.eval()
+    # Greedy means greedy: a checkpoint's own generation settings may penalise what was said before.
+    model.generation_config = GenerationConfig(pad_token_id=0)
     if not placement:
         model.to(request["device"])
     logits = {}
@@ -100,9 +103,7 @@ def observe(
                 batch,
                 attention_mask=torch.ones_like(batch),
                 max_new_tokens=request["new_tokens"],
-                min_new_tokens=request["new_tokens"],
                 do_sample=False,
-                pad_token_id=0,
             )
             found = output[:, length:].tolist()
             continuations.update({tuple(p): f for p, f in zip(prompts, found, strict=True)})

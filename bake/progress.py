@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from bake.secrecy import without_secrets
+
 T = TypeVar("T")
 
 
@@ -45,4 +47,4 @@ def track_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
 def announce(message: str) -> None:
     """Say something that the user should know while work goes on."""
-    print(f"bake: {message}", file=sys.stderr, flush=True)
+    print(f"bake: {without_secrets(message)}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ tokenizer without a padding token works and nothing depends on its padding side.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,15 +69,32 @@ def read_prompts(name: str | Path) -> list[str]:
     if path.suffix in (".jsonl", ".json"):
         texts = [_field(row, "text", path, number) for number, row in read_jsonl(path)]
     else:
-        texts = [line for line in _read_text(path).splitlines() if line.strip()]
+        texts = [line for line in read_text(path).split("\n") if line.strip()]
     if not texts:
         raise PromptError(f'{path} holds no prompts; write one a line, as text or as {{"text": …}}')
     return texts
 
 
+def identify_prompts(name: str | Path, texts: Sequence[str]) -> dict[str, str | None]:
+    """Return what tells a prompt file's texts from others without naming a path.
+
+    "set": its name where it ships with bake; "sha256": of the texts.
+    """
+    known = shipped_sets("prompts").get(str(name))
+    ships = known is not None and find_set(str(name), "prompts") == known
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return {"set": str(name) if ships else None, "sha256": digest}
+
+
+def batch_prompts(tokenizer: Any, texts: Sequence[str], config: Any) -> list[TokenBatch]:
+    """Encode texts, as far as a model of this config has positions, and group them into batches."""
+    return make_batches(encode(tokenizer, texts, limit=position_limit(config)))
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, object) of a JSONL file; raise PromptError at a line that is no object."""
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    # Lines end at line feeds only: JSON strings may hold the other separators that splitlines knows.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -95,11 +113,14 @@ def _field(row: dict[str, Any], key: str, path: Path, number: int) -> str:
     return value
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return a file's text, line ends as line feeds, without the mark that editors of Windows put first."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read as UTF-8 text: {error}") from None
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} cannot be read as UTF-8 text: {error}; save it so") from None
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -111,8 +132,8 @@ def load_tokenizer(directory: Path) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{directory.name} has no tokenizer that transformers can load ({reason}); "
-            f"bake needs it to run the calibration prompts"
+            f"{directory.name} has no tokenizer that transformers can load ({reason}); bake needs it to "
+            f"run prompts: put the tokenizer's files into the directory"
         ) from None
 
 

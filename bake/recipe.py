@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from bake.coefficients import DEFAULT_LAW, LAWS
+from bake.anatomy.routes import ROUTES
+from bake.coefficients import DEFAULT_LAW, LAWS, parse_band, parse_coefficients
 from bake.copying import SHARDS
 from bake.engines import check_engine
 from bake.errors import BakeError
+from bake.extraction import OPTIMIZE
+from bake.norms import STATISTICS
 from bake.optimization import KL_WEIGHT, STEPS
-from bake.sites import check_site
+from bake.plan import FLOAT_DTYPES
+from bake.sites import SITES
 
 AUTO = "auto"
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -24,6 +29,20 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "tuple[str, ...]": (tuple,),
 }
 DEFAULT_BAND = "40:90"
+CHOICES: dict[str, Collection[str]] = {
+    "law": LAWS,
+    "site": (AUTO, *SITES),
+    "direction_site": SITES,
+    "route": ROUTES,
+    "slot": ("norm", "projection"),
+    "statistic": STATISTICS,
+    "dtype": FLOAT_DTYPES,
+    "shards": SHARDS,
+}
+# Options that do nothing without another one.
+_PUBLISHING = ("public", "create_pr", "commit_message", "accept_licence")
+_GIVEN = ("keep_scale", "layer_offset", "direction_site")
+_FINDING = ("method", "token", "chat_template", "from_layer", "seed", "steps", "kl_weight")
 
 
 @dataclass(frozen=True)
@@ -106,40 +125,52 @@ class Recipe:
         """Raise BakeError for options that contradict each other: all that an estimate needs."""
         if self.direction is not None and self.pairs is not None:
             raise BakeError("give one of --direction FILE and --pairs FILE")
+        self._check_values()
         self._check_multiplier()
-        if self.law not in LAWS:
-            raise BakeError(f"unknown law {self.law!r}; the laws are {', '.join(LAWS)}")
+        self._check_idle()
         self._check_direction()
-        if self.shards not in SHARDS:
-            raise BakeError(f"unknown --shards {self.shards!r}; one of {', '.join(SHARDS)}")
-        if self.target is not None:
-            check_engine(self.target)
-        if (self.create_pr or self.commit_message is not None) and self.push_to_hub is None:
-            option = "--create-pr" if self.create_pr else "--commit-message"
-            raise BakeError(f"{option} is about publishing; give --push-to-hub REPO_ID with it")
         if self.thin:
             self._check_thin()
 
+    def _check_values(self) -> None:
+        """Raise BakeError for a value that an option does not have."""
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise BakeError(f"unknown {name} {value!r}; one of {', '.join(known)}")
+        if self.target is not None:
+            check_engine(self.target)
+        parse_band(self.band)
+        if self.coefficients is not None:
+            parse_coefficients(self.coefficients)
+
+    def _check_idle(self) -> None:
+        """Raise BakeError for an option that would do nothing, because of another that is there or not."""
+        optimizes = self.method == OPTIMIZE
+        for names, works, reason in (
+            (_PUBLISHING, self.push_to_hub, "is about publishing; give --push-to-hub REPO_ID with it"),
+            (_GIVEN, self.direction, "is about a given direction; give --direction FILE with it"),
+            (("orthogonalize",), self.added, "is about several directions; repeat --direction"),
+            (_FINDING, self.direction is None, "is about --pairs, and a direction is given"),
+            (("steps", "kl_weight"), optimizes, "is about --method optimize; give it, or leave this out"),
+            (("law", "band"), self.coefficients is None, "has no say beside --coefficients: leave one out"),
+            (
+                ("prompts",),
+                self.calibration is None or optimizes,
+                "is what norms are measured on, and --calibration gives them: leave one out",
+            ),
+        ):  # fmt: skip
+            idle = next((name for name in names if getattr(self, name) != _DEFAULTS[name]), None)
+            if idle is not None and not works:
+                raise BakeError(f"--{idle.replace('_', '-')} {reason}")
+
     def _check_direction(self) -> None:
-        """Raise BakeError where options on a given direction have none, or contradict each other."""
-        for option, given in (
-            ("--keep-scale", self.keep_scale),
-            ("--layer-offset", self.layer_offset is not None),
-            ("--direction-site", self.direction_site is not None),
-        ):
-            if given and self.direction is None:
-                raise BakeError(
-                    f"{option} is about a given direction; give --direction FILE with it"
-                )
-        if self.orthogonalize and not self.added:
-            raise BakeError("--orthogonalize is about several directions; repeat --direction")
+        """Raise BakeError where options on a given direction contradict each other."""
         if self.added and self.convert_site:
             raise BakeError(
                 "--convert-site cannot go with several directions; find them at the site that they are "
                 "used at (bake direction --site)"
             )
-        if self.direction_site is not None:
-            check_site(self.direction_site)
         if self.keep_scale and self.coefficients is not None:
             raise BakeError("give one of --keep-scale and --coefficients; both say how far to push")
         if self.keep_scale and self.law != DEFAULT_LAW:
@@ -192,6 +223,9 @@ class Recipe:
         return asdict(self)
 
 
+_DEFAULTS = {field.name: field.default for field in fields(Recipe)}
+
+
 def read_recipe(
     path: Path, overrides: Mapping[str, Any], *, without_output: bool = False
 ) -> Recipe:
@@ -204,16 +238,18 @@ def read_recipe(
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise BakeError(f"the recipe {path} cannot be read: {reason}") from None
     if not isinstance(values, dict):
-        raise BakeError(f"the recipe {path} is not a mapping of options")
+        raise BakeError(
+            f"the recipe {path} is not a mapping of options; write lines such as model: org/name"
+        )
     known = {field.name for field in fields(Recipe)}
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
-        raise BakeError(
-            f"the recipe {path} has an unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}"
-        )
+        near = get_close_matches(unknown[0].replace("-", "_"), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+        raise BakeError(f"the recipe {path} has an unknown key {unknown[0]!r}; {hint}")
     return make_recipe({**values, **overrides}, without_output=without_output)
 
 
@@ -246,6 +282,8 @@ def _check_type(name: str, value: Any, declared: str) -> None:
     """Refuse a value of another type than the field's: YAML reads 40:50 as a number of base 60."""
     if value is None and declared.endswith("None"):
         return
+    if value == "" and name != "output":  # An estimate has none.
+        raise BakeError(f"{name} is empty: give a value, or leave it out")
     expected = tuple(t for name in declared.split(" | ") for t in _TYPES.get(name, ()))
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
         hint = f'; write it in quotes, {name}: "40:90"' if name == "band" else ""

@@ -6,8 +6,7 @@ calibration would give is said on request.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 from bake.base import Base, load_base, open_base
 from bake.card import draw_figures, render_card, words_of
 from bake.checkpoint import find_bake
-from bake.errors import EquivalenceError
+from bake.errors import EquivalenceError, PromptError
 from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.norms import measure_norms
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.progress import announce
+from bake.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
 from bake.record import (
     CARD_FILE,
     DIRECTION_FILE,
@@ -31,9 +31,12 @@ from bake.record import (
     rebuild_plan,
     rebuild_push,
 )
+from bake.scratch import scratch_directory
 from bake.streaming import Placement
 from bake.tokenization import keep_tokenizer
 from bake.writer import copy_companions, write_config, write_weights
+
+_SAME_NORMS = 5e-5  # relative; two machines' kernels differ by less
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,23 @@ def reproduce(
     *,
     revision: str | None = None,
     base: str | None = None,
-    calibrate: str | None = None,
+    calibrate: str | bool = False,
     placement: Placement | None = None,
 ) -> Reproduction:
     """Build a baked directory or Hub id again in a temporary directory, and compare the files.
 
-    base: path or Hub id; as recorded where it is left out. calibrate: a prompt set to measure the
-    norms on once more, to say whether a fresh calibration would differ. Raises CheckpointError where
-    the bake or its base cannot be read.
+    base: path or Hub id; as recorded where it is left out. calibrate: a prompt file or set to measure the
+    norms on once more, True for the set that the bake names, to say whether a fresh calibration would
+    differ. Raises CheckpointError where the bake or its base cannot be read, PromptError where the bake
+    was calibrated on a file and none is given.
     """
     directory = find_bake(model, revision)
     recorded = read_result(directory)
+    prompts = find_prompts(recorded, calibrate) if calibrate else None
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
     plan = rebuild_plan(recorded, opened, push)
-    with tempfile.TemporaryDirectory(prefix="bake-reproduce-", dir=_roomy(directory)) as folder:
-        again = Path(folder)
+    with scratch_directory(directory, ".bake-reproduce-") as again:
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again)
@@ -130,19 +134,27 @@ def reproduce(
     if text != (directory / RESULT_FILE).read_text(encoding="utf-8"):
         wrong.append(RESULT_FILE)
     same = [name for name in (*names, RESULT_FILE) if name not in wrong]
-    fresh = _measure(opened, recorded, calibrate, placement) if calibrate else None
+    fresh = _measure(opened, recorded, prompts, placement) if prompts else None
     return Reproduction(directory, opened.checkpoint.model_id, tuple(same), tuple(wrong), fresh)
 
 
-def _roomy(directory: Path) -> Path | None:
-    """Return where to build: beside the bake where that can be written, so that clones cost nothing."""
-    import os
-
-    return directory.parent if os.access(directory.parent, os.W_OK) else None
+def find_prompts(recorded: Mapping[str, Any], given: str | bool) -> list[str]:
+    """Return the texts for a fresh calibration; say where they are others than the bake's own."""
+    texts = recorded["calibration"].get("texts") or {}
+    name = texts.get("set") if given is True else str(given)
+    if name is None:
+        raise PromptError(
+            "bake.json names no set of bake's own that the norms were measured on; give the prompts of the "
+            "bake with --calibrate FILE"
+        )
+    prompts = read_prompts(name)
+    if texts and identify_prompts(name, prompts)["sha256"] != texts["sha256"]:
+        announce(f"{name} holds other texts than those that the bake was calibrated on")
+    return prompts
 
 
 def _measure(
-    opened: Base, recorded: Mapping[str, Any], prompts: str, placement: Placement | None
+    opened: Base, recorded: Mapping[str, Any], prompts: Sequence[str], placement: Placement | None
 ) -> dict[int, tuple[float, float]]:
     layers = {int(entry["layer"]): float(entry["activation_norm"]) for entry in recorded["layers"]}
     tokenizer = load_tokenizer(opened.checkpoint.directory)
@@ -150,7 +162,7 @@ def _measure(
         load_base(opened.checkpoint, placement),
         opened.anatomy.structure,
         recorded["site"],
-        make_batches(encode(tokenizer, read_prompts(prompts))),
+        batch_prompts(tokenizer, prompts, opened.anatomy.config),
         sorted(layers),
         statistic=recorded["calibration"].get("statistic", "mean"),
     ).values()
@@ -163,8 +175,11 @@ def describe(found: Reproduction) -> str:
     lines += [f"  same bytes: {name}" for name in found.same]
     lines += [f"  DIFFERENT: {name}" for name in found.differing]
     if found.drift is not None:
-        lines.append(
-            f"a fresh calibration differs from the recorded norms by {found.drift:.2%} at most; the "
-            f"recorded ones were used"
+        differs = found.drift >= _SAME_NORMS
+        how = (
+            f"would differ from the recorded norms by up to {found.drift:.2%}"
+            if differs
+            else ("gives the recorded norms")
         )
+        lines.append(f"a fresh calibration {how}; the recorded coefficients were used")
     return "\n".join(lines)

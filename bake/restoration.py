@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.card import draw_figures, render_card, words_of
+from bake.card import draw_figures, words_of
 from bake.checkpoint import Checkpoint, find_bake, open_checkpoint
-from bake.completion import check_shards, unproven
+from bake.completion import check_shards, is_unproven, tell, unproven
 from bake.config_text import edit_json
-from bake.copying import sync, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError, OutputError
-from bake.figures import FIGURES
-from bake.hashing import hash_files
+from bake.journal import changing
 from bake.layout import ORIGINALS_FILE
 from bake.licences import NOTICE_FILE
-from bake.record import CARD_FILE, RESULT_FILE, encode_result, read_result, rebuild_push
+from bake.record import read_result, rebuild_push
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import staged_directory
@@ -220,35 +217,48 @@ class Rescaled:
         }
 
 
-def rescale(directory: Path, multiplier: float) -> Rescaled:
+def rescale(directory: Path, multiplier: float, *, revision: str | None = None) -> Rescaled:
     """Give a baked directory another strength: new bytes for the slots, and nothing else is moved.
 
     The weights are those of a fresh export at that multiplier, bit for bit. The proof was of another
-    strength, so the directory says "not verified" until `bake verify` has run. Raises CheckpointError
-    where the bake cannot be read, OutputError where a patched shard is shared with another directory.
+    strength, so the directory says "not verified" until `bake verify` has run. All of it changes or
+    nothing, see `journal`. revision: the branch that it will be published as, for the card. Raises
+    CheckpointError where the bake cannot be read, OutputError where it cannot be written or a patched
+    shard is shared with another directory.
     """
-    checkpoint = open_checkpoint(str(directory))
-    recorded = read_record(directory)
-    strength = plan_strength(checkpoint, recorded, multiplier)
-    files = [*_patch_shards(checkpoint, strength), *_replace_extra(checkpoint, recorded, strength)]
-    story = {key: value for key, value in recorded.items() if key not in ("files", "equivalence")}
-    story |= strength.push.to_dict()
-    story.pop("multiplier_choice", None)  # It was for another strength, as a sweep's samples were.
+    with changing(directory) as journal:
+        checkpoint = open_checkpoint(str(directory))
+        recorded = read_record(directory)
+        strength = plan_strength(checkpoint, recorded, multiplier)
+        patches = _patch_shards(checkpoint, strength)
+        for name, places in patches.items():
+            for start, data in places.items():
+                journal.patch(name, start, data)
+        extra = _extra_shards(checkpoint, recorded, strength)
+        for name, data in extra.items():
+            journal.write(name, data)
+        draw_figures(
+            journal.files, strength.push, recorded["site"], recorded["direction"]["metadata"]
+        )
+        known = {name: entry["sha256"] for name, entry in recorded["files"].items()}
+        story = _retold(recorded, strength.push, revision)
+        tell(journal, directory, story, words_of(recorded), known=known, patches=patches)
+    return Rescaled(directory, multiplier, float(recorded["multiplier"]), (*patches, *extra))
+
+
+def _retold(recorded: Mapping[str, Any], push: Push, revision: str | None) -> dict[str, Any]:
+    """Return `bake.json`, without its files, of the same bake at another strength."""
+    # The choice of a multiplier was for another strength, as a sweep's samples were.
+    stale = ("files", "equivalence", "multiplier_choice", "revision")
+    story = {key: value for key, value in recorded.items() if key not in stale}
+    story |= push.to_dict() | ({"revision": revision} if revision else {})
     if "sweep" in story:
         story["sweep"] = {**story["sweep"], "samples": []}
-    draw_figures(directory, strength.push, recorded["site"], recorded["direction"]["metadata"])
-    allowed = bool(recorded["equivalence"].get("rounding_allowed"))
-    reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
-    story["equivalence"] = {**unproven(rounding_allowed=allowed), "reason": reason}
-    _write_whole(directory / CARD_FILE, render_card({**story, **words_of(recorded)}))
-    known = {
-        name: entry["sha256"]
-        for name, entry in recorded["files"].items()
-        if name not in files and name not in (CARD_FILE, f"{FIGURES}/norms.png")
-    }
-    hashes = hash_files(directory, known=known, exclude=(RESULT_FILE,))
-    _write_whole(directory / RESULT_FILE, encode_result({**story, "files": hashes}))
-    return Rescaled(directory, multiplier, float(recorded["multiplier"]), tuple(files))
+    proof = recorded["equivalence"]
+    if not is_unproven(recorded):
+        reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
+        proof = {**unproven(rounding_allowed=bool(proof.get("rounding_allowed"))), "reason": reason}
+    return {**story, "equivalence": proof}
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,13 @@ def plan_strength(
             else view.read(name).double()
         )
         delta = slot.delta(vectors[entry["layer"]], weight, tuple(stored.shape))
-        (new if entry["is_new"] else patched)[name] = (old + delta).to(stored.dtype)
+        value = (old + delta).to(stored.dtype)
+        if not value.isfinite().all():
+            raise BakeError(
+                f"multiplier {multiplier:g} is more than {name} can hold in {stored.dtype}; give one "
+                f"nearer to 1"
+            )
+        (new if entry["is_new"] else patched)[name] = value
     return Strength(push, new, patched)
 
 
@@ -308,54 +324,32 @@ def _check_multiplier(push: Push, multiplier: float) -> Push:
     return push.at(multiplier)
 
 
-def _patch_shards(checkpoint: Checkpoint, strength: Strength) -> list[str]:
-    """Write the patched slots' new bytes where the old ones lie; return the shards' names."""
-    by_file: dict[str, list[str]] = {}
-    for name in strength.patched:
-        by_file.setdefault(checkpoint.entry(name).file, []).append(name)
-    for file in by_file:
+def _patch_shards(checkpoint: Checkpoint, strength: Strength) -> dict[str, dict[int, bytes]]:
+    """Return the patched slots' new bytes, {shard: {where in it: bytes}}."""
+    patches: dict[str, dict[int, bytes]] = {}
+    for name, value in strength.patched.items():
+        entry = checkpoint.entry(name)
+        patches.setdefault(entry.file, {})[entry.start] = bytes(encode_tensor(value))
+    for file in patches:
         path = checkpoint.directory / file
         if path.is_symlink() or path.stat().st_nlink > 1:
             raise OutputError(
                 f"{file} is a link to a file that another directory has too, and its slots would be "
                 f"changed there as well: copy it, or export again"
             )
-    for file, names in by_file.items():
-        try:
-            with (checkpoint.directory / file).open("r+b", buffering=0) as stream:
-                for name in names:
-                    stream.seek(checkpoint.entry(name).start)
-                    write_all(stream, encode_tensor(strength.patched[name]))
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OutputError(f"{file} cannot be written: {error.strerror or error}") from None
-    return list(by_file)
+    return patches
 
 
-def _replace_extra(
+def _extra_shards(
     checkpoint: Checkpoint, recorded: Mapping[str, Any], strength: Strength
-) -> list[str]:
-    """Write the shards of the new tensors again, each whole or not at all; return their names."""
-    added = recorded["plan"]["added"]
-    files = dict.fromkeys(checkpoint.entry(name).file for name in added)
-    for file in files:
+) -> dict[str, bytes]:
+    """Return the shards of the new tensors, written again, {shard: bytes}."""
+    shards = {}
+    for file in dict.fromkeys(checkpoint.entry(name).file for name in recorded["plan"]["added"]):
         header = checkpoint.headers[file]
         data = bytearray(encode_header(header.tensors, header.metadata))
         for entry in header.tensors:
             changed = strength.new.get(entry.name)
             data += checkpoint.read_bytes(entry.name) if changed is None else encode_tensor(changed)
-        _write_whole(checkpoint.directory / file, bytes(data))
-    return list(files)
-
-
-def _write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(data)
-        sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+        shards[file] = bytes(data)
+    return shards

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bake.errors import PromptError
+from bake.errors import BakeError, PromptError
 from bake.model import LoadedModel, decode
+from bake.prompts import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 Tokens = tuple[int, ...]
 ROWS = 64  # sequences per forward
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+
+
+def check_seed(seed: int) -> None:
+    """Raise BakeError for a seed that not every generator of random numbers takes."""
+    if not 0 <= seed < 2**63:
+        raise BakeError(f"the seed {seed} is out of range; give one from 0 to {2**63 - 1}")
 
 
 def sample_continuations(
@@ -114,8 +121,7 @@ def score_continuations(
 
 def read_words(path: Path) -> frozenset[str]:
     """Read target words, one a line, `#` comments allowed; raise PromptError where there are none."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    words = {line.partition("#")[0].strip().lower() for line in lines} - {""}
+    words = {line.partition("#")[0].strip().lower() for line in read_text(path).splitlines()} - {""}
     if not words:
         raise PromptError(f"{path} holds no words; write one a line")
     return frozenset(words)
@@ -123,7 +129,7 @@ def read_words(path: Path) -> frozenset[str]:
 
 def count_words(text: str, targets: frozenset[str]) -> tuple[int, int]:
     """Return (target words, all words) of a text."""
-    words = [word.lower() for word in _WORD.findall(text)]
+    words = [word.lower() for word in WORD.findall(text)]
     return sum(word in targets for word in words), len(words)
 
 
@@ -136,10 +142,21 @@ def bootstrap_interval(
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return the percentile interval of statistic(indices) over resampled indices of `count` items."""
+    return middle_of([statistic(rows) for rows in resample(count, draws, seed)], level)
+
+
+def resample(count: int, draws: int, seed: int = 0) -> list[np.ndarray]:
+    """Return `draws` times the indices of `count` items drawn with replacement."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(0, count, count)) for _ in range(draws)]
+    return [generator.integers(0, count, count) for _ in range(draws)]
+
+
+def middle_of(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the two quantiles between which a share of the finite values lies; nan where none is."""
+    import numpy as np
+
     finite = [value for value in values if math.isfinite(value)] or [math.nan]
     tail = (1 - level) / 2
     low, high = np.quantile(finite, [tail, 1 - tail])

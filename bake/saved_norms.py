@@ -17,6 +17,18 @@ from bake.errors import BakeError
 from bake.norms import ActivationNorms, LayerNorms
 
 
+def read_calibration(path: Path) -> dict[str, Any]:
+    """Return what a calibration file holds; raise BakeError where it is none."""
+    try:
+        values = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise BakeError(f"the calibration {path} cannot be read: {reason}") from None
+    if not isinstance(values, dict):
+        raise BakeError(f"the calibration {path} is not what bake calibrate writes")
+    return values
+
+
 def read_norms(
     path: Path,
     *,
@@ -30,7 +42,7 @@ def read_norms(
 
     Raises BakeError, in one line, for a file that cannot be read or was measured on something else.
     """
-    values = _read_object(path)
+    values = read_calibration(path)
     norms = ActivationNorms.from_dict(values)
     measured_on = values.get("base")
     if not isinstance(measured_on, dict):
@@ -58,17 +70,6 @@ def read_norms(
             raise BakeError(f"the calibration {path} has no norm of layer {layer}; {remedy}")
         _check_numbers(path, by_layer[layer])
     return replace(norms, layers=tuple(by_layer[layer] for layer in layers))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise BakeError(f"the calibration {path} cannot be read: {reason}") from None
-    if not isinstance(values, dict):
-        raise BakeError(f"the calibration {path} is not what bake calibrate writes")
-    return values
 
 
 def _check_numbers(path: Path, entry: LayerNorms) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bake.errors import OutputError
@@ -65,6 +67,32 @@ def remove_lock(work: Path) -> None:
     with suppress(OSError):
         work.joinpath("lock").unlink()
         work.rmdir()
+
+
+@contextmanager
+def scratch_directory(beside: Path, prefix: str) -> Iterator[Path]:
+    """Yield an empty directory that is removed when the block ends, by the next run if this one dies.
+
+    It lies beside `beside`, so that clones and links of its files cost nothing, or where temporary files
+    go (TMPDIR) where nothing can be written there.
+    """
+    parent = beside.resolve().parent
+    if not os.access(parent, os.W_OK):
+        parent = Path(tempfile.gettempdir())
+    clear_dead_runs(parent, prefix, remove_scratch)
+    work, lock = make_work_directory(parent, prefix, mode=0o700)
+    try:
+        (work / "model").mkdir()
+        yield work / "model"
+    finally:
+        remove_scratch(work)
+        os.close(lock)
+
+
+def remove_scratch(work: Path) -> None:
+    """Remove a work directory that holds nothing but `model/` and the lock, the lock last."""
+    shutil.rmtree(work / "model", ignore_errors=True)
+    remove_lock(work)
 
 
 def _try_lock(descriptor: int) -> bool | None:

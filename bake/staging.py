@@ -2,9 +2,10 @@
 
 Beside the output lies, while a run works, `.{name}.bake-{random}/` with
 
-    model/      what becomes the output
+    model/      what becomes the output, and then the old output that it has changed places with
     lock        held with flock by the run that owns it: the kernel lets go when the process dies
-    replaced/   for a moment, the old output that is being overwritten
+    replaced/   for a moment, the old output, where the file system cannot exchange two directories
+    discarded/  that old output once it is being removed, and is never put back
 
 A run first clears away what dead runs for the same output have left; how a dead run is told from a
 living one is `scratch`'s.
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bake.copying import exchange
 from bake.errors import OutputError
 from bake.scratch import clear_dead_runs, make_work_directory, remove_lock
 
@@ -168,11 +170,13 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _commit(staging: Path, resolved: Path, output: Path, overwrite: bool) -> None:
-    """Put the finished directory in its place: one rename, or two where an old one makes room."""
+    """Put the finished directory in its place, in one step where the file system can exchange two."""
     if not resolved.exists():
         staging.rename(resolved)
         return
     _check_replaceable(output, resolved, overwrite)  # it may have appeared while we worked
+    if exchange(staging, resolved):
+        return
     replaced = staging.parent / "replaced"
     resolved.rename(replaced)
     staging.rename(resolved)  # should this fail, `_remove` puts the old one back
@@ -184,10 +188,11 @@ def _remove(work: Path, resolved: Path) -> None:
     An old output that stands in it for a run that died between its two renames goes back first;
     where that fails, everything stays.
     """
-    replaced = work / "replaced"
-    if replaced.exists() and not resolved.exists():
-        replaced.rename(resolved)
-    for directory in (work / "model", replaced):
+    replaced, discarded = work / "replaced", work / "discarded"
+    if replaced.exists():
+        # Its files go one by one: should this run die meanwhile, the rest must not be taken for whole.
+        replaced.rename(discarded if resolved.exists() else resolved)
+    for directory in (work / "model", discarded):
         shutil.rmtree(directory, ignore_errors=True)
     remove_lock(work)
 

@@ -6,26 +6,28 @@ and without controls: it chooses a multiplier and says why, it does not show tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bake.arms import Arm
-from bake.dose_response import BASE, Bounds, find_windows
-from bake.errors import BakeError
-from bake.pairs import read_pairs
-from bake.prompts import read_prompts
-from bake.resources import tried_on
-from bake.response import (
+from bake.dose_response import (
+    BASE,
+    Arm,
+    Bounds,
     Interval,
     Point,
     Sampling,
     Texts,
+    find_windows,
     measure_neutral,
     measure_pairs,
     measure_rollouts,
     summarise,
 )
+from bake.errors import BakeError
+from bake.pairs import read_pairs
+from bake.prompts import read_prompts
+from bake.resources import tried_on
 
 if TYPE_CHECKING:
     from bake.coefficients import Push
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from bake.sites import LayerStructure
 
 AUTO_MULTIPLIERS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+SMALLEST, LARGEST = 1 / 32, 32.0  # how far is looked where all of them cost too much, or none does
 OPENINGS, NEUTRAL, PAIRS = 16, 24, 32  # texts of each kind, at most
 SAMPLING = Sampling(samples=1, new_tokens=32)
 
@@ -65,7 +68,9 @@ class MultiplierChoice:
         return f"m = {self.multiplier:g} is {why}; the window ends at {self.largest:g} ({self.ended_by})"
 
 
-def read_trial_texts(direction: str | None, held_out: str | None) -> Texts:
+def read_trial_texts(
+    direction: str | None, held_out: str | None, chat_template: str = "auto"
+) -> Texts:
     """Return the first of the texts that a bake's strength is chosen on.
 
     direction: as the user named it; one that ships has its own. held_out: a pairs file or set, None
@@ -77,6 +82,7 @@ def read_trial_texts(direction: str | None, held_out: str | None) -> Texts:
         tuple(read_pairs(pairs)[:PAIRS]) if pairs else (),
         tuple(read_prompts(known.get("neutral", "neutral"))[:NEUTRAL]),
         tuple(read_prompts("openings")[:OPENINGS]),
+        chat_template=chat_template,
     )
 
 
@@ -91,11 +97,59 @@ def choose_multiplier(
 ) -> MultiplierChoice:
     """Return the multiplier with the largest shift inside the window. push_at: m → push at `site`.
 
-    Raises BakeError where no strength that was tried stays within the bounds.
+    Where the window ends beyond the multipliers that are tried first, further ones are. Raises BakeError
+    where no strength stays within the bounds, and where none of those shifts the held-out pairs.
     """
     bounds = bounds or Bounds()
+    given = loaded, structure, tokenizer, site, push_at, texts
+    points = list(_measure(*given, AUTO_MULTIPLIERS))
+    while True:
+        (window,) = find_windows(points, bounds)
+        tried = sorted(point.arm.multiplier for point in points[1:])
+        if window.largest == tried[-1] < LARGEST:
+            further = [tried[-1] * step for step in (1.25, 1.5, 2.0)]
+        elif window.largest is None and tried[0] > SMALLEST:
+            further = [tried[0] * step for step in (0.25, 0.5, 0.75)]
+        else:
+            break
+        points += _measure(*given, further)[1:]
+    points = [points[0], *sorted(points[1:], key=lambda point: point.arm.multiplier)]
+    if window.largest is None:
+        raise BakeError(
+            f"--multiplier auto: no strength stays within the bounds ({window.reason}); give one, "
+            f"after bake sweep, as --multiplier M"
+        )
+    if window.best is None:
+        shift = next(p.shift for p in points if p.arm.multiplier == window.largest)
+        assert shift is not None
+        raise BakeError(
+            f"--multiplier auto: up to m = {window.largest:g}, where the window ends, no shift of the "
+            f"{len(texts.pairs)} held-out pairs is above 0 beyond doubt (there {shift.value:+.3f} "
+            f"[{shift.low:+.3f}, {shift.high:+.3f}] nats a token); try another direction, or give "
+            f"--multiplier M"
+        )
+    return MultiplierChoice(
+        window.best,
+        window.largest,
+        window.reason,
+        bounds,
+        len(texts.pairs),
+        tuple(_in_short(point) for point in points[1:]),
+    )
+
+
+def _measure(
+    loaded: LoadedModel,
+    structure: LayerStructure,
+    tokenizer: Any,
+    site: str,
+    push_at: Callable[[float], Push],
+    texts: Texts,
+    multipliers: Sequence[float],
+) -> tuple[Point, ...]:
+    """Return the base's point and those of the multipliers."""
     arms = [Arm(BASE, "base")]
-    for multiplier in AUTO_MULTIPLIERS:
+    for multiplier in multipliers:
         push = push_at(multiplier)
         arms.append(
             Arm(
@@ -110,25 +164,11 @@ def choose_multiplier(
         )
     given = loaded, structure, tokenizer
     measured = {
-        "pairs": measure_pairs(*given, arms, texts.pairs),
+        "pairs": measure_pairs(*given, arms, texts.pairs, chat_template=texts.chat_template),
         "neutral": measure_neutral(*given, arms, texts.neutral),
         "rollouts": measure_rollouts(*given, arms, texts.openings, SAMPLING),
     }
-    points = summarise(arms, measured, tokenizer, texts, SAMPLING)
-    (window,) = find_windows(points, bounds)
-    if window.best is None or window.largest is None:
-        raise BakeError(
-            f"--multiplier auto: no strength stays within the bounds ({window.reason}); give one, "
-            f"after bake sweep, as --multiplier M"
-        )
-    return MultiplierChoice(
-        window.best,
-        window.largest,
-        window.reason,
-        bounds,
-        len(texts.pairs),
-        tuple(_in_short(point) for point in points[1:]),
-    )
+    return summarise(arms, measured, tokenizer, texts, SAMPLING)
 
 
 def _in_short(point: Point) -> dict[str, float | None]:

@@ -25,7 +25,6 @@ from bake.plan import Plan
 from bake.progress import announce
 from bake.prompts import load_tokenizer
 from bake.record import (
-    CARD_FILE,
     RESULT_FILE,
     base_name,
     base_revision,
@@ -168,11 +167,7 @@ def _same_bytes(base: Checkpoint, base_name: str, baked: Checkpoint, name: str) 
 def compare_files(directory: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
     """Yield a phrase for files that are not what `bake.json` says."""
     found = hash_files(directory, exclude=(RESULT_FILE,))
-    # The card of an unproven bake is about to be replaced, and may have been by a run that died then.
-    skipped = {CARD_FILE} if is_unproven(recorded) else set()
     for name, expected in recorded["files"].items():
-        if name in skipped:
-            continue
         if name not in found:
             yield f"file {name} is missing"
         elif found[name]["sha256"] != expected["sha256"]:

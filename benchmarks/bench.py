@@ -237,18 +237,25 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
 def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
     """(f) The shipped model, its direction and sets: all rows together, and one push after the other."""
     from bake.anatomy import examine
-    from bake.dose_response import Design, make_arms, measure_sites
+    from bake.dose_response import (
+        Design,
+        Sampling,
+        make_arms,
+        measure_neutral,
+        measure_pairs,
+        measure_rollouts,
+        measure_sites,
+    )
     from bake.formats import read_direction
     from bake.model import load_model, read_config
     from bake.pairs import read_pairs
     from bake.prompts import load_tokenizer, read_prompts
     from bake.resources import DEMO_MODEL, DEMO_NAME
-    from bake.response import Sampling, measure_neutral, measure_pairs, measure_rollouts
 
     anatomy = examine(read_config(DEMO_MODEL))
     given = load_model(DEMO_MODEL), anatomy.structure, load_tokenizer(DEMO_MODEL)
     layer_count, neutral = anatomy.layer_count, read_prompts("neutral-stories")[:16]
-    norms = measure_sites(*given, ["mlp_out"], neutral, layer_count)
+    norms = measure_sites(*given, {"mlp_out": range(layer_count)}, neutral)
     design = Design(multipliers=(-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0), control_seeds=0)
     direction = read_direction(DEMO_NAME)
     arms = make_arms(direction, design, norms, layer_count, anatomy.hidden_size)[1:]

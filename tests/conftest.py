@@ -18,9 +18,11 @@ os.environ.update(
 os.environ.pop("HF_TOKEN", None)
 
 import json
+import time
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +208,14 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """huggingface_hub's own retries, without their waiting."""
+    import huggingface_hub.utils._http as client
+
+    monkeypatch.setattr(client, "time", SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
 
 
 @dataclass(frozen=True)

@@ -332,6 +332,14 @@ class LoopbackHub:
             )
         return user
 
+    def require_admitted(self, request: Request, repo: Repo) -> None:
+        """Refuse the content of a gated repository, whose metadata anybody sees."""
+        user = self.caller(request)
+        admitted = user and (user.name in repo.admitted or user.is_member(repo.namespace))
+        if repo.gated and not admitted:
+            message = f"Access to model {repo.repo_id} is restricted and you are not in the"
+            raise Refusal(403 if user else 401, f"{message} authorized list.", "GatedRepo")
+
     def storage_href(self, repo_id: str, oid: str) -> str:
         """A signed address on the storage host: whoever has it needs no token."""
         return f"{self.storage_url}/{repo_id}/{oid}?signature={_signature(repo_id, oid)}"
@@ -480,6 +488,7 @@ def storage(hub: LoopbackHub, request: Request, repo_id: str, oid: str) -> Reply
 @route("POST", f"/api/models/{REPO}/lfs-files/duplicate")
 def duplicate_lfs_files(hub: LoopbackHub, request: Request, repo_id: str) -> Reply:
     source, payload = hub.readable(request, repo_id), request.json()
+    hub.require_admitted(request, source)
     target, failed = hub.writable(request, payload["target"]["name"]), []
     for file in payload["files"]:
         if file["sha256"] in source.lfs_objects:
@@ -690,11 +699,7 @@ def paths_info(hub: LoopbackHub, request: Request, repo_id: str, revision: str) 
 @route("GET|HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)")
 def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, path: str) -> Reply:
     repo = hub.readable(request, repo_id)
-    user = hub.caller(request)
-    admitted = user and (user.name in repo.admitted or user.is_member(repo.namespace))
-    if repo.gated and not admitted:
-        message = f"Access to model {repo_id} is restricted and you are not in the authorized list."
-        raise Refusal(403 if user else 401, message, "GatedRepo")
+    hub.require_admitted(request, repo)
     commit = repo.at(revision)
     file = commit.files.get(path)
     if file is None:
@@ -847,7 +852,7 @@ def run_client(
     code_or_arguments: str | list[str],
     tmp_path: Path,
     token: str | None = None,
-    timeout: float = 120,
+    timeout: float = 600,  # seconds; for a process that hangs, not for one on a busy machine
     **extra_environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code (a string) or `python ARGUMENTS` (a list) in a fresh process on this Hub.

@@ -1,6 +1,9 @@
 """The card: everything in it comes from values, and a value that is missing is an error."""
 
 import copy
+import json
+import os
+import subprocess
 
 import pytest
 import yaml
@@ -64,12 +67,15 @@ VALUES = {
     },
     "sweep": {
         "texts": {"pairs": 24, "neutral": 40, "openings": 48},
+        "sampling": {"samples": 2, "new_tokens": 40, "temperature": 1.0, "seed": 0},
         "bounds": {"fluency": 1.5, "kl": 1.0},
+        "counts_words": True,
         "points": [
             {
                 "multiplier": 1.5,
                 "shift": {"value": 0.64, "low": 0.6, "high": 0.7},
                 "accuracy": 0.95,
+                "target_ratio": 3.7,
                 "fluency_ratio": 1.32,
                 "neutral_ratio": 1.05,
                 "on_axis_ratio": 0.7,
@@ -81,6 +87,7 @@ VALUES = {
                 "multiplier": 3.0,
                 "shift": None,
                 "accuracy": None,
+                "target_ratio": None,
                 "fluency_ratio": None,
                 "neutral_ratio": None,
                 "on_axis_ratio": None,
@@ -90,10 +97,12 @@ VALUES = {
             },
         ],
         "windows": [
-            {"sign": 1, "largest": 1.5, "best": 1.5, "reason": "m = +3: too much"},
-            {"sign": -1, "largest": None, "best": None, "reason": "m = -1: too much"},
+            {"text": "positive window: up to m = +1.5 (m = +3: too much)"},
+            {"text": "no negative m is within the bounds: m = -1: too much"},
         ],
-        "specificity": {"multiplier": 1.0, "seeds": 8, "ratio": 4.1, "ratio_rms": 8.3},
+        "specificity": {"text": "at m = 1 it shifts 4.1 × the largest of 8"},
+        "instruction": {"text": "Be kind.", "shift": {"value": 0.2, "low": 0.1, "high": 0.3}},
+        "laws": "sampled text's perplexity is a × 1.1, b × 1.2; a costs the least",
         "samples": [{"opening": "The day", "base": " was | grey", "steered": " was bright"}],
         "figures": ["figures/dose-response.png"],
     },
@@ -173,15 +182,20 @@ def test_why_this_multiplier_is_said_where_a_sweep_chose_it():
 def test_what_a_sweep_showed_is_told_with_its_controls():
     card = render_card(values())
     assert rows(card, "| m | shift |") == [
-        ["**1.5**", "+0.640 [+0.600, +0.700]", "95 %", "× 1.32", "× 1.050", "× 0.7", "× 1.9",
+        ["**1.5**", "+0.640 [+0.600, +0.700]", "95 %", "× 3.7", "× 1.32", "× 1.050", "× 0.7", "× 1.9",
          "0.350", "1.2 %"],
-        ["3", *["–"] * 8],
+        ["3", *["–"] * 9],
     ]  # fmt: skip
-    assert "within the bounds up to m = 1.5" in card
-    assert "No negative multiplier stays within the bounds: m = -1: too much." in card
-    assert "4.1 × the largest of 8 random directions" in card
-    assert "8.3 × their root mean square" in card
-    assert "![figures/dose-response.png](figures/dose-response.png)" in card
+    assert "- Positive window: up to m = +1.5 (m = +3: too much)." in card
+    assert "- No negative m is within the bounds: m = -1: too much." in card
+    assert "- Chance: at m = 1 it shifts 4.1 × the largest of 8." in card
+    assert 'the base, told "Be kind." before every text, shifts +0.200 [+0.100, +0.300].' in card
+    assert "- At equal shift, sampled text's perplexity is a × 1.1, b × 1.2" in card
+    assert "2 sampled continuations (temperature 1, 40 tokens) of each of 48 openings" in card
+    assert "KL over the multiplier, with the window](figures/dose-response.png)" in card
+    uncounted = values()
+    uncounted["sweep"]["counts_words"] = False
+    assert len(rows(render_card(uncounted), "| m | shift |")[0]) == 9
     assert '| "The day" | " was \\| grey" | " was bright" |' in card
 
 
@@ -246,6 +260,30 @@ def test_every_engine_is_a_row_with_its_verdict_and_how_it_is_known():
     ]
 
 
+@pytest.mark.parametrize("prompt", ["The day", 'It\'s a "day" at 5 $ & <more>', "one\ntwo", "über"])
+def test_canarys_command_can_be_copied_into_a_shell(prompt, tmp_path):
+    """The shell hands curl the JSON as it is; a stand-in for curl writes it down."""
+    canary = {"prompt": prompt, "base": "a", "baked": "b"}
+    (line,) = [
+        line for line in render_card(equivalence(canary=canary)).splitlines() if "$ curl" in line
+    ]
+    curl = tmp_path / "curl"
+    curl.write_text('#!/bin/sh\nfor last; do :; done\nprintf %s "$last"\n')
+    curl.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    sent = subprocess.run(
+        ["sh", "-c", line.removeprefix("$ ")], env=environment, capture_output=True, check=True
+    )
+    assert json.loads(sent.stdout) == {
+        "model": "NAME", "prompt": prompt, "max_tokens": 20, "temperature": 0,
+    }  # fmt: skip
+
+
+def test_text_in_a_cell_is_no_html():
+    card = render_card(equivalence(canary={"prompt": "<b>&amp;", "base": "a", "baked": "b"}))
+    assert '| prompt | "&lt;b>&amp;amp;" |' in card
+
+
 def test_canary_is_shown_where_there_is_one():
     assert '| this model | " was bright" |' in render_card(values())
     assert "Canary" not in render_card(equivalence(canary=None))
@@ -297,6 +335,7 @@ def test_template_asks_for_nothing_else():
     assert meta.find_undeclared_variables(card_environment().parse(source)) <= {
         *VALUES,
         "directions",
+        "revision",
         "thin",
         "front_matter",
         "licence_lines",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,8 @@ import torch
 from conftest import TinyModel
 from safetensors.torch import save_file
 
-from bake.cli import main
+from bake.cli import build_parser, main
+from bake.commands import given_direction
 
 
 @pytest.fixture
@@ -60,6 +64,33 @@ def test_usage_errors_exit_with_2(run):
         assert caught.value.code == 2
 
 
+def test_a_number_that_is_none_is_named(capsys):
+    for arguments, words in (
+        (["export", "m", "-m", "strong"], "'strong' is neither a number nor auto"),
+        (["sweep", "m", "--direction", "d", "-o", "o", "--multipliers", "x"], "'x' is no list"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_every_command_and_option_says_what_it_is():
+    """A default in brackets, or nothing, does not."""
+    commands = {
+        action.dest: action.choices
+        for action in build_parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    }["command"]
+    parsers = [*commands.values(), *map(given_direction.build_parser, given_direction.COMMANDS)]
+    assert len(parsers) == 15
+    for parser in parsers:
+        assert parser.description, parser.prog
+        for action in parser._actions:
+            text = re.sub(r"\(.*?\)", "", action.help or "")
+            if not isinstance(action, argparse._SubParsersAction):
+                assert len(text.split()) > 1, (parser.prog, action.dest)
+
+
 def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):
     """direction → calibrate → export → verify, each with --json."""
     vector, norms, out = tmp_path / "d.safetensors", tmp_path / "norms.json", tmp_path / "out"
@@ -68,6 +99,8 @@ def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):
     assert json.loads(text)["layers"] == list(range(6))
     code, text, _ = run("calibrate", llama, "--prompts", prompts_file, "-o", norms, "--json")
     assert code == 0
+    assert json.loads(text)["timings"]["total"] > 0
+    assert json.loads(text)["peak_memory"] > 1e6
     assert json.loads(text)["layers"] == json.loads(norms.read_text())["layers"]
     code, text, errors = run(
         "export", llama, "--direction", vector, "--prompts", prompts_file, "-o", out, "--json"
@@ -238,6 +271,28 @@ class TestBadInput:
         (tmp_path / "special.txt").write_text("<s>\n</s>\n")
         assert "no content tokens" in self.refused("--prompts", tmp_path / "special.txt")
 
+    def test_mistakes_in_small_files_are_told_before_a_model_is_opened(self, tmp_path):
+        """A model that does not exist would be complained about as soon as it is opened."""
+        latin = tmp_path / "latin.txt"
+        latin.write_bytes(b"\xe9t\xe9\n")
+        for options, words in (
+            (("--pairs", "no-such-set"), "no pairs file or set 'no-such-set'"),
+            (("--pairs", self.pairs, "--held-out", "no-such-set"), "no pairs file or set"),
+            (("--pairs", self.pairs, "--calibration", latin), "the calibration"),
+            (("--pairs", self.pairs, "--prompts", latin), "as UTF-8"),
+            (("--pairs", self.pairs, "--seed", "-1"), "seed -1 is out of range"),
+            (("--pairs", self.pairs, "--method", "optimize", "--steps", "0"), "0 steps"),
+            (("--direction", "bake-demo", "--band", "middle"), "START:STOP"),
+            (("--direction", ""), "direction is empty"),
+        ):
+            assert words in self.refused(*options, model=tmp_path / "no-such-model")
+
+    def test_a_model_with_too_few_positions_for_the_proof(self, make_model):
+        short = make_model(TinyModel("gpt2", config=(("n_positions", 16),)))
+        assert "12 tokens and 20 new ones do not fit the model's 16 positions" in self.refused(
+            model=short
+        )
+
     def test_output_exists(self, run, llama, tmp_path):
         taken = tmp_path / "taken"
         taken.mkdir()
@@ -257,3 +312,73 @@ class TestBadInput:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         assert "model.layers.1.mlp.up_proj.weight" in self.refused(model=model)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "direction"])
+def test_files_that_cannot_be_written_are_told_before_a_model_is_opened(
+    run, pairs_file, tmp_path, command
+):
+    (tmp_path / "file").write_text("")
+    pairs = ("--pairs", pairs_file) if command == "direction" else ()
+    for output, words in (
+        (".", "is a directory"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "file" / "below", "is a file"),
+    ):
+        code, text, errors = run(command, tmp_path / "no-such-model", *pairs, "-o", output)
+        assert (code, text) == (1, "")
+        assert words in errors
+        assert len(errors.splitlines()) == 1
+
+
+class TestStreams:
+    """What is printed where: a gone reader, closed streams, a full disk, an encoding without Greek."""
+
+    COMMAND = (sys.executable, "-m", "bake")
+
+    def test_python_dash_m_bake_is_the_command(self):
+        finished = subprocess.run([*self.COMMAND, "--version"], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout) == (0, "bake 0.1.0\n")
+
+    def test_a_reader_that_has_gone_is_no_error(self):
+        for words in (["prompts", "list"], ["export", "--help"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            finished = subprocess.run(
+                [*self.COMMAND, *words], stdout=writer, stderr=subprocess.PIPE, text=True
+            )
+            os.close(writer)
+            assert finished.stderr == ""
+            assert finished.returncode == (0 if "--help" in words else 141)  # argparse forgives.
+
+    def test_a_full_disk_under_stdout_is_one_line(self):
+        with Path("/dev/full").open("w") as full:
+            finished = subprocess.run(
+                [*self.COMMAND, "prompts", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert finished.returncode == 1
+        assert finished.stderr == (
+            "bake: error: the result cannot be printed: No space left on device\n"
+        )
+
+    def test_messages_stay_out_of_stdout_where_stderr_is_closed(self):
+        """Python prints to stdout what is meant for a stderr that is None."""
+        command = " ".join([*self.COMMAND, "prompts", "show", "no-such-set", "2>&-"])
+        finished = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        assert (finished.returncode, finished.stdout) == (1, "")
+
+    def test_an_encoding_without_greek_letters(self):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        for words in (["export", "--help"], ["prompts", "show", "multilingual"]):
+            finished = subprocess.run(
+                [*self.COMMAND, *words], capture_output=True, text=True, env=environment
+            )
+            assert (finished.returncode, finished.stderr) == (0, "")
+            assert "?" in finished.stdout
+        finished = subprocess.run(
+            [*self.COMMAND, "prompts", "show", "multilingual", "--json"],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert any(not text.isascii() for text in json.loads(finished.stdout)["entries"])

@@ -11,6 +11,7 @@ from canned import passed
 from conftest import TinyModel
 from safetensors.torch import save_file
 
+from bake import pipeline
 from bake.api import estimate, export
 from bake.checkpoint import Checkpoint
 from bake.cli import main
@@ -222,3 +223,41 @@ def test_old_weights_are_described_without_a_conversion(llama, tmp_path, no_weig
     assert not list((tmp_path / "temporary").iterdir())
     with pytest.raises(OutputError, match="leave --shards out"):
         estimate(str(tmp_path / "old"), shards="symlink")
+
+
+def test_the_proof_runs_as_many_forwards_as_was_said(
+    make_model, tmp_path, prompts_file, no_weights
+):
+    """Counted in this process; the plain one's are what it is asked for: a text each, and a token each."""
+    from torch.nn.modules import module
+    from transformers import PreTrainedModel
+
+    from bake.observation import CANARIES, NEW_TOKENS
+
+    direction = tmp_path / "direction.safetensors"
+    save_file({"direction": torch.ones(32)}, direction, metadata={"site": "mlp_out"})
+    options = {"direction": direction, "prompts": prompts_file}
+    base = make_model(TinyModel())
+    (said,) = (entry for entry in estimate(str(base), **options).passes if entry.stage == "prove")
+    no_weights.undo()
+    forwards = 0
+
+    def count(called, _arguments):
+        nonlocal forwards
+        forwards += (
+            isinstance(called, PreTrainedModel) and called.get_output_embeddings() is not None
+        )
+
+    real = pipeline.prove
+
+    def counted(*arguments):
+        handle = module.register_module_forward_pre_hook(count)
+        try:
+            return real(*arguments)
+        finally:
+            handle.remove()
+
+    no_weights.setattr(pipeline, "prove", counted)
+    proof = export(str(base), output=tmp_path / "out", **options).equivalence
+    assert proof.scaled_by == 1.0  # a push whose effect is small costs a few passes more
+    assert forwards + CANARIES + NEW_TOKENS == said.forwards

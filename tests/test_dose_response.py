@@ -1,6 +1,5 @@
 """Sweeps: the arms of a design, the window, chance, and going on after a break."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -8,23 +7,27 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS
 
-from bake import dose_response
-from bake.arms import Arm
 from bake.direction import Direction
 from bake.dose_response import (
+    Arm,
     Bounds,
     Design,
     DoseResponse,
+    Interval,
+    Point,
+    Sampling,
+    Texts,
     Variant,
     compare_laws,
     find_windows,
     make_arms,
     measure_sites,
-    random_direction,
     run_sweep,
 )
+from bake.dose_response.attribution import attribute
+from bake.dose_response.controls import random_direction
+from bake.dose_response.store import MEASUREMENTS_FILE, Store
 from bake.pairs import ContrastPair
-from bake.response import Interval, Point, Sampling, Texts
 
 FLAT = Variant(law="flat")
 
@@ -81,6 +84,20 @@ class TestWindow:
         assert (found[1].largest, found[1].best) == (None, None)
         assert "bound 1.1" in found[1].reason
 
+    def test_a_shift_that_may_be_none_is_never_the_best(self):
+        unsure = replace(point(1, 0.5), shift=Interval(0.5, -0.1, 1.1))
+        found = self.windows(unsure, point(2, -0.9), point(-1, -0.2), point(-2, 0.4))
+        assert (found[1].largest, found[1].best) == (2, None)
+        assert (found[-1].largest, found[-1].best) == (-2, -1)
+        assert (
+            found[1]
+            .describe()
+            .startswith(
+                "positive window: up to m = +2, no shift that way is distinguishable from none"
+            )
+        )
+        assert "best shift at m = -1" in found[-1].describe()
+
     def test_bounds_are_inclusive_and_a_nan_breaks_them(self):
         assert self.windows(point(1, 0.5, 1.5, 1.0))[1].largest == 1
         assert self.windows(point(1, 0.5, math.nan))[1].largest is None
@@ -97,7 +114,10 @@ def test_specificity_says_how_many_seeds_and_a_figure_that_does_not_grow_with_th
     assert (found.multiplier, found.seeds, found.largest) == (1.0, 4, 0.2)
     assert found.ratio == pytest.approx(3)
     assert found.rms == pytest.approx(math.sqrt(0.06 / 4))
+    # 4 / χ² at 97.5 and 2.5 % of four degrees of freedom, 11.143 and 0.484.
+    assert found.rms_interval == pytest.approx((found.rms * 0.599, found.rms * 2.874), rel=0.02)
     assert "3.0 × the largest of 4 random directions" in found.describe()
+    assert "more seeds reach further" in found.describe()
     assert find([point(1.0, 0.6)]).specificity is None
 
 
@@ -179,76 +199,93 @@ TEXTS = Texts(
     ("The market ", "A day"),
 )
 DESIGN = Design((Variant(),), (-1.0, 1.0), control_seeds=1, sampling=Sampling(1, 4))
-MEASURES = ("measure_pairs", "measure_neutral", "measure_rollouts")
+# One log line each: the norms, pairs, neutral texts, openings.
+LINES = 1 + 1 + len(TEXTS.pairs) + len(TEXTS.neutral) + len(TEXTS.openings)
 
 
 @pytest.fixture
 def sweep(open_tiny):
+    """Return a function: folder, fingerprint → what a sweep finds, kept in a folder where one is given."""
     tiny = open_tiny("llama")
     given = tiny.loaded, tiny.structure, tiny.tokenizer
-    norms = measure_sites(*given, ["mlp_out"], ["Water boils at one hundred degrees."], LAYERS)
+    prompts = ["Water boils at one hundred degrees."]
 
-    def run(folder=None, design=DESIGN):
-        direction = coherent(range(LAYERS))
-        return run_sweep(*given, direction, design, TEXTS, norms, LAYERS, folder=folder)
+    def run(folder=None, fingerprint="one"):
+        store = Store(folder, fingerprint) if folder else None
+        keep = {"keep": store.keep} if store else {}
+        norms = measure_sites(*given, {"mlp_out": range(LAYERS)}, prompts, **keep)
+        kept = {"each": store.each} if store else {}
+        *_, found = run_sweep(*given, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS, **kept)
+        return found.to_dict()
 
     return run
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """How often each measurement was made."""
-    calls = dict.fromkeys(MEASURES, 0)
-
-    def wrap(name):
-        inner = getattr(dose_response, name)
-
-        def counting(*arguments):
-            calls[name] += 1
-            return inner(*arguments)
-
-        monkeypatch.setattr(dose_response, name, counting)
-
-    for name in MEASURES:
-        wrap(name)
-    return calls
+def forwards(open_tiny, monkeypatch):
+    """How many forwards the model made."""
+    model, count = open_tiny("llama").loaded.model, [0]
+    handle = model.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    yield lambda: count[0]
+    handle.remove()
 
 
-@pytest.mark.parametrize("killed", MEASURES)
-def test_a_sweep_that_was_interrupted_goes_on_and_ends_alike(sweep, counted, tmp_path, killed):
-    whole = sweep().to_dict()
+def test_a_sweep_that_is_killed_at_any_byte_goes_on_and_ends_alike(sweep, tmp_path):
+    whole = sweep()
     assert abs(whole["points"][1]["shift"]["value"]) > 1e-4
-    counted.update(dict.fromkeys(MEASURES, 0))
-    with pytest.MonkeyPatch.context() as broken:
+    assert sweep(tmp_path) == whole
+    log = tmp_path / MEASUREMENTS_FILE
+    written = log.read_bytes()
+    assert written.count(b"\n") == LINES
+    ends = [place + 1 for place, byte in enumerate(written) if byte == ord("\n")]
+    for cut in (0, 7, ends[0], ends[0] + 9, ends[2], ends[3] - 1, ends[-2] + 30, ends[-1] - 1):
+        log.write_bytes(written[:cut])
+        assert sweep(tmp_path) == whole
+        assert log.read_bytes() == written
 
-        def die(*_):
-            raise KeyboardInterrupt
 
-        broken.setattr(dose_response, killed, die)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(tmp_path)
-    before = dict(counted)
-    assert sum(before.values()) == MEASURES.index(killed)
-    found = sweep(tmp_path)
-    assert found.to_dict() == whole
-    assert counted == dict.fromkeys(MEASURES, 1)
+def test_what_was_measured_is_not_measured_again(sweep, forwards, tmp_path):
     sweep(tmp_path)
-    assert counted == dict.fromkeys(MEASURES, 1)
-
-
-def test_another_design_is_measured_anew(sweep, counted, tmp_path):
+    first = forwards()
+    assert first > LINES
     sweep(tmp_path)
-    sweep(tmp_path, replace(DESIGN, multipliers=(-1.0, 2.0)))
-    assert counted == dict.fromkeys(MEASURES, 2)
-    # Bounds are judged, not measured.
-    sweep(tmp_path, replace(DESIGN, multipliers=(-1.0, 2.0), bounds=Bounds(9.0, 9.0)))
-    assert counted == dict.fromkeys(MEASURES, 2)
+    assert forwards() == first
+    log = tmp_path / MEASUREMENTS_FILE
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
+    sweep(tmp_path)  # The last opening: so many tokens with a cache, and scored by arm and base.
+    assert forwards() == first + DESIGN.sampling.new_tokens + 2
 
 
-def test_a_damaged_store_is_measured_anew(sweep, counted, tmp_path):
-    (tmp_path / "measurements.json").write_text('{"fingerprint": ')
+def test_another_sweep_is_measured_anew(sweep, forwards, tmp_path):
     sweep(tmp_path)
-    assert counted == dict.fromkeys(MEASURES, 1)
-    assert set(json.loads((tmp_path / "measurements.json").read_text())) == {
-        "fingerprint", "pairs", "neutral", "rollouts",
-    }  # fmt: skip
+    first = forwards()
+    sweep(tmp_path, "another")
+    assert forwards() == 2 * first
+
+
+def test_a_file_that_is_no_log_is_begun_anew(sweep, tmp_path):
+    (tmp_path / MEASUREMENTS_FILE).write_text("[1, 2]\nnonsense\n")
+    assert sweep(tmp_path) == sweep()
+
+
+def test_what_is_found_grows_with_the_measurements(open_tiny):
+    tiny = open_tiny("llama")
+    given = tiny.loaded, tiny.structure, tiny.tokenizer
+    norms = {"mlp_out": dict.fromkeys(range(LAYERS), 1.0)}
+    found = list(run_sweep(*given, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS))
+    assert [bool(entry.points[1].shift) for entry in found] == [True] * 3
+    assert [bool(entry.points[1].neutral_kl) for entry in found] == [False, True, True]
+    assert [bool(entry.points[1].fluency) for entry in found] == [False, False, True]
+    assert [len(entry.samples) for entry in found] == [0, 0, 2]
+
+
+def test_only_layers_that_can_be_pushed_are(open_tiny):
+    norms = {"mlp_out": {1: 1.0, 3: 3.0, 4: 4.0}}
+    arms = make_arms(coherent(range(LAYERS)), DESIGN, norms, LAYERS, HIDDEN)
+    assert [sorted(arm.push) for arm in arms] == [[], [3, 4], [3, 4], [3, 4]]
+    tiny = open_tiny("llama")
+    found = attribute(
+        tiny.loaded, tiny.structure, tiny.tokenizer, coherent(range(LAYERS)), Variant(band=(0, 1)),
+        TEXTS, norms, LAYERS,
+    )  # fmt: skip
+    assert [entry.layer for entry in found.layers] == [1, 3, 4]

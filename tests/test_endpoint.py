@@ -1,7 +1,7 @@
 """`bake verify --endpoint`: which model a server runs, told by the canary; one line for what is wrong.
 
 A small loopback server answers as servers do. Behind `-m servers`, real ones: `transformers serve`
-(needs fastapi and uvicorn) and `mlx_lm.server` (needs mlx-lm); they fail where these are not installed.
+and `mlx_lm.server`; they fail where these are not installed (the extra `servers`).
 """
 
 from __future__ import annotations
@@ -195,6 +195,19 @@ def test_a_continuation_that_begins_the_other_is_no_match_for_it():
     assert _judge(" light fell", " light", " light fell") == "base"
 
 
+def test_of_a_published_bake_only_its_record_is_fetched(serve, verify, directory, monkeypatch):
+    asked = []
+
+    def fetch(model_id, **options):
+        asked.append((model_id, options["revision"], options["allow_patterns"]))
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    found, out, _ = verify(serve(BAKED).url, "--revision", "m1.5", where="org/steered")
+    assert (found, out.splitlines()[1][:5]) == (0, "baked")
+    assert asked == [("org/steered", "m1.5", ["bake.json"])]
+
+
 class TestBadInput:
     """One line that names the thing and the remedy, exit 1."""
 
@@ -263,7 +276,7 @@ class TestBadInput:
 # How each server is started: (module that must be there, arguments; {port}, {model}).
 REAL = {
     "transformers": (
-        "fastapi",
+        "openai",
         "-m transformers.cli.transformers serve --host 127.0.0.1 --port {port} --device cpu",
     ),
     "mlx": ("mlx_lm", "-m mlx_lm.server --model {model} --host 127.0.0.1 --port {port}"),
@@ -283,7 +296,7 @@ def demo_bake(tmp_path_factory):
 def test_a_real_server(name, served, demo_bake, capsys):
     module, arguments = REAL[name]
     if importlib.util.find_spec(module) is None:
-        pytest.fail(f"{module} is not installed: pip install fastapi uvicorn mlx-lm")
+        pytest.fail(f"{module} is not installed: pip install -e '.[servers]'")
     model = demo_bake if served == "baked" else Path(DEMO_MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

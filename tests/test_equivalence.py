@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,43 @@ def test_a_good_bake_verifies(baked, llama):
     assert found.loading_info == {k: [] for k in found.loading_info}
     assert found.canary is not None
     assert found.canary.base != found.canary.baked
+
+
+def test_greedy_is_greedy_whatever_the_base_says_of_generation(
+    llama, direction_file, prompts_file, tmp_path
+):
+    """Qwen 2.5's own settings sample and penalise repetition; a canary made so would tell of nothing."""
+    import shutil
+
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    settings = json.loads((base / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.5}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    options = {"direction": direction_file, "prompts": prompts_file}
+    asked = export(str(llama), output=tmp_path / "plain", **options).equivalence
+    found = export(str(base), output=tmp_path / "penalised", **options).equivalence
+    assert asked.canary is not None
+    assert found.canary == asked.canary
+    assert found.greedy_equal_stored
+
+
+def test_a_canary_ends_where_a_server_would_end_it(baked, llama, monkeypatch):
+    from bake import equivalence
+
+    real = equivalence.run_plain
+
+    def ends_early(*arguments):
+        found = real(*arguments)
+        cut = [[*ids[:3], 2, *ids[3:]] for ids in found.continuations]  # </s>
+        return replace(found, continuations=cut)
+
+    whole = verify(baked, base=str(llama)).equivalence.canary
+    monkeypatch.setattr(equivalence, "run_plain", ends_early)
+    cut = verify(baked, base=str(llama)).equivalence.canary
+    assert whole is not None
+    assert cut is not None
+    assert len(cut.baked) < len(whole.baked)
+    assert whole.baked.startswith(cut.baked.rstrip("\ufffd"))
 
 
 def test_verify_names_the_base_it_needs(baked):

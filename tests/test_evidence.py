@@ -69,7 +69,8 @@ def test_the_bake_carries_table_figures_and_samples(export, swept, tmp_path):
     card = (output / "README.md").read_text()
     assert "| **2** | " in card
     assert "of 1 random directions" in card
-    assert "![figures/dose-response.png](figures/dose-response.png)" in card
+    assert "1 sampled continuation (temperature 1, 4 tokens) of each of" in card
+    assert "](figures/dose-response.png)" in card
     first = output.rename(tmp_path / "first")
     assert export(swept, "-m", "2")[0] == 0
     for name in ("figures/norms.png", "README.md", "bake.json"):

@@ -12,7 +12,7 @@ from bake.cli import main
 from bake.direction import load_direction
 from bake.errors import BakeError, DirectionError
 from bake.extraction import ExtractionOptions, extract
-from bake.pairs import ContrastPair
+from bake.pairs import ContrastPair, read_pairs
 from bake.prompts import load_tokenizer
 from bake.recipe import make_recipe
 from bake.resources import DEMO_NAME
@@ -150,6 +150,7 @@ def test_export_finds_the_direction_that_bake_direction_finds(llama, pairs_file)
         load_base(base.checkpoint),
         load_tokenizer(llama),
         recipe,
+        read_pairs(pairs_file),
         "mlp_out",
         range(6),
     )

@@ -3,7 +3,7 @@
 import json
 import shutil
 import socket
-import time
+import threading
 from pathlib import Path
 from textwrap import dedent
 
@@ -215,9 +215,15 @@ def test_names_and_namespaces(hub, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
-    hub.before_request = lambda request: time.sleep(0.5)
+    given_up = threading.Event()
+
+    def wait(request):
+        given_up.wait(60)
+
+    hub.before_request = wait
     monkeypatch.setattr(access, "REACH_TIMEOUT", 0.1)
     assert "cannot be reached (ReadTimeout)" in refusal(check_access, REPO_ID)
+    given_up.set()
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"

@@ -113,10 +113,12 @@ def failing(request):
     return None
 
 
-@pytest.mark.parametrize("why", ["xet", "region", "failed", "gone"])
+@pytest.mark.parametrize("why", ["xet", "region", "failed", "gone", "gated"])
 def test_where_the_hub_cannot_copy_it_is_sent_and_said(hub, output, capsys, why):
     if why == "gone":
         del hub.repos[BASE]
+    elif why == "gated":
+        hub.repos[BASE].gated = True
     else:
         hub.before_request = {"xet": without_xet(hub), "region": refusing(400), "failed": failing}[
             why
@@ -125,7 +127,12 @@ def test_where_the_hub_cannot_copy_it_is_sent_and_said(hub, output, capsys, why)
     assert published.copied == ()
     assert hub.files(REPO_ID)["model-00001-of-00002.safetensors"] == BIG
     assert hub.received_lfs_bytes == UPLOADED + len(BIG)  # and what a first try sent, once
-    said = {"xet": "outside Xet", "region": "another storage region", "failed": "no room"}
+    said = {
+        "xet": "outside Xet",
+        "region": "another storage region",
+        "failed": "no room",
+        "gated": "is restricted",
+    }
     (line,) = [
         line
         for line in capsys.readouterr().err.splitlines()
@@ -133,6 +140,21 @@ def test_where_the_hub_cannot_copy_it_is_sent_and_said(hub, output, capsys, why)
     ]
     assert said.get(why, "is not on the Hub") in line
     assert len(hub.commits(REPO_ID)) == 2
+
+
+@pytest.mark.usefixtures("unhurried")
+@pytest.mark.parametrize("status", [429, 500])
+@pytest.mark.parametrize("asked", ["/paths-info/", "/lfs-files/duplicate"])
+def test_a_hub_that_fails_for_a_moment_is_no_reason_to_send_a_base(hub, output, status, asked):
+    def fail(request):
+        return Reply.json({"error": "busy"}, status) if asked in request.path else None
+
+    hub.before_request = fail
+    assert "run the same command again" in refusal(publish, output, REPO_ID)
+    assert hub.received_lfs_bytes < len(BIG)
+    hub.before_request = None
+    assert publish(output, REPO_ID).copied == ("model-00001-of-00002.safetensors",)
+    assert hub.received_lfs_bytes == UPLOADED
 
 
 def test_a_thin_bake_is_whole_on_the_hub_without_its_weights_here(hub, thin):

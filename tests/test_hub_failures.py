@@ -1,14 +1,16 @@
-"""A Hub that fails at random: what is there is whole or as before, and running again finishes it."""
+"""A Hub that fails at random: what is there is whole or as before, and running again finishes it.
+
+One shard is the base's, on the same Hub: it is copied there, or sent where copying is refused.
+"""
 
 import random
 import time
 from collections import Counter
-from types import SimpleNamespace
 
-import huggingface_hub.utils._http as client
 import pytest
 from loopback_hub import Reply
-from publishing import FILES, REPO_ID, write_output
+from publishing import REPO_ID, sent_weights, write_output
+from test_hub_copies import BASE, BIG, FILES, record
 
 from bake.errors import HubError
 from bake.hub import publish
@@ -18,12 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"
 RUNS = 50
 CHANCE = 0.15  # of a request's failing; some fifteen are made in a publish that nothing disturbs
 AT_THE_COMMIT = 0.6
-
-
-@pytest.fixture
-def unhurried(monkeypatch):
-    """huggingface_hub's own retries, without their waiting."""
-    monkeypatch.setattr(client, "time", SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
 
 
 class Weather:
@@ -59,15 +55,18 @@ class Weather:
 
 @pytest.mark.usefixtures("unhurried")
 def test_whole_or_as_before_and_finished_by_running_again(hub, tmp_path):
-    first = write_output(tmp_path / "first")
+    base = make_base(hub)
+    first = write_output(tmp_path / "first", FILES, **record(base))
     files = {**FILES, "config.json": b"{}\n", "model-00002-of-00002.safetensors": b"PUSH" * 100}
     del files["figures/dose.png"]
-    second = write_output(tmp_path / "second", files)
+    second = write_output(tmp_path / "second", files, **record(base))
     whole = {name: (first / name).read_bytes() for name in (*FILES, "bake.json")}
     wanted = {name: (second / name).read_bytes() for name in (*files, "bake.json")}
-    said, befallen, at_once = [], set(), 0
+    said, befallen, at_once, copied = [], set(), 0, 0
     for seed in range(RUNS):
         hub.repos.clear()
+        hub.requests.clear()
+        assert make_base(hub) == base
         replacing = seed % 2 == 1
         if replacing:
             publish(first, REPO_ID)
@@ -88,11 +87,19 @@ def test_whole_or_as_before_and_finished_by_running_again(hub, tmp_path):
         befallen |= weather.seen
         assert visible(hub) == wanted
         titles = [commit.title for commit in hub.commits(REPO_ID)]
+        copied += BIG not in sent_weights(hub, REPO_ID).values()
         assert titles.count("Publish the baked model") == 1 + replacing, seed
     assert befallen == {"error", "hang up", "lost answer", "slow", "rival"}
     assert all("\n" not in line for line in said)
     assert len(said) >= RUNS / 2  # or the weather would have been too fine to show anything
     assert at_once >= 1
+    assert copied == RUNS
+
+
+def make_base(hub):
+    """Put the base on the Hub, and return its commit."""
+    hub.create_repo(BASE)
+    return hub.add_files(BASE, {"model.safetensors": BIG, "config.json": b"{}"}).oid
 
 
 def visible(hub):

@@ -60,6 +60,7 @@ def test_three_strengths_cost_three_extra_shards(hub, baked, capsys):
         files = hub.files(REPO_ID, branch)
         assert b"Not verified here" in files["README.md"]
         assert json.loads(files["bake.json"])["multiplier"] == float(branch[1:])
+        assert f'("path/or/id/of/this/model", revision="{branch}")'.encode() in files["README.md"]
         assert len(hub.commits(REPO_ID, branch)) == 3
     assert "not verified" in found.describe()
     assert "name it with --base" in capsys.readouterr().err
@@ -71,6 +72,21 @@ def test_three_strengths_cost_three_extra_shards(hub, baked, capsys):
     assert all(branch.already_there for branch in again.branches.values())
     assert hub.received_lfs_bytes == total
     assert TOKEN not in json.dumps(again.to_dict())
+
+
+def test_with_the_base_at_hand_a_strength_is_proven_and_its_card_says_so(hub, baked, make_model):
+    found = publish(baked, REPO_ID, strengths=[-0.5], base=str(make_model(sharded=True)))
+    assert found.branches[-0.5].proven
+    files = hub.files(REPO_ID, "m-0.5")
+    proof = json.loads(files["bake.json"])["equivalence"]
+    main = json.loads(hub.files(REPO_ID)["bake.json"])["equivalence"]
+    assert proof["passed"]
+    assert 0 < proof["max_effect"] != main["max_effect"]
+    card = files["README.md"].decode()
+    assert "Not verified here" not in card
+    assert "multiplier m = -0.5" in card
+    assert 'revision="m-0.5"' in card
+    assert b"revision=" not in hub.files(REPO_ID)["README.md"]
 
 
 def test_with_the_base_at_hand_each_is_proven_before_anything_is_sent(
@@ -106,6 +122,8 @@ def test_strengths_that_are_none_are_one_line(baked):
     for options in ({"revision": "x"}, {"create_pr": True}, {"verify_remote": True}):
         with pytest.raises(BakeError, match="--strengths makes branches of its own"):
             publish(baked, REPO_ID, strengths=[1], **options)
+    with pytest.raises(BakeError, match="--base is for the proofs"):
+        publish(baked, REPO_ID, base="somewhere")
     with pytest.raises(BakeError, match="not of a pull request"):
         publish(baked, REPO_ID, verify_remote=True, create_pr=True)
 

@@ -11,7 +11,7 @@ from bake.card import render_card
 from bake.errors import BakeError
 from bake.front_matter import TAGS, check_front_matter, compose_front_matter, read_front_matter
 from bake.hub import check_rights, publish
-from bake.licences import DUTIES, card_lines, find_objections, read_licence, write_notice
+from bake.licences import card_lines, find_objections, known_duties, read_licence, write_notice
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 
@@ -100,13 +100,29 @@ def test_a_base_id_that_is_none_is_refused():
 
 
 def test_every_familys_card_says_what_its_terms_ask():
-    for identifier, duties in DUTIES.items():
+    for identifier, duties in known_duties().items():
         text = "\n".join(card_lines({"license": identifier}))
         assert duties.notice.rstrip(".") in text
         assert (duties.phrase or "") in text
+        assert (duties.remark or "") in text
         assert "modified by bake" in text
     assert "Built with" not in "\n".join(card_lines({"license": "mit"}))
     assert "names no licence" in card_lines({})[0]
+
+
+def test_the_notices_are_those_of_the_licences():
+    """Word for word from their sections 1.b.iii (Llama) and 3.1.d (Gemma)."""
+    meta = "Copyright © Meta Platforms, Inc. All Rights Reserved."
+    found = known_duties()
+    for version in ("3.1", "3.2", "3.3", "4"):
+        duties = found[f"llama{version}"]
+        own = f"Llama {version} is licensed under the Llama {version} Community License, {meta}"
+        assert (duties.notice, duties.name) == (own, "Llama")
+    assert found["llama3"].name == "Llama 3"
+    assert found["llama3"].phrase == "Built with Meta Llama 3"
+    assert found["llama2"].name is found["llama2"].phrase is None
+    assert "section 3.2" in found["gemma"].remark
+    assert all(duties.agreement or duties.terms for duties in found.values())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,13 @@ def test_every_familys_card_says_what_its_terms_ask():
         ),
         ("llama3", "Llama-3-kind", ["LICENSE", "NOTICE"], "Built with Meta Llama 3", []),
         ("llama3.1", "Llama-kind", ["LICENSE"], "Built with Llama", ["a file NOTICE"]),
-        ("llama3.1", "Llama-kind", ["NOTICE"], "Built with Llama", ["no file LICENSE"]),
+        (
+            "llama3.1",
+            "Llama-kind",
+            ["NOTICE"],
+            "Built with Llama",
+            ["the base has no file LICENSE"],
+        ),
         ("llama3.1", "Llama-kind", ["NOTICE", "LICENSE"], "", ['"Built with Llama" in the card']),
         ("gemma", "kind", ["NOTICE"], "", []),
         ("gemma", "kind", [], "", ["a file NOTICE"]),

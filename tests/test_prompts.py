@@ -179,3 +179,13 @@ def test_inputs_are_what_a_forward_takes():
     inputs = batch.inputs()
     assert sorted(inputs) == ["attention_mask", "input_ids", "position_ids"]
     assert all(tensor.dtype == torch.long for tensor in inputs.values())
+
+
+def test_what_editors_and_languages_put_into_files(tmp_path):
+    """A byte order mark, Windows line ends, and U+2028, which is no line end inside a JSON string."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('\ufeff{"text": "one\u2028line"}\r\n{"text": "two"}\r\n'.encode())
+    assert read_prompts(path) == ["one\u2028line", "two"]
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    assert read_prompts(path) == ["one", "two"]

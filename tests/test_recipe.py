@@ -45,9 +45,17 @@ def test_every_option_can_be_in_the_file(tmp_path):
     assert read_recipe(write(tmp_path, yaml.safe_dump(values)), {}) == Recipe(**MINIMAL)
 
 
-def test_unknown_key_is_named_with_the_known_ones(tmp_path):
-    path = write(tmp_path, "model: m\noutput: o\nmultiplyer: 2\n")
-    with pytest.raises(BakeError, match=r"unknown key 'multiplyer'; known: .*multiplier.*"):
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("multiplyer", r"did you mean multiplier\?"),
+        ("push-to-hub", r"did you mean push_to_hub\?"),
+        ("colour", "known: .*multiplier.*"),
+    ],
+)
+def test_unknown_key_is_named_with_what_was_meant(tmp_path, key, hint):
+    path = write(tmp_path, f"model: m\noutput: o\n{key}: 2\n")
+    with pytest.raises(BakeError, match=f"unknown key '{key}'; {hint}"):
         read_recipe(path, {})
 
 
@@ -103,8 +111,16 @@ def test_multiplier_that_is_no_number_is_refused(tmp_path, value):
         read_recipe(path, {}).check()
 
 
+def test_empty_value_is_refused():
+    with pytest.raises(BakeError, match="direction is empty"):
+        make_recipe({**MINIMAL, "direction": ""})
+
+
 def test_sound_recipe_passes():
     make_recipe(MINIMAL).check()
+    optimized = {"method": "optimize", "steps": 9, "calibration": "n.json", "prompts": "p.txt"}
+    make_recipe({"model": "m", "output": "o", "pairs": "p", **optimized}).check()
+    make_recipe({**MINIMAL, "push_to_hub": "a/b", "public": True}).check()
     make_recipe({"model": "m", "output": "o", "pairs": "p"}).check()
 
 
@@ -115,7 +131,22 @@ def test_sound_recipe_passes():
         ({"direction": None}, "one of --direction FILE and --pairs FILE"),
         ({"multiplier": 0}, "multiplier 0 steers nothing"),
         ({"multiplier": -0.0}, "multiplier 0 steers nothing"),
-        ({"law": "cubic"}, "unknown law 'cubic'; the laws are inverse-sqrt-d"),
+        ({"law": "cubic"}, "unknown law 'cubic'; one of inverse-sqrt-d"),
+        ({"site": "mlp"}, "unknown site 'mlp'; one of auto, mlp_out"),
+        ({"route": "bias"}, "unknown route 'bias'; one of auto, native"),
+        ({"slot": "write"}, "unknown slot 'write'; one of norm, projection"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'; one of float32"),
+        ({"statistic": "mode"}, "unknown statistic 'mode'; one of mean, median"),
+        ({"band": "middle"}, "not START:STOP"),
+        ({"coefficients": "3"}, "not LAYER=VALUE"),
+        ({"public": True}, "--public is about publishing; give --push-to-hub"),
+        ({"accept_licence": True}, "--accept-licence is about publishing"),
+        ({"method": "pca"}, "--method is about --pairs, and a direction is given"),
+        ({"from_layer": 3}, "--from-layer is about --pairs"),
+        ({"direction": None, "pairs": "p", "steps": 9}, "--steps is about --method optimize"),
+        ({"coefficients": "3=1", "law": "norm"}, "--law has no say beside --coefficients"),
+        ({"coefficients": "3=1", "band": "0:50"}, "--band has no say beside --coefficients"),
+        ({"calibration": "n.json", "prompts": "p.txt"}, "--prompts is what norms are measured on"),
     ],
 )
 def test_contradiction_is_refused(changes, message):

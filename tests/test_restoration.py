@@ -1,11 +1,11 @@
 """Back to the base and to another strength: undo, rescale, reproduce and diff of what bake wrote."""
 
-import errno
 import json
 import shutil
 
 import pytest
 import torch
+from canned import passed
 from conftest import HIDDEN, TinyModel, build_model
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +13,7 @@ from bake import diff, export, reproduce, rescale, undo, verify
 from bake.cli import main
 from bake.errors import BakeError, CheckpointError, EquivalenceError, OutputError
 from bake.hashing import hash_files
+from bake.scratch import scratch_directory
 
 RECIPES = {
     "host": ("mistral", {"site": "mlp_out"}),
@@ -101,6 +102,8 @@ def test_rescale_is_a_fresh_export_bit_for_bit(baked, tmp_path):
     assert result["equivalence"]["verified"] is False
     card = (tmp_path / "rescaled/README.md").read_text()
     assert "**Not verified here**: the strength was changed from m = 1 after the proof. Run" in card
+    rescale(tmp_path / "rescaled", multiplier=2.5)
+    assert "changed from m = 1 after the proof" in (tmp_path / "rescaled/README.md").read_text()
 
 
 def test_a_rescaled_bake_is_proven_by_verify(baked, tmp_path):
@@ -116,10 +119,69 @@ def test_a_rescaled_bake_is_proven_by_verify(baked, tmp_path):
 
 def test_reproduce_is_byte_identical(baked):
     base, bake, _ = baked
-    found = reproduce(bake, base=str(base), calibrate="neutral")
+    found = reproduce(bake, base=str(base), calibrate=True)
     assert found.identical
     assert found.drift == pytest.approx(0, abs=1e-6)
     assert set(found.same) == set(hash_files(bake))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"site": "attn_out"},
+        {"site": "attn_in", "convert_site": True},
+        {"site": "mlp_in", "convert_site": True},
+        {"route": "insert"},
+        {"dtype": "float32"},
+        {"law": "flat", "multiplier": -0.75},
+    ],
+    ids=str,
+)
+def test_the_shipped_model_is_reproduced(monkeypatch, prompts_file, tmp_path, options):
+    monkeypatch.setattr(
+        "bake.pipeline.prove", passed
+    )  # The proof is data here, and is tested elsewhere.
+    given = {"direction": "bake-demo", "prompts": prompts_file, **options}
+    export("bake-demo", output=tmp_path / "bake", **given)
+    changed = diff("bake-demo", tmp_path / "bake")
+    assert changed.tensors
+    found = reproduce(tmp_path / "bake")
+    assert found.identical, found.differing
+    assert set(found.same) == set(hash_files(tmp_path / "bake"))
+
+
+def test_reproduce_says_when_a_fresh_calibration_would_differ(
+    monkeypatch, prompts_file, tmp_path, capsys
+):
+    monkeypatch.setattr("bake.pipeline.prove", passed)
+    base = build_model(tmp_path / "base", TinyModel("llama"))
+    given = {"direction": torch.arange(HIDDEN).float(), "prompts": prompts_file}
+    export(str(base), output=tmp_path / "bake", **given)
+    words = ["reproduce", str(tmp_path / "bake"), "--base", str(base), "--calibrate"]
+    capsys.readouterr()
+    assert main([*words, str(prompts_file)]) == 0
+    assert "a fresh calibration gives the recorded norms" in capsys.readouterr().out
+    assert main([*words, "neutral"]) == 0
+    said = capsys.readouterr()
+    assert "a fresh calibration would differ from the recorded norms by up to" in said.out
+    assert "neutral holds other texts than those that the bake was calibrated on" in said.err
+    assert main(words) == 1  # It names no set: a file's path stays where it is.
+    assert "--calibrate FILE" in capsys.readouterr().err
+    assert main(words[:-1]) == 0
+    assert "calibration" not in capsys.readouterr().out
+
+
+def test_what_a_killed_run_left_beside_a_bake_is_cleared(tmp_path):
+    dead = tmp_path / ".bake-reproduce-00000000"
+    (dead / "model").mkdir(parents=True)
+    (dead / "model" / "shard").touch()
+    (dead / "lock").touch()
+    with scratch_directory(tmp_path / "bake", ".bake-reproduce-") as folder:
+        assert not dead.exists()
+        assert folder.parent.parent == tmp_path
+        (folder / "shard").touch()
+    assert not list(tmp_path.iterdir())
 
 
 def test_reproduce_names_what_came_out_differently(baked, tmp_path):
@@ -183,19 +245,6 @@ def test_a_shared_shard_is_not_patched(tmp_path):
     assert hash_files(tmp_path / "bake") == before
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
-    base = build_model(tmp_path / "base", TinyModel("gpt2"))
-    export(str(base), output=tmp_path / "bake", direction=torch.arange(HIDDEN).float())
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("bake.restoration.write_all", full)
-    capsys.readouterr()
-    assert main(["rescale", str(tmp_path / "bake"), "-m", "2"]) == 1
-    assert "cannot be written: No space left on device" in capsys.readouterr().err
-
-
 def test_a_strength_of_zero_is_refused(tmp_path):
     base = build_model(tmp_path / "base", TinyModel("llama"))
     export(str(base), output=tmp_path / "bake", direction=torch.arange(HIDDEN).float())
@@ -221,3 +270,15 @@ def test_diff_says_what_a_rename_is(tmp_path, capsys):
     assert found.config["rms_norm_eps"][1] == 0.5
     assert main(["diff", str(base), str(tmp_path / "other")]) == 0
     assert f"was {old}, same bytes" in capsys.readouterr().out
+
+
+def test_a_strength_that_the_dtype_cannot_hold_is_refused(tmp_path):
+    base, bake = build_model(tmp_path / "base", TinyModel("llama")), tmp_path / "bake"
+    export(str(base), output=bake, direction=torch.arange(HIDDEN).float())
+    rescale(bake, multiplier=1e30)  # That much still fits.
+    before = hash_files(bake)
+    with pytest.raises(
+        BakeError, match=r"multiplier 1e\+39 is more than .* can hold in torch.float"
+    ):
+        rescale(bake, multiplier=1e39)
+    assert hash_files(bake) == before

@@ -157,6 +157,10 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     reproduced = bake(hub, tmp_path, "reproduce", "ada/third", "--json")
     assert reproduced.returncode == 0, reproduced.stdout + reproduced.stderr
     assert json.loads(reproduced.stdout)["identical"] is True
+    undone = bake(hub, tmp_path, "undo", "ada/steered", "-o", tmp_path / "back")
+    assert undone.returncode == 0, undone.stderr
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (llama / name).read_bytes()
     host = socket.gethostname()
     hosts = [host] if len(host) > 6 else []  # a short one is found in any weights
     for secret in (TOKEN, str(tmp_path), "zebulon-planted", *hosts):
@@ -167,7 +171,7 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
         sent = repr((request.path, request.query, rest)).encode() + request.body
         assert TOKEN.encode() not in sent
         assert b"zebulon-planted" not in sent
-    for finished in (second, thin, third, verified, reproduced):
+    for finished in (second, thin, third, verified, reproduced, undone):
         assert TOKEN not in finished.stdout + finished.stderr
 
 

@@ -6,6 +6,8 @@ machine's rounding, which changes single samples, does not break them.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bake.base import open_base
@@ -58,3 +60,15 @@ def test_minus_one_makes_it_less_cheerful(measured):
 
 def test_three_is_too_much(measured):
     assert measured[3].perplexity_ratio > 5
+
+
+@pytest.mark.parametrize(
+    ("kept", "summary"), [(Path("kept"), "and how to load it"), (None, "proof")]
+)
+def test_how_to_load_is_only_said_of_checkpoints_that_are_kept(monkeypatch, kept, summary):
+    monkeypatch.setattr(showcase, "describe_export", lambda export: "and how to load it")
+    monkeypatch.setattr(showcase, "describe_proven", lambda export: "proof")
+    base = showcase.Measured("base", 1, 0.1, 1.0, (1.0, 1.0), 4.0, 1.0, (1.0, 1.0))
+    text = showcase.describe(showcase.Showcase((None,), (base,), (), {}, kept))
+    assert text.startswith(summary)
+    assert ("temporary" in text) == (kept is None)

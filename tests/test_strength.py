@@ -10,7 +10,8 @@ from bake.anatomy import examine
 from bake.cli import main
 from bake.coefficients import band_layers, compute_push
 from bake.direction import Direction, load_direction, normalise
-from bake.dose_response import Bounds, measure_sites, random_direction
+from bake.dose_response import Bounds, measure_sites
+from bake.dose_response.controls import random_direction
 from bake.errors import BakeError
 from bake.model import load_model, read_config
 from bake.prompts import load_tokenizer, read_prompts
@@ -34,9 +35,12 @@ def demo():
     tokenizer = load_tokenizer(DEMO_MODEL)
     loaded = load_model(DEMO_MODEL, device=torch.device("cpu"))
     norms = measure_sites(
-        loaded, anatomy.structure, tokenizer, ["mlp_out"], read_prompts("neutral")[:6],
-        anatomy.layer_count,
-    )  # fmt: skip
+        loaded,
+        anatomy.structure,
+        tokenizer,
+        {"mlp_out": range(anatomy.layer_count)},
+        read_prompts("neutral")[:6],
+    )
     return loaded, anatomy.structure, tokenizer, norms["mlp_out"], band_layers(anatomy.layer_count)
 
 
@@ -58,8 +62,10 @@ def choose(demo):
     """Return a function: how much of the direction, options → MultiplierChoice."""
     loaded, structure, tokenizer, norms, layers = demo
 
-    def call(share=1.0, held_out="cheerful-gloomy.held-out", **options):
+    def call(share=1.0, held_out="cheerful-gloomy.held-out", length=1.0, chance=None, **options):
         direction = load_direction(DEMO_DIRECTION)
+        if chance is not None:
+            direction = random_direction(direction, layers, loaded.hidden_size, chance)
         if share < 1:
             direction = mix(direction, share, layers, loaded.hidden_size)
 
@@ -68,7 +74,7 @@ def choose(demo):
                 {layer: norms[layer] for layer in layers},
                 direction.select(layers, loaded.hidden_size),
                 hidden_size=loaded.hidden_size,
-                multiplier=multiplier,
+                multiplier=length * multiplier,
             )
 
         texts = read_trial_texts(None, held_out)
@@ -106,6 +112,25 @@ def test_tighter_bounds_choose_less(choose):
 def test_nothing_inside_is_refused_in_one_line(choose):
     with pytest.raises(BakeError, match=r"--multiplier auto: no strength stays within the bounds"):
         choose(bounds=Bounds(1.5, 1e-9))
+
+
+@pytest.mark.parametrize("length", [1 / 16, 16])
+def test_a_direction_of_another_length_is_followed_beyond_the_grid(choose, length):
+    """As `--keep-scale` pushes one: the same window, at other multipliers."""
+    plain, found = choose(), choose(length=length)
+    tried = sorted(entry["multiplier"] for entry in found.points)
+    assert [entry["multiplier"] for entry in found.points] == tried
+    assert found.multiplier == pytest.approx(plain.multiplier / length, rel=0.6)
+    assert inside({e["multiplier"]: e for e in found.points}[found.multiplier], found.bounds)
+    assert found.largest < tried[-1]
+
+
+def test_a_direction_that_does_nothing_is_refused_with_what_it_did(choose):
+    with pytest.raises(BakeError) as caught:
+        choose(chance=3)
+    text = str(caught.value)
+    assert "no shift of the 8 held-out pairs is above 0 beyond doubt" in text
+    assert "try another direction, or give --multiplier M" in text
 
 
 def test_without_held_out_pairs_the_largest_inside_is_taken_and_said(choose):

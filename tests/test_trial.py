@@ -1,15 +1,23 @@
 """`bake sweep`: the directory it writes, what it says, and one clear line for every bad input."""
 
+import contextlib
+import io
 import json
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from bake import trial
+from bake.anatomy import examine
 from bake.cli import main
+from bake.errors import BakeError
+from bake.evidence import read_evidence
 from bake.figures import draw_norms
+from bake.trial.options import pushable_layers
 
 SMALL = (
     "--control-seeds", "1", "--samples", "1", "--new-tokens", "8", "--multipliers=-1,1,3",
@@ -51,9 +59,6 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, texts):
     """A sweep with everything that can be asked for; its directory and what it printed."""
-    import contextlib
-    import io
-
     output = tmp_path_factory.mktemp("sweep") / "out"
     printed = io.StringIO()
     options = ("--law", "inverse-sqrt-d", "flat", "--last-token", "--by-layer", "--html")
@@ -72,10 +77,77 @@ def test_the_directory_holds_report_figures_and_page(swept):
     found = sorted(p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file())
     assert found == [
         "figures/dose-response.png", "figures/layers.png", "figures/norms.png",
-        "index.html", "measurements.json", "report.json",
+        "index.html", "measurements.jsonl", "report.json",
     ]  # fmt: skip
     for name in found:
         assert name in text
+
+
+def test_a_sweep_again_takes_what_was_measured_and_leaves_nothing_old(swept, texts, tmp_path, run):
+    """Other words and bounds judge the same measurements; figures and page that were not asked for go."""
+    output = tmp_path / "out"
+    shutil.copytree(swept[0], output)
+    log = (output / "measurements.jsonl").read_bytes()
+    common = ("bake-demo", "--direction", "bake-demo", "-o", output, *SMALL, *texts)
+    options = (
+        "--law", "inverse-sqrt-d", "flat", "--last-token", "--max-fluency", "1e9", "--max-kl", "99",
+        "--instruction", "A <b>cheerful</b> story:",
+    )  # fmt: skip
+    code, _, errors = run(*common, *options)
+    assert code == 0
+    assert "sampled text: 6 of 6 measured before" in errors
+    assert (output / "measurements.jsonl").read_bytes() == log
+    found = sorted(p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file())
+    assert found == [
+        "figures/dose-response.png", "figures/norms.png", "measurements.jsonl", "report.json",
+    ]  # fmt: skip
+    windows = [
+        json.loads((folder / "report.json").read_text())["windows"][1]["largest"]
+        for folder in (swept[0], output)
+    ]
+    assert windows[0] < windows[1]
+
+
+def test_another_model_under_the_same_name_is_measured_anew(
+    make_model, tmp_path, run, pairs_file, prompts_file
+):
+    """Norms and pushes stay the same where only the head differs; what the model says does not."""
+    vector, output = tmp_path / "d.safetensors", tmp_path / "out"
+    save_file({"direction": torch.arange(1.0, 33)}, vector, metadata={"site": "mlp_out"})
+    files = ("--prompts", prompts_file, "--neutral", prompts_file, "--openings", prompts_file)
+    directory = tmp_path / "model"
+    shutil.copytree(make_model(), directory)
+
+    def shift():
+        options = ("--direction", vector, "-o", output, *SMALL, "--pairs", pairs_file, *files)
+        code, text, errors = run(directory, *options, "--json")
+        assert code == 0, errors
+        return json.loads(text)["points"][1]["shift"]["value"]
+
+    before = shift()
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert abs(shift() - before) > 1e-5
+
+
+def test_a_sweep_that_is_not_finished_says_so(swept, texts, tmp_path, run, monkeypatch):
+    output = tmp_path / "out"
+    shutil.copytree(swept[0], output)
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bake.trial.run.write_pictures", die)
+    options = ("--direction", "bake-demo", "-o", output, *SMALL, *texts, "--seed", "1")
+    with contextlib.suppress(KeyboardInterrupt):
+        run("bake-demo", *options)
+    report = json.loads((output / "report.json").read_text())
+    assert not report["complete"]
+    assert report["design"]["sampling"]["seed"] == 1
+    with pytest.raises(BakeError, match="is not finished"):
+        read_evidence(output)
 
 
 def test_the_report_has_the_published_shape(swept):
@@ -154,7 +226,7 @@ def test_another_architecture_with_a_users_own_texts_and_scorer(
     make_model, tmp_path, run, pairs_file, prompts_file, monkeypatch
 ):
     directory, vector = make_model(architecture="gpt2"), tmp_path / "d.safetensors"
-    save_file({"direction": torch.randn(32)}, vector, metadata={"site": "mlp_out"})
+    save_file({"direction": torch.arange(1.0, 33)}, vector, metadata={"site": "mlp_out"})
     (tmp_path / "my_scorer.py").write_text(
         "def vowels(text): return sum(c in 'aeiou' for c in text)"
     )
@@ -172,6 +244,15 @@ def test_another_architecture_with_a_users_own_texts_and_scorer(
     assert points["m=+3"]["shift"]["value"] != 0
 
 
+def test_layers_are_those_that_a_bake_would_push(capsys):
+    hybrid = examine(CONFIG_MAPPING["qwen3_next"](num_hidden_layers=8))
+    assert pushable_layers(hybrid, ["attn_out"]) == {"attn_out": (3, 7)}
+    assert capsys.readouterr().err == ""
+    behind_a_norm = examine(CONFIG_MAPPING["gemma2"](num_hidden_layers=2))
+    assert list(pushable_layers(behind_a_norm, ["mlp_out"])["mlp_out"]) == [0, 1]
+    assert "mlp_out is swept with hooks only, no bake can push there" in capsys.readouterr().err
+
+
 class TestBadInput:
     """One line that names the thing and the remedy, exit 1."""
 
@@ -179,7 +260,7 @@ class TestBadInput:
     def prepare(self, run, llama, pairs_file, tmp_path):
         self.run, self.pairs, self.output = run, pairs_file, tmp_path / "out"
         self.vector = tmp_path / "d.safetensors"
-        save_file({"direction": torch.randn(32)}, self.vector, metadata={"site": "mlp_out"})
+        save_file({"direction": torch.arange(1.0, 33)}, self.vector, metadata={"site": "mlp_out"})
         self.common = (llama, "--direction", self.vector, "-o", self.output)
 
     def refuse(self, *options, code=1):
@@ -217,11 +298,26 @@ class TestBadInput:
         line = self.refuse("--pairs", self.pairs, "--multipliers=0,0")
         assert "multipliers other than 0" in line
 
+    def test_multipliers_that_cannot_be_told_apart(self):
+        line = self.refuse("--pairs", self.pairs, "--multipliers=1,1.0000001")
+        assert "agree in six digits" in line
+
+    @pytest.mark.parametrize("seed", ["-1", "9" * 30])
+    def test_a_seed_that_is_none(self, seed):
+        assert f"the seed {seed} is out of range" in self.refuse(
+            "--pairs", self.pairs, "--seed", seed
+        )
+
+    def test_a_residual_direction_at_a_normalised_input(self):
+        line = self.refuse("--pairs", self.pairs, "--site", "mlp_in")
+        assert "bake direction --site mlp_in" in line
+        assert "--convert-site" not in line  # bake sweep has no such option.
+
     def test_nothing_to_sample(self):
         assert "--samples" in self.refuse("--pairs", self.pairs, "--samples", "0")
 
     def test_a_direction_of_another_width(self, tmp_path):
-        save_file({"direction": torch.randn(48)}, self.vector)
+        save_file({"direction": torch.ones(48)}, self.vector)
         assert "48 wide" in self.refuse("--pairs", self.pairs)
 
     def test_a_directory_that_holds_something_else_is_left_alone(self):
@@ -252,3 +348,27 @@ def test_the_same_values_give_the_same_figure(tmp_path):
     ]
     other = draw_norms(tmp_path / "c.png", norms, {3: 0.5, 4: 0.7}, "mlp_out")
     assert paths[0].read_bytes() == paths[1].read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--seed", "-1"), "seed -1 is out of range"),
+        (("--prompts", "no-such-set"), "no prompt file or set"),
+        (("--multipliers", "0"), "other than 0"),
+        (("--multipliers", "nan"), "finite numbers"),
+        (("--samples", "0"), "1 or more"),
+        (("--max-kl", "nan"), "bounds above 0"),
+        (("--band", "middle"), "START:STOP"),
+        (("--max-memory", "much"), "not a size"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_opened(run, tmp_path, options, words):
+    """A model that does not exist would be complained about as soon as it is opened."""
+    output = tmp_path / "out"
+    code, text, errors = run(
+        tmp_path / "no-such-model", "--direction", "bake-demo", "-o", output, *options
+    )
+    assert (code, text) == (1, "")
+    assert words in errors
+    assert not output.exists()

@@ -42,6 +42,7 @@ def test_the_wheel_holds_model_calibration_and_cards(wheel):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", "LICENSE"):
         assert f"bake/demo/model/{name}" in names
     assert "bake/demo/direction.safetensors" in names
+    assert "bake/py.typed" in names  # Type checkers look at no annotation without it.
     assert not any(name.startswith(("tests/", "calibration/")) for name in names)
 
 

@@ -571,7 +571,37 @@ def test_overwriting_replaces_only_at_the_end(tmp_path):
     assert not leftovers(tmp_path)
 
 
+def test_an_output_that_is_replaced_is_never_absent(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    if not copying.exchange(tmp_path / "one", tmp_path / "two"):
+        pytest.skip("this file system cannot exchange two directories")
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    (output / "model.safetensors").write_text("old")
+    real, there = Path.rename, []
+
+    def rename(self, target):
+        found = real(self, target)
+        there.append(output.exists())
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with staged_directory(output, overwrite=True) as staging:
+        (staging / "config.json").write_text("new")
+    assert (output / "config.json").read_text() == "new"
+    assert all(there)
+    assert not leftovers(tmp_path)
+
+
+def test_where_nothing_can_be_exchanged_two_renames_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("bake.staging.exchange", lambda *_: False)
+    test_overwriting_replaces_only_at_the_end(tmp_path)
+
+
 def test_a_failed_swap_puts_the_old_output_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("bake.staging.exchange", lambda *_: False)
     output = tmp_path / "output"
     output.mkdir()
     (output / "config.json").write_text("old")
@@ -737,6 +767,32 @@ def test_a_run_that_died_between_its_two_renames_has_its_old_output_put_back(tmp
     with pytest.raises(OutputError, match="exists already"), staged_directory(output):
         pass
     assert (output / "config.json").read_text() == "old"
+    assert not leftovers(tmp_path)
+
+
+def test_an_old_output_that_is_being_removed_is_never_put_back(tmp_path, monkeypatch):
+    """A run that died while it removed the output that it had replaced has left half of it."""
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in ("config.json", "bake.json"):
+        (output / name).write_text("old")
+
+    def removes_one_and_dies(directory, **_options):
+        if (directory / "bake.json").exists():
+            (directory / "bake.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bake.staging.shutil.rmtree", removes_one_and_dies)
+        with pytest.raises(KeyboardInterrupt), staged_directory(output, overwrite=True) as staging:
+            (staging / "config.json").write_text("new")
+    assert (output / "config.json").read_text() == "new"
+    assert len(list(tmp_path.glob(".output.bake-*/*/config.json"))) == 1  # the half that was left
+    (output / "config.json").unlink()  # its user removes the new one
+    output.rmdir()
+    with staged_directory(output) as staging:
+        assert not output.exists()
+        (staging / "config.json").write_text("newer")
     assert not leftovers(tmp_path)
 
 

@@ -11,15 +11,27 @@ from bake.results import print_result
 
 def add(commands: Any) -> None:
     """Add the command's parser."""
-    command = commands.add_parser("calibrate", help="measure the activation norm of every layer")
+    command = commands.add_parser(
+        "calibrate",
+        help="measure the activation norm of every layer",
+        description="Measure how long activations are, which decides how strongly a layer is pushed. bake "
+        "export does it by itself; a saved result goes in with --calibration.",
+    )
     command.set_defaults(run=run)
     command.add_argument("model", metavar="MODEL", help="path, Hub id, or bake-demo")
     command.add_argument("--output", "-o", required=True, metavar="FILE", help="JSON file")
     command.add_argument(
         "--prompts", default="neutral", metavar="FILE", help="text, JSONL or a set (neutral)"
     )
-    command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
-    command.add_argument("--statistic", choices=("mean", "median"), default="mean", help="(mean)")
+    command.add_argument(
+        "--site", choices=SITES[1:], default="mlp_out", help="where activations are read (mlp_out)"
+    )
+    command.add_argument(
+        "--statistic",
+        choices=("mean", "median"),
+        default="mean",
+        help="what μ is of the token norms (mean)",
+    )
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     add_placement(command)
 

@@ -14,6 +14,8 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "direction",
         help="find a direction from contrast pairs, convert one, or show what one says",
+        description="Find one unit direction a layer in the activations that tell the pairs' texts apart, "
+        "and say how well it separates pairs that it was not found from.",
         epilog="bake direction convert FILE --output FILE writes one in another tool's format, bake "
         "direction show FILE --model MODEL shows what one says; see their --help",
     )
@@ -36,7 +38,9 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="prompts optimize leaves alone (neutral)",
     )
-    command.add_argument("--site", choices=SITES[1:], default="mlp_out", help="(mlp_out)")
+    command.add_argument(
+        "--site", choices=SITES[1:], default="mlp_out", help="where activations are read (mlp_out)"
+    )
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     add_placement(command)
 

@@ -33,7 +33,9 @@ def _build_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=_run_convert)
     parser.add_argument("file", metavar="FILE", help="any direction that bake export takes")
-    parser.add_argument("--output", "-o", required=True, metavar="FILE", help="its name decides")
+    parser.add_argument(
+        "--output", "-o", required=True, metavar="FILE", help="its suffix names the format"
+    )
     parser.add_argument("--layer-offset", type=int, metavar="N", help="added to FILE's layers (0)")
     parser.add_argument("--direction-site", choices=SITES, help="where FILE was found (mlp_out)")
     parser.add_argument(
@@ -76,7 +78,9 @@ def _build_show(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="other directions: their cosines to it",
     )
-    parser.add_argument("--tokens", type=int, default=10, metavar="N", help="of each kind (10)")
+    parser.add_argument(
+        "--tokens", type=int, default=10, metavar="N", help="how many of each kind (10)"
+    )
 
 
 def _run_show(parsed: argparse.Namespace) -> int:

@@ -11,7 +11,10 @@ from bake.results import print_result
 def add(commands: Any) -> None:
     """Add the command's parser."""
     command = commands.add_parser(
-        "inspect", help="say which sites and routes are exact here, and why others are not"
+        "inspect",
+        help="say which sites and routes are exact here, and why others are not",
+        description="From the config alone: the places where a push could go, how the bias that takes it "
+        "comes to exist, what that changes, and which engines read it. No weight is read.",
     )
     command.set_defaults(run=run)
     which = command.add_mutually_exclusive_group(required=True)

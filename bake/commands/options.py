@@ -47,10 +47,18 @@ def add_finding(command: Any) -> None:
         metavar="FILE",
         help="pairs that say how well it separates (else the pairs themselves, divided)",
     )
-    option("--seed", type=int, metavar="N", help="of dividing the pairs, and of optimize (0)")
-    option("--steps", type=int, metavar="N", help="of optimize, at most (150)")
     option(
-        "--kl-weight", type=float, metavar="W", help="of optimize: cost of changing the rest (0.3)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="random seed: of dividing the pairs, and of optimize (0)",
+    )
+    option("--steps", type=int, metavar="N", help="most steps of optimize (150)")
+    option(
+        "--kl-weight",
+        type=float,
+        metavar="W",
+        help="what optimize pays for changing neutral text (0.3)",
     )
 
 

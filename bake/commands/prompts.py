@@ -10,7 +10,12 @@ from bake.results import print_result
 
 def add(commands: Any) -> None:
     """Add the command's parser."""
-    command = commands.add_parser("prompts", help="list or show the prompt sets and contrast pairs")
+    command = commands.add_parser(
+        "prompts",
+        help="list or show the prompt sets and contrast pairs",
+        description="The sets that ship: their names can be given to --prompts, --pairs, "
+        "--held-out, --openings and --neutral.",
+    )
     actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="every set that ships: name, kind, count, purpose")
     listing.set_defaults(run=_run_list)

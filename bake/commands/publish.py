@@ -19,8 +19,8 @@ def add(commands: Any) -> None:
         "twice.",
     )
     command.set_defaults(run=run)
-    command.add_argument("directory", metavar="DIR")
-    command.add_argument("repo_id", metavar="REPO_ID")
+    command.add_argument("directory", metavar="DIR", help="what bake export wrote")
+    command.add_argument("repo_id", metavar="REPO_ID", help="such as your-name/your-model")
     command.add_argument("--public", action="store_true", help="make the repo public (private)")
     command.add_argument(
         "--revision", metavar="BRANCH", help="branch to commit to, made where there is none (main)"
@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--create-pr", action="store_true", help="open a pull request instead of committing"
     )
-    command.add_argument("--commit-message", metavar="TEXT", help="(Publish the baked model)")
+    command.add_argument(
+        "--commit-message", metavar="TEXT", help="the commit's title (Publish the baked model)"
+    )
     command.add_argument("--accept-licence", action="store_true", help=ACCEPT_LICENCE)
     command.add_argument(
         "--verify-remote",
@@ -39,8 +41,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--strengths",
         metavar="M,…",
-        help="also put these multipliers on branches (0.5,1.5: m0.5 and m1.5), each proven before it is "
-        "sent; only the slots' shard is sent for each",
+        help="also put these multipliers on branches (0.5,1.5: m0.5 and m1.5; below zero written "
+        "--strengths=-1,1), each proven before it is sent; only the slots' shard is sent for each",
     )
     command.add_argument(
         "--base",

@@ -18,8 +18,15 @@ def add(commands: Any) -> None:
         "has run again.",
     )
     command.set_defaults(run=run)
-    command.add_argument("directory", metavar="DIR")
-    command.add_argument("--multiplier", "-m", type=float, required=True, metavar="M")
+    command.add_argument("directory", metavar="DIR", help="what bake export wrote")
+    command.add_argument(
+        "--multiplier",
+        "-m",
+        type=float,
+        required=True,
+        metavar="M",
+        help="the new strength m; negative reverses",
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:

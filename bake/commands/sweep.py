@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bake.commands.options import LAWS, SITES, add_placement, given_options
+from bake.commands.options import CHAT_TEMPLATES, LAWS, SITES, add_placement, given_options
 from bake.results import print_result
 
 
@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "sweep",
         help="measure what a direction does at each strength, and what it costs",
         description="Hooks on one loaded model: shift, fluency and side effects at each multiplier, with "
-        "random directions beside them; report.json, figures and the operating window. The same "
-        "command again goes on after a break.",
+        "random directions beside them; report.json, figures and the operating window. A directory "
+        "keeps every text as it is measured: the same command goes on after a break.",
     )
     command.set_defaults(run=run)
     option = command.add_argument
@@ -29,8 +29,20 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     option("--band", nargs="+", default=["40:90"], metavar="A:B", help="one or more bands (40:90)")
     option("--site", nargs="+", default=["auto"], choices=SITES, help="one or more sites (auto)")
-    option("--law", nargs="+", default=["inverse-sqrt-d"], choices=LAWS, help="one or more laws")
+    option(
+        "--law",
+        nargs="+",
+        default=["inverse-sqrt-d"],
+        choices=LAWS,
+        help="one or more laws (inverse-sqrt-d)",
+    )
     option("--pairs", metavar="FILE", help="held-out contrast pairs, not those it was found from")
+    option(
+        "--chat-template",
+        choices=CHAT_TEMPLATES,
+        default="auto",
+        help="score pairs as conversations where the tokenizer has a template (auto)",
+    )
     option("--words", metavar="FILE", help="target words to count in sampled text, one a line")
     option("--openings", default="openings", metavar="FILE", help="texts to continue (openings)")
     option("--neutral", metavar="FILE", help="text that must not change (neutral)")
@@ -48,13 +60,16 @@ def add(commands: Any) -> None:
            "no bake can do: to compare with")  # fmt: skip
     option("--by-layer", action="store_true", help="what each layer of the band contributes")
     option("--html", action="store_true", help="also one self-contained page, samples side by side")
-    option("--seed", type=int, default=0, metavar="N", help="of the sampling noise (0)")
+    option("--seed", type=int, default=0, metavar="N", help="random seed of the sampled text (0)")
     option("--revision", metavar="REV", help="branch, tag or commit of a Hub model")
     add_placement(command)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as -1,1") from None
 
 
 def run(parsed: argparse.Namespace) -> int:

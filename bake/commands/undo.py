@@ -8,13 +8,24 @@ from typing import Any
 from bake.commands.options import given_options
 from bake.results import print_result
 
+DESCRIPTION = (
+    "Write the base that a bake was made from, with nothing but the bake: the tensors that it added are "
+    "left out, those that it patched get their old values back, and so does config.json."
+)
+
 
 def add(commands: Any) -> None:
     """Add the command's parser."""
-    command = commands.add_parser("undo", help="write the base of a bake, from the bake alone")
+    command = commands.add_parser(
+        "undo", help="write the base of a bake, from the bake alone", description=DESCRIPTION
+    )
     command.set_defaults(run=run)
-    command.add_argument("model", metavar="DIR|REPO_ID")
-    command.add_argument("--output", "-o", required=True, metavar="DIR", help="must not exist")
+    command.add_argument(
+        "model", metavar="DIR|REPO_ID", help="a baked directory, or its id on the Hub"
+    )
+    command.add_argument(
+        "--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace what is there")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
 

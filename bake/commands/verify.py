@@ -20,7 +20,13 @@ def add(commands: Any) -> None:
         "it serves the bake or the base. Exit code 3 where it is not the bake.",
     )
     command.set_defaults(run=run)
-    command.add_argument("directory", metavar="DIR|REPO_ID", nargs="?", default=".", help="(.)")
+    command.add_argument(
+        "directory",
+        metavar="DIR|REPO_ID",
+        nargs="?",
+        default=".",
+        help="a baked directory, or its id on the Hub (.)",
+    )
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     command.add_argument(
         "--base", metavar="MODEL", help="the base (default: as bake.json names it)"
@@ -35,7 +41,9 @@ def run(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
     if parsed.endpoint:
-        checked = api.verify_endpoint(parsed.endpoint, parsed.model, directory=parsed.directory)
+        checked = api.verify_endpoint(
+            parsed.endpoint, parsed.model, directory=parsed.directory, revision=parsed.revision
+        )
         print_result(parsed, checked.to_dict(), checked.describe())
         return 0 if checked.verdict == "baked" else EquivalenceError.exit_code
     if parsed.model:

@@ -21,7 +21,7 @@ from bake.model import LoadedModel, load_model
 from bake.progress import announce
 from bake.prompts import encode, load_tokenizer, read_prompts
 from bake.recipe import Recipe
-from bake.report import describe_export, format_table
+from bake.report import describe_export, describe_proven, format_table
 from bake.resources import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME, find_set
 from bake.sampling import (
     Tokens,
@@ -231,7 +231,9 @@ def compare(name: str, found: Counts, base: Counts) -> Measured:
 
 def describe(result: Showcase) -> str:
     """Return what a person reads: the first bake's summary, texts side by side, the counts."""
-    parts = [describe_export(result.exports[0]), ""]
+    # How to load a checkpoint is said of one that is still there.
+    describe_first = describe_proven if result.output is None else describe_export
+    parts = [describe_first(result.exports[0]), ""]
     for opening, texts in result.texts:
         parts.append(f"> {opening}")
         parts += [f"  {name:>4}: {' '.join(text.split())}" for name, text in texts.items()]

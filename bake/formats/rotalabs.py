@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> GivenVectors:
     described = sorted(folder.glob("layer_*.json"))
     if not described:
         raise DirectionError(
-            f"{folder.name} holds no layer_N.json; a folder is read as rotalabs-steer's vectors"
+            f"{folder} holds no layer_N.json; a folder is read as rotalabs-steer's vectors"
         )
     vectors: dict[int | None, torch.Tensor] = {}
     metadata: dict[str, str] = {}

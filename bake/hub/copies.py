@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.errors import HubError
-from bake.hub.errors import translated
+from bake.hub.errors import is_refusal, translated
 from bake.hub.manifest import Manifest
 from bake.progress import announce
 
@@ -29,7 +29,7 @@ class Origin:
 def find_origins(api: Any, manifest: Manifest, wanted: Collection[str]) -> dict[str, Origin]:
     """Return where the Hub can copy files from, {name: origin}, for those of `wanted` that it can.
 
-    Raises HubError where a shard is neither on this machine nor to be copied.
+    Raises HubError where a shard is neither on this machine nor to be copied, or the Hub fails.
     """
     base, sources = manifest.record.get("base") or {}, _sources(manifest.record)
     candidates = {name: sources[name] for name in sorted(wanted) if name in sources}
@@ -41,6 +41,8 @@ def find_origins(api: Any, manifest: Manifest, wanted: Collection[str]) -> dict[
             paths = sorted(set(candidates.values()))
             entries = api.get_paths_info(repo_id, paths, revision=revision)
     except HubError as error:
+        if not is_refusal(error):  # Not for one bad answer is a whole base sent.
+            raise
         require_on_disk(manifest, candidates, str(error))
         announce(f"the base's files cannot be copied on the Hub, so they are sent: {error}")
         return {}

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, as one line that names the thing and the remedy, without a token."""
+"""What huggingface_hub raises, as one line that names the thing and the remedy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bake.errors import HubError
+from bake.secrecy import without_secrets
 
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a write token from https://huggingface.co/settings/tokens"
 
@@ -61,10 +62,15 @@ def _explained(error: Any, name: str) -> str:
     return f"the Hub refuses {name} with status {status}: {said}"
 
 
-def one_line(message: object) -> str:
-    """A message of other software on one line, short, and without the token should it hold one."""
-    from huggingface_hub import get_token
+def is_refusal(error: HubError) -> bool:
+    """Tell whether the Hub said no, which it will again, rather than failed or could not be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    text = " ".join(str(message).split())[:300]
-    token = get_token()
-    return text.replace(token, "(the token)") if token else text
+    cause = error.__cause__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
+    return status < 500 and status != 429
+
+
+def one_line(message: object) -> str:
+    """Return a message of other software on one line, and short; what is secret goes before the cut."""
+    return " ".join(without_secrets(str(message)).split())[:300]

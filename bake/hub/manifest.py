@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bake.errors import HubError
+from bake.hashing import hash_files, list_files
 from bake.hub.errors import one_line
+from bake.journal import finish_changes
 
 REQUIRED_FILES = ("config.json", "bake.json", "README.md")
 
@@ -61,6 +62,7 @@ def read_manifest(directory: Path, *, unproven_allowed: bool = False) -> Manifes
     A thin bake is accepted unproven, for its card says so; another only with `unproven_allowed`, and
     only where it says so itself. Raises HubError naming what is not as it should be.
     """
+    finish_changes(directory)
     names = file_names(directory)
     for name in REQUIRED_FILES:
         if name not in names:
@@ -85,7 +87,7 @@ def read_manifest(directory: Path, *, unproven_allowed: bool = False) -> Manifes
     if unmatched := sorted((recorded.keys() - away.keys()) ^ (set(names) - {"bake.json", *away})):
         state = "is missing" if unmatched[0] in recorded else "was added after the bake"
         raise HubError(f"{directory}/{unmatched[0]} {state}: {remedy}")
-    here = measure(directory, names)
+    here = measure(directory)
     for name, expected in recorded.items():
         if name in here and (here[name].size, here[name].sha256) != expected:
             raise HubError(f"{directory}/{name} was changed after the bake: {remedy}")
@@ -112,26 +114,12 @@ def file_names(directory: Path) -> list[str]:
         raise HubError(
             f"{directory} is not a directory: give the directory that `bake export` wrote"
         )
-    names = [
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
-    ]
-    return sorted(name for name in names if not is_hidden(name))
+    return list_files(directory)
 
 
-def is_hidden(name: str) -> bool:
-    """Tell whether a repository path is, or lies in, something whose name begins with a dot."""
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def measure(directory: Path, names: Sequence[str]) -> dict[str, OutgoingFile]:
-    """Size and sha256 of each file. hashlib lets go of the interpreter lock, so threads help."""
-
-    def measured(name: str) -> OutgoingFile:
-        path = directory / name
-        with path.open("rb") as file:
-            return OutgoingFile(
-                path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-            )
-
-    with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(measured, names), strict=True))
+def measure(directory: Path) -> dict[str, OutgoingFile]:
+    """Return every file of a directory with its size and SHA-256."""
+    return {
+        name: OutgoingFile(directory / name, file["size"], file["sha256"])
+        for name, file in hash_files(directory).items()
+    }

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import HubError
+from bake.hashing import is_hidden
 from bake.hub.access import check_access, model_info, open_api, require_ours, require_private
 from bake.hub.copies import Origin, find_origins, require_on_disk
 from bake.hub.errors import one_line, translated
 from bake.hub.files import difference, differences, remote_files, require_arrival
-from bake.hub.manifest import Manifest, file_names, is_hidden, measure, read_manifest
+from bake.hub.manifest import Manifest, measure, read_manifest
 from bake.hub.rights import check_card, check_rights
 from bake.progress import announce
+from bake.secrecy import without_secrets
 
 DEFAULT_MESSAGE = "Publish the baked model"
 
@@ -133,7 +135,7 @@ def publish(
     at = f"/tree/{revision}" if revision else ""
     return Publication(
         repo_id=repo_id,
-        url=done.pull_request or f"{api.endpoint}/{repo_id}{at}",
+        url=without_secrets(done.pull_request or f"{api.endpoint}/{repo_id}{at}"),
         commit=done.commit,
         files=tuple(manifest.files),
         private=head.private,
@@ -141,7 +143,7 @@ def publish(
         already_there=done.already_there,
         copied=done.copied,
         uploaded=done.uploaded,
-        pull_request=done.pull_request,
+        pull_request=done.pull_request and without_secrets(done.pull_request),
         proven=manifest.proven,
     )
 
@@ -152,7 +154,7 @@ def verify_arrival(directory: Path, repo_id: str, commit: str) -> None:
     Raises:
         HubError: naming the first difference; or the Hub cannot be asked.
     """
-    local = measure(directory, file_names(directory))
+    local = measure(directory)
     require_arrival(local, remote_files(open_api(), repo_id, commit), repo_id, commit)
 
 
@@ -284,7 +286,7 @@ def _copying_told_apart(copying: bool) -> Iterator[None]:
         raise _CannotCopyError(one_line(error)) from error
     except errors.HfHubHTTPError as error:
         path, status = error.response.request.url.path, error.response.status_code
-        if not path.endswith("/lfs-files/duplicate") or status >= 500:
+        if not path.endswith("/lfs-files/duplicate") or status >= 500 or status == 429:
             raise
         raise _CannotCopyError(one_line(error.server_message or error)) from error
     except ValueError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,13 @@ from typing import Any
 
 from bake.completion import is_thin
 from bake.errors import BakeError, CheckpointError
-from bake.hub.manifest import is_hidden, read_manifest
+from bake.hashing import list_files
+from bake.hub.manifest import read_manifest
 from bake.hub.publication import Publication, publish
 from bake.progress import announce
 from bake.record import base_name
 from bake.restoration import read_record, rescale
+from bake.scratch import scratch_directory
 from bake.verification import verify
 
 
@@ -92,12 +93,12 @@ def publish_strengths(
             "name it with --base"
         )
     # Made first: what cannot be rescaled is found before anything is sent.
-    with tempfile.TemporaryDirectory(prefix=".bake-strengths-", dir=_roomy(directory)) as folder:
+    with scratch_directory(directory, ".bake-strengths-") as folder:
         made = {}
         for multiplier in strengths:
             made[multiplier] = directory
             if multiplier != recorded["multiplier"]:
-                made[multiplier] = Path(folder) / directory.resolve().name / branch_of(multiplier)
+                made[multiplier] = folder / directory.resolve().name / branch_of(multiplier)
                 _make_strength(directory, made[multiplier], multiplier)
                 if known:
                     verify(made[multiplier], base).equivalence.raise_if_failed()
@@ -118,16 +119,13 @@ def publish_strengths(
 def _make_strength(directory: Path, target: Path, multiplier: float) -> None:
     """Copy a bake, its unpatched shards as hard links where the file system has them, and rescale it."""
     patched = _patched_files(directory)
-    for path in directory.rglob("*"):
-        name = path.relative_to(directory).as_posix()
-        if not path.is_file() or is_hidden(name):
-            continue
+    for name in list_files(directory):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors") and name not in patched:
-            _link(path.resolve(), target / name)
+            _link((directory / name).resolve(), target / name)
         else:
-            shutil.copyfile(path, target / name)
-    rescale(target, multiplier)
+            shutil.copyfile(directory / name, target / name)
+    rescale(target, multiplier, revision=branch_of(multiplier))
 
 
 def _patched_files(directory: Path) -> set[str]:
@@ -159,9 +157,3 @@ def _base_at_hand(recorded: dict[str, Any], directory: Path, base: str | None) -
     except CheckpointError:
         return False
     return True
-
-
-def _roomy(directory: Path) -> Path | None:
-    """Where links to the directory's files can be made; the system's own place where it is read-only."""
-    parent = directory.resolve().parent
-    return parent if os.access(parent, os.W_OK) else None

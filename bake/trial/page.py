@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bake.dose_response import compare_laws
+from bake.dose_response import Point, Window, compare_laws
+from bake.figures import alternative
 from bake.resources import shipped
+from bake.sampling import WORD
+from bake.trial.results import Trial
 
 if TYPE_CHECKING:
-    from bake.trial import Trial
+    from markupsafe import Markup
 
 TEMPLATE = "sweep.html.jinja"
 
@@ -27,6 +31,8 @@ def render_page(trial: Trial) -> str:
         lstrip_blocks=True,
     )
     found = trial.found
+    words = trial.texts.words
+    environment.filters["marked"] = lambda text: mark_words(text, words)
     costs = found.laws_at_equal_shift()
     curve = found.curve()
     written = [point.arm.name for point in curve if point.fluency is not None]
@@ -44,13 +50,36 @@ def render_page(trial: Trial) -> str:
         costs=costs,
         costs_sentence=compare_laws(costs),
         figures=[
-            {"name": path.stem, "data": _encode(path)}
+            {"alt": alternative(path), "data": _encode(path)}
             for path in sorted((trial.output / "figures").glob("*.png"))
         ],
         arms=written,
+        inside={point.arm.name for point in curve if _is_inside(point, found.windows)},
+        words=words,
+        instruction=found.design.instruction,
+        last_token=any(v.injection == "last-token" for v in found.design.variants),
         samples=found.samples,
         attribution=trial.attribution,
     )
+
+
+def mark_words(text: str, words: Collection[str]) -> Markup:
+    """Return text as HTML, escaped, with the target words marked."""
+    from markupsafe import Markup, escape
+
+    pieces, end = [], 0
+    for match in WORD.finditer(text):
+        if match[0].lower() in words:
+            pieces += [escape(text[end : match.start()]), Markup("<mark>%s</mark>") % match[0]]
+            end = match.end()
+    return Markup("").join([*pieces, escape(text[end:])])
+
+
+def _is_inside(point: Point, windows: Sequence[Window]) -> bool:
+    """Tell whether a point lies in the operating window; the base does."""
+    size = point.arm.multiplier
+    edges = [window.largest for window in windows if window.largest is not None]
+    return min([0.0, *edges]) <= size <= max([0.0, *edges])
 
 
 def _encode(path: Path) -> str:

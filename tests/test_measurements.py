@@ -3,25 +3,28 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN
+from conftest import HIDDEN, byte_tokenizer
 
-from bake.arms import Arm
-from bake.errors import PromptError
-from bake.pairs import ContrastPair
-from bake.response import (
+from bake.dose_response import (
+    Arm,
+    Bounds,
     Interval,
     Point,
     Sampling,
     Texts,
-    _repeats,
-    _split,
+    find_windows,
     measure_neutral,
     measure_pairs,
     measure_rollouts,
     summarise,
 )
+from bake.dose_response.measurements import _split
+from bake.dose_response.summary import _repeats
+from bake.errors import PromptError
+from bake.pairs import ContrastPair
 from bake.sampling import score_continuations
 from bake.steering import steered
 
@@ -175,6 +178,44 @@ def test_an_instruction_stands_before_the_prompt_on_a_line_of_its_own(given, tin
     assert nats != pytest.approx(found["base"]["positive"][0][0], abs=1e-3)
 
 
+def test_a_conversation_is_scored_as_one(tiny):
+    """As what a direction is found from: the template's words, the reply, and nothing after it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    given = tiny.loaded, tiny.structure, tokenizer
+    asked = ({"role": "user", "content": "How was it?"},)
+    pairs = [
+        ContrastPair("How was it?", "lovely", "awful"),
+        ContrastPair("", "lovely", "awful", (asked, asked)),
+    ]
+    arms = [*ARMS, Arm("instruction", "prompt", instruction="Be kind.")]
+    found = measure_pairs(*given, arms, pairs)
+    for name, opening, push in (
+        ("base", "", None),
+        ("m=+1", "", PUSH),
+        ("instruction", "Be kind.\n", None),
+    ):
+        ids = tokenizer(
+            f"<s>[user]{opening}How was it?</s>[assistant]lovely", add_special_tokens=False
+        )["input_ids"]
+        start = len(ids) - len("lovely")
+        by_hand = -sum(
+            float(logs(tiny, ids, push)[place - 1, ids[place]]) for place in range(start, len(ids))
+        )
+        for nats, tokens in found[name]["positive"]:
+            assert nats == pytest.approx(by_hand, rel=1e-5)
+            assert tokens == len("lovely")
+    plain = measure_pairs(*given, arms, pairs[:1], chat_template="never")
+    assert plain["base"]["positive"][0][0] != pytest.approx(
+        found["base"]["positive"][0][0], rel=1e-3
+    )
+    with pytest.raises(PromptError, match="no chat template is applied"):
+        measure_pairs(*given, arms, pairs, chat_template="never")
+
+
 class Tokenizer:
     """The byte-level tokenizer as a slow one, with an end token where it is asked for."""
 
@@ -232,3 +273,49 @@ def test_what_is_no_number_is_null_in_json():
     text = json.dumps(point.to_dict(), allow_nan=False)
     assert json.loads(text)["fluency"] == {"value": None, "low": 1.0, "high": None}
     assert "shift" not in json.loads(text)
+
+
+def test_an_arm_that_writes_nothing_has_no_fluency_and_no_words(tiny, measured):
+    """It is outside every window: a bound on perplexity must not be passed by silence."""
+    rollouts = {name: {**values} for name, values in measured["rollouts"].items()}
+    rollouts["m=+1"] = {"ids": [[]] * 4, "nats": [0.0] * 4, "kl": [[]] * 4}
+    texts = Texts(PAIRS, NEUTRAL, ("a", "b"), frozenset({"good"}))
+    _, own = summarise(ARMS, {"rollouts": rollouts}, tiny.tokenizer, texts, SAMPLING)
+    assert math.isnan(own.fluency_ratio.value)
+    assert own.to_dict()["fluency"]["value"] is None
+    assert own.rollout_kl == {}
+    (window,) = find_windows([own], Bounds())
+    assert window.largest is None
+
+
+def test_texts_beyond_the_models_positions_are_named(given, tiny):
+    limit = tiny.loaded.model.config.max_position_embeddings
+    long = "a" * (limit + 1)
+    with pytest.raises(PromptError, match=f"the pair 'aaa.*and the model has {limit}"):
+        measure_pairs(*given, ARMS, [ContrastPair(long, "b", "c")])
+    with pytest.raises(PromptError, match="the opening with its continuation 'aaa"):
+        measure_rollouts(*given, ARMS, ["a" * (limit - 3)], SAMPLING)
+    # Of neutral text the beginning will do.
+    found = measure_neutral(*given, ARMS, [long])
+    assert found["base"]["tokens"] == [min(limit, 256) - 1]
+
+
+def test_pairs_that_share_a_prompt_are_resampled_together(tiny):
+    """Ten copies of a prompt are no ten measurements: the interval is that of three prompts."""
+    generator = np.random.default_rng(0)
+    moved = {prompt: float(generator.normal()) for prompt in "abc"}
+    nats = lambda value: [[value, 1]]  # noqa: E731
+
+    def interval(copies):
+        pairs = [ContrastPair(prompt, "x", "y") for prompt in "abc" for _ in range(copies)]
+        rows = [moved[pair.prompt] for pair in pairs]
+        measured = {
+            "base": {"positive": nats(0.0) * len(rows), "negative": nats(0.0) * len(rows)},
+            "m=+1": {"positive": [[-v, 1] for v in rows], "negative": nats(0.0) * len(rows)},
+        }
+        texts = Texts(tuple(pairs), (), ())
+        return summarise(ARMS, {"pairs": measured}, tiny.tokenizer, texts, SAMPLING)[1].shift
+
+    one, ten = interval(1), interval(10)
+    assert one.high - one.low > 0.5
+    assert (ten.value, ten.low, ten.high) == pytest.approx((one.value, one.low, one.high))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.arms import Arm
-from bake.coefficients import band_layers, compute_push
+from bake.dose_response.arms import Arm
+from bake.dose_response.design import compute_variant_push
+from bake.dose_response.measurements import (
+    Each,
+    Sampling,
+    Texts,
+    measure_each,
+    measure_neutral,
+    measure_pairs,
+)
+from bake.dose_response.points import Point
+from bake.dose_response.summary import summarise
 from bake.figures import draw_layers
-from bake.response import Point, Sampling, Texts, measure_neutral, measure_pairs, summarise
 
 if TYPE_CHECKING:
     from bake.direction import Direction
-    from bake.dose_response import Variant
+    from bake.dose_response.design import Variant
     from bake.model import LoadedModel
     from bake.sites import LayerStructure
 
@@ -99,18 +108,14 @@ def attribute(
     texts: Texts,
     norms: Mapping[str, Mapping[int, float]],
     layer_count: int,
+    each: Callable[[str], Each] = lambda _stage: measure_each,
 ) -> Attribution:
     """Push every contiguous part of the band at m = 1, and every layer left out, and compare.
 
     All arms of a text go through together, about a hundred of them for a band of 12 layers.
     """
-    layers = list(band_layers(layer_count, variant.band))
-    push = compute_push(
-        {layer: norms[variant.site][layer] for layer in layers},
-        direction.select(layers, loaded.hidden_size),
-        hidden_size=loaded.hidden_size,
-        law=variant.law,
-    ).vectors
+    whole_push = compute_variant_push(direction, variant, norms, layer_count, loaded.hidden_size)
+    push, layers = whole_push.vectors, [entry.layer for entry in whole_push.layers]
 
     def arm(name: str, chosen: Sequence[int]) -> Arm:
         return Arm(
@@ -124,11 +129,13 @@ def attribute(
         )
 
     step = -(-len(layers) // EDGES)
-    edges = sorted({*range(layers[0], layers[-1] + 1, step), layers[-1] + 1})
+    edges = [*layers[::step], layers[-1] + 1]
     wanted = [(start, stop) for start in edges for stop in edges if start < stop]
     wanted += [(layer, layer + 1) for layer in layers]
     parts = {
-        (start, stop): arm(f"layers {start}:{stop}", range(start, stop))
+        (start, stop): arm(
+            f"layers {start}:{stop}", [layer for layer in layers if start <= layer < stop]
+        )
         for start, stop in dict.fromkeys(wanted)
     }
     without = {
@@ -138,8 +145,18 @@ def attribute(
     }
     arms = [Arm("base", "base"), *parts.values(), *without.values()]
     measured = {
-        "pairs": measure_pairs(loaded, structure, tokenizer, arms, texts.pairs),
-        "neutral": measure_neutral(loaded, structure, tokenizer, arms, texts.neutral),
+        "pairs": measure_pairs(
+            loaded,
+            structure,
+            tokenizer,
+            arms,
+            texts.pairs,
+            each("layers: pairs"),
+            chat_template=texts.chat_template,
+        ),
+        "neutral": measure_neutral(
+            loaded, structure, tokenizer, arms, texts.neutral, each("layers: neutral")
+        ),
     }
     points = {
         point.arm.name: point for point in summarise(arms, measured, tokenizer, texts, Sampling())

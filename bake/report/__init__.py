@@ -1,0 +1,34 @@
+"""What a person reads on the terminal: tables and summaries of the values that the stages returned."""
+
+from bake.report.architectures import describe_anatomy, describe_catalogue
+from bake.report.bakes import (
+    describe_equivalence,
+    describe_estimate,
+    describe_export,
+    describe_proven,
+    describe_thin,
+)
+from bake.report.directions import (
+    describe_direction,
+    describe_norms,
+    describe_reading,
+    describe_set,
+    describe_sets,
+)
+from bake.report.tables import format_table
+
+__all__ = [
+    "describe_anatomy",
+    "describe_catalogue",
+    "describe_direction",
+    "describe_equivalence",
+    "describe_estimate",
+    "describe_export",
+    "describe_norms",
+    "describe_proven",
+    "describe_reading",
+    "describe_set",
+    "describe_sets",
+    "describe_thin",
+    "format_table",
+]

@@ -1,0 +1,108 @@
+"""What is said of a model before it is baked: which sites are exact by which route, and why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from bake.engines import describe_survivals
+from bake.report.tables import format_table
+from bake.sites import DESCRIPTIONS, SITES
+from bake.wording import list_numbers
+
+if TYPE_CHECKING:
+    from bake.anatomy import Anatomy, SiteRoute
+    from bake.anatomy.catalogue import CatalogueEntry
+
+
+def describe_anatomy(anatomy: Anatomy) -> str:
+    """Return what `bake inspect` says: every site, how it is exact or why it is not."""
+    lines = [
+        f"{anatomy.architecture} ({anatomy.model_type}): {anatomy.layer_count} layers, "
+        f"hidden size {anatomy.hidden_size}",
+        f"auto takes {_name_route(anatomy.automatic)}",
+    ]
+    for site in SITES:
+        lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
+        here = [route for route in anatomy.routes if route.site == site]
+        for route in here:
+            changes = ", ".join(_config_changes(route))
+            where = (
+                f", in layers {list_numbers(route.layers)} only"
+                if len(route.layers) < anatomy.layer_count
+                else ""
+            )
+            lines += [
+                f"  exact, {route.route}: {route.describe()}{where}",
+                f"    config: {changes or 'unchanged'}; {_cost_of(route)}; on the twin "
+                f"{route.twin.push_error:.0e} from the hook",
+                f"    {describe_survivals(anatomy.survivals(route), brief=True)}",
+            ]
+        if site in anatomy.refusals:
+            no = "no other way" if here else "no"
+            lines.append(f"  {no}: {anatomy.refusals[site]}")
+    if "insert" in anatomy.refusals:
+        lines += ["", f"extra layers (--route insert): no: {anatomy.refusals['insert']}"]
+    return "\n".join(lines)
+
+
+def _json(value: object) -> str:
+    """Return a config value as config.json has it; a list of one value many times in short."""
+    if isinstance(value, list) and len(value) > 3 and len({repr(item) for item in value}) == 1:
+        return f"[{_json(value[0])}] × {len(value)}"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _name_route(route: SiteRoute | None) -> str:
+    """Say in a few words what is taken where nothing is asked for."""
+    if route is None:
+        return "nothing: no site is exact; what is said below of extra layers has to be asked for"
+    host = f" {route.rewriter.name}" if route.rewriter is not None else ""
+    return f"{route.site}, {route.route}{host}"
+
+
+def _config_changes(route: SiteRoute) -> Iterator[str]:
+    """Yield what a route sets in the config, as people read it."""
+    if route.route == "insert":
+        yield "one more layer for each pushed one"
+    yield from (f"{key}: {_json(value)}" for key, value in route.flags.items())
+
+
+def _cost_of(route: SiteRoute) -> str:
+    """Say what a route costs the baked model."""
+    if route.route == "insert":
+        return "only with --route insert"
+    return f"adds {route.added_values:,} values, no compute to speak of"
+
+
+def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
+    """Return the table of `bake inspect --all`, with totals for each site."""
+    rows = []
+    for entry in entries:
+        for route in entry.routes:
+            how = f"{route.route} ({' + '.join(route.flags)})" if route.flags else route.route
+            rows.append((entry.model_type, entry.site, how, ", ".join(route.slots), route.layers))
+        if entry.refusal is not None:
+            rows.append((entry.model_type, entry.site, "no", _shortened(entry.refusal), ""))
+    totals = []
+    for site in SITES:
+        here = [entry for entry in entries if entry.site == site]
+        first = [entry.routes[0].route if entry.routes else "none" for entry in here]
+        totals.append(
+            (site, *(str(first.count(name)) for name in ("native", "flag", "host", "none")))
+        )
+    return "\n\n".join(
+        [
+            format_table(
+                ("model type", "site", "route", "slots, or the reason", "layers"),
+                rows,
+                text_columns=4,
+            ),
+            format_table(("site", "native", "by a flag", "by a host", "none"), totals),
+        ]
+    )
+
+
+def _shortened(reason: str, length: int = 90) -> str:
+    return reason if len(reason) <= length else f"{reason[: length - 1]}…"

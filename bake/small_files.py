@@ -1,0 +1,32 @@
+"""A small file that is complete or absent: what `bake direction` and `bake calibrate` write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bake.errors import OutputError
+
+
+def check_file(path: Path) -> None:
+    """Raise OutputError where no file can be written at `path`, before the work for it is done."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; give the path of a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f"{path} cannot be written: {above} is a file; give another path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: {above} is not writable; give another path")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; raise OutputError where it cannot be written."""
+    check_file(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
