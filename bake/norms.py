@@ -17,7 +17,7 @@ from bake.processes import gather
 from bake.progress import track
 from bake.prompts import TokenBatch
 from bake.sites import LayerStructure
-from bake.steering import captured, submodule
+from bake.steering import captured, check_activation, submodule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,6 +158,7 @@ def collect_token_norms(
     current: list[TokenBatch] = []
 
     def receive(layer: int, activation: torch.Tensor) -> None:
+        check_activation(activation, current[-1].input_ids, loaded.hidden_size)
         mask = current[-1].content_mask.to(activation.device)
         norms = activation[mask].float().norm(dim=-1).double()
         found[layer].append(norms.cpu().numpy())

@@ -260,16 +260,14 @@ class _Trainer:
 
         texts = [text for pair in pairs for text in pair.texts]
         completions = [tuple(p for p in c if p > 0) for pair in pairs for c in pair.completions]
-        (batch,) = make_batches(texts, batch_tokens=10**9, padding_side="left")
-        width = batch.input_ids.shape[1]
-        # Texts end together, so only this many of the last positions predict a completion's token.
-        tail = 1 + max(len(t.ids) - c[0] for t, c in zip(texts, completions, strict=True))
-        log_probabilities = self._forward(batch, min(tail, width)).log_softmax(dim=-1)
-        first = width - log_probabilities.shape[1]
+        # Padded on the right: recurrences and models without position ids read what stands before.
+        (batch,) = make_batches(texts, batch_tokens=10**9)
+        # What predicts the first completion's first token, and all behind it.
+        first = min(completion[0] for completion in completions) - 1
+        log_probabilities = self._forward(batch, first).log_softmax(dim=-1)
         likelihoods: list[Any] = [None] * len(texts)
         for row, index in enumerate(batch.indices):
-            shift = width - len(texts[index].ids)
-            places = torch.tensor(completions[index]) + shift
+            places = torch.tensor(completions[index])
             targets = batch.input_ids[row, places].to(log_probabilities.device)
             chosen = log_probabilities[row, (places - 1 - first).to(targets.device)]
             likelihoods[index] = chosen.gather(1, targets[:, None]).mean()
@@ -279,15 +277,17 @@ class _Trainer:
     def _log_probabilities(self, batch: TokenBatch) -> torch.Tensor:
         """Return (content tokens, vocabulary): what is predicted at each content token."""
         mask = batch.content_mask.to(self.loaded.device)
-        return self._forward(batch, None)[mask].log_softmax(dim=-1)
+        return self._forward(batch, 0)[mask].log_softmax(dim=-1)
 
-    def _forward(self, batch: TokenBatch, tail: int | None) -> torch.Tensor:
+    def _forward(self, batch: TokenBatch, first: int) -> torch.Tensor:
+        """Return the logits from position `first` on, (texts, positions − first, vocabulary)."""
         model: Any = self.loaded.model
+        count = batch.input_ids.shape[1] - first
         options: dict[str, Any] = {"use_cache": False}
-        if tail is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = tail
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            options["logits_to_keep"] = count
         logits: torch.Tensor = model(**batch.inputs(self.loaded.device), **options).logits
-        return logits.float()
+        return logits[:, -count:].float()
 
 
 def _pair_losses(margins: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,20 @@ def captured(
         yield
 
 
+def check_activation(activation: torch.Tensor, input_ids: torch.Tensor, hidden_size: int) -> None:
+    """Raise UnsupportedError for what is not (texts, positions, hidden_size).
+
+    Some architectures carry several streams, or put positions first: read as if they did not, their
+    activations would be those of other tokens.
+    """
+    expected = (*input_ids.shape, hidden_size)
+    if tuple(activation.shape) != expected:
+        raise UnsupportedError(
+            f"this architecture's activations are of shape {tuple(activation.shape)} where one stream's "
+            f"would be {expected} (texts, positions, hidden size), which bake cannot read"
+        )
+
+
 def _adder(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda activation: activation + vector.to(activation.device, activation.dtype)
 

@@ -6,7 +6,9 @@ from conftest import PAIRS
 
 from bake import activations
 from bake.activations import read_activations
+from bake.anatomy import examine
 from bake.contrast import find_direction
+from bake.errors import UnsupportedError
 from bake.pairs import ContrastPair, encode_pairs
 from bake.prompts import position_limit
 
@@ -59,7 +61,7 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(
     rows.clear()
     shared = read(tiny, site=site, token=token, share=True)
     assert any(own_mask for _, own_mask in rows)
-    del rows[:2]  # The check on the longest pair.
+    del rows[:2]  # The check on the longest pairs.
     assert sum(height * width for (height, width), _ in rows) < 0.8 * computed
     assert_same(shared, plain)
     assert (shared.positive[3] - shared.negative[3]).abs().max() > 0.1
@@ -87,23 +89,80 @@ def test_order_does_not_matter(open_tiny):
 
 def test_a_model_whose_attention_has_a_window_does_not_share(load_tiny, rows, capsys):
     """A sliding window of 8 is not in the mask that a shared row brings: measured, and not shared."""
-    from bake.anatomy import examine
-
-    tiny = load_tiny_mistral(load_tiny)
-    tiny_structure = examine(tiny.loaded.model.config).structure
+    tiny, structure = load_tiny_mistral(load_tiny)
     encoded = encode_pairs(tiny.tokenizer, SHARED)
-    arguments = (tiny.loaded, tiny_structure, "mlp_out", encoded, LAYERS)
+    arguments = (tiny.loaded, structure, "mlp_out", encoded, LAYERS)
     found = read_activations(*arguments)
     assert "every text runs by itself" in capsys.readouterr().err
     assert not rows[-1][1]
     assert_same(found, read_activations(*arguments, share=False))
 
 
-def load_tiny_mistral(load_tiny):
+def test_a_window_is_seen_on_the_longest_text(load_tiny, capsys):
+    """The pair with the longest row has texts inside the window; another pair's text is cut by it."""
+    tiny, structure = load_tiny_mistral(load_tiny, (("sliding_window", 40),))
+    pairs = [
+        ContrastPair("It was a", " bright and lovely summer day", " grey and cold winter evening"),
+        ContrastPair("The day was long, the road went on and on: it was ", "good", "grey"),
+    ]
+    first, second = encoded = encode_pairs(tiny.tokenizer, pairs)
+    texts, rows = (
+        [function(pair) for pair in encoded] for function in (longest_text, activations._row_length)
+    )
+    assert texts[0] < 40 < texts[1]
+    assert rows[0] > rows[1]
+    arguments = (tiny.loaded, structure, "mlp_out")
+    found = read_activations(*arguments, encoded, LAYERS)
+    assert "every text runs by itself" in capsys.readouterr().err
+    assert_same(found, read_activations(*arguments, encoded, LAYERS, share=False))
+    read_activations(*arguments, [first], LAYERS)
+    assert not capsys.readouterr().err
+
+
+def test_a_massive_activation_hides_no_window_in_half_precision(load_tiny, capsys):
+    """One feature a hundred times the rest: an allowance that is relative to it lets all else be wrong."""
+    tiny, structure = load_tiny_mistral(load_tiny)
+    with torch.no_grad():
+        for layer in tiny.loaded.model.model.layers:
+            layer.input_layernorm.weight[0] = 0.0
+            layer.post_attention_layernorm.weight[0] = 0.0
+        tiny.loaded.model.model.embed_tokens.weight[:, 0] = 30.0
+    tiny.loaded.model.to(torch.bfloat16)
+    encoded = encode_pairs(tiny.tokenizer, SHARED)
+    arguments = (tiny.loaded, structure, "mlp_out", encoded, LAYERS)
+    found = read_activations(*arguments)
+    assert found.positive[3][:, 0].min() > 10 * found.positive[3][:, 1:].abs().median()
+    assert "every text runs by itself" in capsys.readouterr().err
+
+
+def longest_text(pair):
+    return max(len(text.ids) for text in pair.texts)
+
+
+def load_tiny_mistral(load_tiny, config=()):
     from conftest import STRUCTURES
 
     STRUCTURES.setdefault("mistral", STRUCTURES["llama"])
-    return load_tiny("mistral")
+    tiny = load_tiny("mistral", config=config)
+    return tiny, examine(tiny.loaded.model.config).structure
+
+
+def test_activations_of_another_shape_are_refused(open_tiny):
+    """Four streams, or positions first: read as one stream they would be those of other tokens."""
+    tiny = open_tiny("llama")
+    layer = tiny.loaded.model.model.layers[1]
+    for change in (lambda out: torch.stack([out] * 4), lambda out: out.transpose(0, 1)):
+        handle = layer.register_forward_hook(lambda _m, _a, out, change=change: change(out))
+        with pytest.raises(UnsupportedError, match="one stream's would be"):
+            read_activations(
+                tiny.loaded,
+                tiny.structure,
+                "mlp_out",
+                encode_pairs(tiny.tokenizer, SHARED),
+                [1],
+                share=False,
+            )
+        handle.remove()
 
 
 def test_norms_are_those_of_the_tokens_that_were_read(open_tiny):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PAIRS, PROMPTS
+from conftest import CONFIGS, HIDDEN, PAIRS, PROMPTS, STRUCTURES
 
 from bake.activations import read_activations
 from bake.anatomy import examine
@@ -33,9 +33,24 @@ def optimise(tiny, site="mlp_out", pairs=CONTRAST, neutral=PROMPTS, **options):
     return optimize_push(tiny.loaded, tiny.structure, site, encoded, read, texts, **arguments)
 
 
-def test_effect_is_the_likelihood_that_a_plain_run_gives(open_tiny):
-    """One text at a time, unpadded, with the push added by the reference hooks."""
-    tiny = open_tiny("gpt2")
+RECURRENT = {
+    "hidden_size": HIDDEN,
+    "lru_width": HIDDEN,
+    "intermediate_size": 88,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "recurrent_gemma"])
+def test_effect_is_the_likelihood_that_a_plain_run_gives(load_tiny, monkeypatch, architecture):
+    """One text at a time, unpadded, with the push added by the reference hooks.
+
+    A recurrence carries on what it read of padding that stands before a text.
+    """
+    monkeypatch.setitem(CONFIGS, "recurrent_gemma", RECURRENT)
+    monkeypatch.setitem(STRUCTURES, "recurrent_gemma", STRUCTURES["llama"])
+    tiny = load_tiny(architecture)
     generator = torch.Generator().manual_seed(0)
     push = {layer: torch.randn(32, generator=generator) for layer in LAYERS}
     encoded = encode_pairs(tiny.tokenizer, CONTRAST[:4])

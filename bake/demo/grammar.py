@@ -14,6 +14,7 @@ import random
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,6 +95,21 @@ def iterate_documents(seed: int) -> Iterator[Document]:
         yield Writer(rng).write()
 
 
+def generate_pairs(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Return (opening, cheerful sentence, gloomy sentence) of `count` documents of a seed.
+
+    The sentence that follows the opening has one pattern on both sides, and its open slots are filled as
+    a document of that mood fills them, which is not always with a word of the mood.
+    """
+    rng = random.Random(seed)
+    pairs: list[tuple[str, str, str]] = []
+    while len(pairs) < count:
+        opening, cheerful, gloomy = Writer(rng).write_pair()
+        if cheerful != gloomy:
+            pairs.append((opening, cheerful, gloomy))
+    return pairs
+
+
 class Writer:
     """Writes one document: draws who and what it is about once, then sentence by sentence."""
 
@@ -118,9 +134,7 @@ class Writer:
 
     def write(self) -> Document:
         """Opening, body and perhaps an ending; no sentence pattern is used twice."""
-        opening = [self._sentence(self.topic_sentences["openings"])]
-        if self.rng.random() < SECOND_OPENING_SHARE:
-            opening.append(self._body_sentence("facts", "events"))
+        opening = self._opening()
         sentences = list(opening)
         self.in_body = True
         for _ in range(self.rng.randint(*BODY_SENTENCES)):
@@ -132,6 +146,24 @@ class Writer:
         if self.rng.random() < ENDING_SHARE:
             sentences.append(self._sentence(self.sentences["endings"][self.kind]))
         return Document(" ".join(sentences), self.mood, self.kind, self.topic, " ".join(opening))
+
+    def write_pair(self) -> tuple[str, str, str]:
+        """Opening, and what follows it in a cheerful and in a gloomy document, with the space before it."""
+        opening = " ".join(self._opening())
+        self.in_body = True
+        continuations = []
+        for mood in ("cheerful", "gloomy"):
+            writer = deepcopy(self)
+            writer.mood = mood
+            continuations.append(" " + writer._body_sentence("moments", "moments"))
+        return opening, continuations[0], continuations[1]
+
+    def _opening(self) -> list[str]:
+        """One or two sentences without a mood."""
+        opening = [self._sentence(self.topic_sentences["openings"])]
+        if self.rng.random() < SECOND_OPENING_SHARE:
+            opening.append(self._body_sentence("facts", "events"))
+        return opening
 
     def _draw_hero(self) -> dict[str, str]:
         """The hero's name and pronouns, by symbol. Reviews are always told by "I"."""
