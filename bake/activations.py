@@ -196,7 +196,7 @@ def _row_length(pair: EncodedPair) -> int:
 
 
 def _longest(pairs: Sequence[EncodedPair], chosen: Sequence[int]) -> list[int]:
-    """Return the pair with the longest text, which a window cuts first, and the one with the longest row."""
+    """The pair with the longest text, which a window cuts first, and that with the longest row."""
     text = max(chosen, key=lambda i: max(len(text.ids) for text in pairs[i].texts))
     row = max(chosen, key=lambda i: _row_length(pairs[i]))
     return sorted({text, row})

@@ -105,7 +105,7 @@ def test_a_window_is_seen_on_the_longest_text(load_tiny, capsys):
         ContrastPair("It was a", " bright and lovely summer day", " grey and cold winter evening"),
         ContrastPair("The day was long, the road went on and on: it was ", "good", "grey"),
     ]
-    first, second = encoded = encode_pairs(tiny.tokenizer, pairs)
+    first, _ = encoded = encode_pairs(tiny.tokenizer, pairs)
     texts, rows = (
         [function(pair) for pair in encoded] for function in (longest_text, activations._row_length)
     )
