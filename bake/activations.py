@@ -289,7 +289,9 @@ class _Reader:
             return False  # A model that takes no such mask says so in many ways.
         plain, _ = self.read(self.plain_batches(texts, UNLIMITED))
         bound = SHARING_BOUNDS[str(next(self.loaded.model.parameters()).dtype).split(".")[1]]
-        return all(_alike(packed[layer][texts], plain[layer][texts], bound) for layer in self.layers)
+        return all(
+            _alike(packed[layer][texts], plain[layer][texts], bound) for layer in self.layers
+        )
 
     def read(
         self, batches: Sequence[tuple[TokenBatch | SharedBatch, _Reads]]
