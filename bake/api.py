@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from bake.optimization import KL_WEIGHT, STEPS
 from bake.pairs import read_pairs
 from bake.processes import divide, is_main
 from bake.progress import announce, track
-from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
+from bake.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
 from bake.recipe import DEFAULT_BAND, make_recipe
 from bake.resources import find_model
 from bake.sites import check_site, layers_with
@@ -108,15 +109,15 @@ def calibrate(
     base = open_base(model, revision)
     tokenizer = load_tokenizer(base.checkpoint.directory)
     loaded = load_base(base.checkpoint, placement)
-    limit = position_limit(loaded.model.config)
-    norms = measure_norms(
+    measured = measure_norms(
         loaded,
         base.anatomy.structure,
         site,
-        make_batches(encode(tokenizer, divide(texts), limit=limit)),
+        batch_prompts(tokenizer, divide(texts), loaded.model.config),
         layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )
+    norms = replace(measured, texts=identify_prompts(prompts, texts))
     if output is not None and is_main():
         values = {"base": base.to_dict(), **norms.to_dict()}
         write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
@@ -386,7 +387,7 @@ def reproduce(
     *,
     base: str | None = None,
     revision: str | None = None,
-    calibrate: str | None = None,
+    calibrate: str | bool = False,
 ) -> Reproduction:
     """Build a bake again from its bake.json and its base, and compare every file."""
     from bake import reproduction

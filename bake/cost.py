@@ -192,7 +192,9 @@ def _count_passes(base: Base, recipe: Recipe, layers: Sequence[int]) -> list[Pas
     if recipe.calibration is None:
         passes.append(_measuring("calibrate", read_prompts(recipe.prompts), share))
     if recipe.chooses_multiplier:
-        passes.append(_choosing(read_trial_texts(recipe.direction, recipe.held_out)))
+        passes.append(
+            _choosing(read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template))
+        )
     return [*passes, _proving(base)]
 
 

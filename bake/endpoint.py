@@ -133,16 +133,20 @@ def _shared(left: str, right: str) -> int:
 def _complete(url: str, model: str, prompt: str) -> tuple[str, float | None]:
     """Return the greedy continuation and its tokens' mean log-probability, where there is one.
 
-    OpenAI counts log-probabilities, other servers switch them, and some refuse either.
+    OpenAI counts log-probabilities, other servers switch them, and some refuse either. Some, vLLM among
+    them, penalise repetition where the model's generation_config.json says so, unless they are told not to.
     """
     body = {"model": model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
-    for extra in ({"logprobs": 1}, {"logprobs": True}):
+    wishes: dict[str, list[Any]] = {"logprobs": [1, True], "repetition_penalty": [1.0]}
+    while True:
+        asked = {name: values[0] for name, values in wishes.items() if values}
         try:
-            return _read_answer(_request(url, {**body, **extra}, model), url)
+            return _read_answer(_request(url, {**body, **asked}, model), url)
         except _RefusedError as refused:
-            if "logprobs" not in str(refused):
+            named = next((name for name in asked if name in str(refused)), None)
+            if named is None:
                 raise
-    return _read_answer(_request(url, body, model), url)
+            wishes[named].pop(0)
 
 
 class _RefusedError(EndpointError):

@@ -7,7 +7,7 @@ activations (arXiv 2402.17762) that would inflate the mean 2-13 times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,13 +52,17 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class ActivationNorms:
-    """μ_l of the unsteered base at one site, for the measured layers."""
+    """μ_l of the unsteered base at one site, for the measured layers.
+
+    texts: what `bake.prompts.identify_prompts` says of the prompts; None where it is not known.
+    """
 
     site: str
     statistic: str
     hidden_size: int
     prompts: int
     layers: tuple[LayerNorms, ...]
+    texts: Mapping[str, str | None] | None = None
 
     def values(self) -> dict[int, float]:
         """Return {layer: μ_l} by the chosen statistic."""
@@ -77,6 +81,7 @@ class ActivationNorms:
             "statistic": self.statistic,
             "hidden_size": self.hidden_size,
             "prompts": self.prompts,
+            **({"texts": dict(self.texts)} if self.texts else {}),
             "dropped_share": self.dropped_share,
             "layers": [entry.to_dict() for entry in self.layers],
         }
@@ -91,6 +96,7 @@ class ActivationNorms:
                 hidden_size=int(values["hidden_size"]),
                 prompts=int(values["prompts"]),
                 layers=tuple(LayerNorms(**entry) for entry in values["layers"]),
+                texts=dict(values["texts"]) if values.get("texts") else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BakeError(

@@ -186,11 +186,7 @@ def encode_pairs(
     template where it has one; "never" leaves plain texts as they are. Raises PromptError for a
     conversation without a template or one that the template refuses.
     """
-    if chat_template not in CHAT_TEMPLATES:
-        raise PromptError(
-            f"unknown chat template {chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"
-        )
-    templated = chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+    templated = _has_template(tokenizer, chat_template)
     spans: list[_Span] = []
     rendered: list[bool] = []
     for number, pair in enumerate(pairs, start=1):
@@ -215,6 +211,20 @@ def encode_pairs(
         for i in range(0, len(encoded), 2)
     ]
     return found if limit is None else _fit(found, limit)
+
+
+def is_rendered(tokenizer: Any, pair: ContrastPair, chat_template: str) -> bool:
+    """Tell whether `encode_pairs` renders a pair by the tokenizer's chat template, or has to refuse it."""
+    templated = _has_template(tokenizer, chat_template)
+    return pair.before is not None or (templated and bool(pair.prompt.strip()))
+
+
+def _has_template(tokenizer: Any, chat_template: str) -> bool:
+    if chat_template not in CHAT_TEMPLATES:
+        raise PromptError(
+            f"unknown chat template {chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"
+        )
+    return chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
 
 
 def _as_chat(pair: ContrastPair) -> ContrastPair:

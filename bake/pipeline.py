@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,14 @@ from bake.norms import ActivationNorms, measure_norms
 from bake.pairs import ContrastPair, read_pairs
 from bake.plan import Plan, make_plan
 from bake.progress import announce, track_bytes
-from bake.prompts import encode, load_tokenizer, make_batches, position_limit, read_prompts
+from bake.prompts import (
+    batch_prompts,
+    encode,
+    identify_prompts,
+    load_tokenizer,
+    position_limit,
+    read_prompts,
+)
 from bake.recipe import Recipe
 from bake.record import RESULT_FILE, describe_bake, encode_result
 from bake.saved_norms import read_calibration, read_norms
@@ -176,7 +183,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
         pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
         evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
         prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
-        trial_texts=read_trial_texts(recipe.direction, recipe.held_out)
+        trial_texts=read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template)
         if recipe.chooses_multiplier
         else None,
     )
@@ -296,15 +303,16 @@ def measure(
                 direction, loaded.model, base.anatomy.structure, site, layers
             )
     with clock.stage("calibrate"):
-        norms = saved or measure_norms(
-            loaded,
-            base.anatomy.structure,
-            site,
-            make_batches(
-                encode(tokenizer, inputs.prompts, limit=position_limit(loaded.model.config))
+        norms = saved or replace(
+            measure_norms(
+                loaded,
+                base.anatomy.structure,
+                site,
+                batch_prompts(tokenizer, inputs.prompts, loaded.model.config),
+                layers,
+                statistic=recipe.statistic,
             ),
-            layers,
-            statistic=recipe.statistic,
+            texts=identify_prompts(recipe.prompts, inputs.prompts),
         )
     return direction, norms
 

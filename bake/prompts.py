@@ -8,6 +8,7 @@ tokenizer without a padding token works and nothing depends on its padding side.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,22 @@ def read_prompts(name: str | Path) -> list[str]:
     if not texts:
         raise PromptError(f'{path} holds no prompts; write one a line, as text or as {{"text": …}}')
     return texts
+
+
+def identify_prompts(name: str | Path, texts: Sequence[str]) -> dict[str, str | None]:
+    """Return what tells a prompt file's texts from others without naming a path.
+
+    "set": its name where it ships with bake; "sha256": of the texts.
+    """
+    known = shipped_sets("prompts").get(str(name))
+    ships = known is not None and find_set(str(name), "prompts") == known
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return {"set": str(name) if ships else None, "sha256": digest}
+
+
+def batch_prompts(tokenizer: Any, texts: Sequence[str], config: Any) -> list[TokenBatch]:
+    """Encode texts, as far as a model of this config has positions, and group them into batches."""
+    return make_batches(encode(tokenizer, texts, limit=position_limit(config)))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

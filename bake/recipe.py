@@ -137,7 +137,8 @@ class Recipe:
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise BakeError(f"unknown {name} {value!r}; one of {', '.join(known)}")
+                words = name.replace("_", " ")
+                raise BakeError(f"unknown {words} {value!r}; one of {', '.join(known)}")
         if self.target is not None:
             check_engine(self.target)
         parse_band(self.band)

@@ -6,7 +6,7 @@ calibration would give is said on request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 from bake.base import Base, load_base, open_base
 from bake.card import draw_figures, render_card, words_of
 from bake.checkpoint import find_bake
-from bake.errors import EquivalenceError
+from bake.completion import check_shards, is_thin
+from bake.errors import CheckpointError, EquivalenceError, PromptError
 from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.norms import measure_norms
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.progress import announce
+from bake.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
 from bake.record import (
     CARD_FILE,
     DIRECTION_FILE,
@@ -89,17 +91,24 @@ def reproduce(
     *,
     revision: str | None = None,
     base: str | None = None,
-    calibrate: str | None = None,
+    calibrate: str | bool = False,
     placement: Placement | None = None,
 ) -> Reproduction:
     """Build a baked directory or Hub id again in a temporary directory, and compare the files.
 
-    base: path or Hub id; as recorded where it is left out. calibrate: a prompt set to measure the
-    norms on once more, to say whether a fresh calibration would differ. Raises CheckpointError where
-    the bake or its base cannot be read.
+    base: path or Hub id; as recorded where it is left out. calibrate: a prompt file or set to measure the
+    norms on once more, True for the set that the bake names, to say whether a fresh calibration would
+    differ. Raises CheckpointError where the bake or its base cannot be read, PromptError where the bake
+    was calibrated on a file and none is given.
     """
     directory = find_bake(model, revision)
     recorded = read_result(directory)
+    check_shards(directory, recorded)
+    if is_thin(recorded):
+        raise CheckpointError(
+            f"{directory} is a thin bake that has not been proven yet: run bake verify {directory} first"
+        )
+    prompts = find_prompts(recorded, calibrate) if calibrate else None
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     push = rebuild_push(recorded, directory)
     plan = rebuild_plan(recorded, opened, push)
@@ -131,12 +140,27 @@ def reproduce(
     if text != (directory / RESULT_FILE).read_text(encoding="utf-8"):
         wrong.append(RESULT_FILE)
     same = [name for name in (*names, RESULT_FILE) if name not in wrong]
-    fresh = _measure(opened, recorded, calibrate, placement) if calibrate else None
+    fresh = _measure(opened, recorded, prompts, placement) if prompts else None
     return Reproduction(directory, opened.checkpoint.model_id, tuple(same), tuple(wrong), fresh)
 
 
+def find_prompts(recorded: Mapping[str, Any], given: str | bool) -> list[str]:
+    """Return the texts for a fresh calibration; say where they are others than the bake's own."""
+    texts = recorded["calibration"].get("texts") or {}
+    name = texts.get("set") if given is True else str(given)
+    if name is None:
+        raise PromptError(
+            "bake.json names no set of bake's own that the norms were measured on; give the prompts of the "
+            "bake with --calibrate FILE"
+        )
+    prompts = read_prompts(name)
+    if texts and identify_prompts(name, prompts)["sha256"] != texts["sha256"]:
+        announce(f"{name} holds other texts than those that the bake was calibrated on")
+    return prompts
+
+
 def _measure(
-    opened: Base, recorded: Mapping[str, Any], prompts: str, placement: Placement | None
+    opened: Base, recorded: Mapping[str, Any], prompts: Sequence[str], placement: Placement | None
 ) -> dict[int, tuple[float, float]]:
     layers = {int(entry["layer"]): float(entry["activation_norm"]) for entry in recorded["layers"]}
     tokenizer = load_tokenizer(opened.checkpoint.directory)
@@ -144,7 +168,7 @@ def _measure(
         load_base(opened.checkpoint, placement),
         opened.anatomy.structure,
         recorded["site"],
-        make_batches(encode(tokenizer, read_prompts(prompts))),
+        batch_prompts(tokenizer, prompts, opened.anatomy.config),
         sorted(layers),
         statistic=recorded["calibration"].get("statistic", "mean"),
     ).values()

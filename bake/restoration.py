@@ -61,8 +61,11 @@ class Undone:
 
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """Read `bake.json`; raise CheckpointError where it does not say how the bake is undone."""
+    """Read `bake.json`; raise CheckpointError where it does not say how the bake is undone, or where
+    the bake is a thin one that lacks shards.
+    """
     recorded = read_result(directory)
+    check_shards(directory, recorded)
     if "undo" not in recorded:
         raise CheckpointError(
             f"{directory.name} was made by a version of bake that did not record how to undo it; "
@@ -79,10 +82,10 @@ def undo(
     Tensors come back byte for byte; so do the weight files, unless the bake rewrote them. Raises
     CheckpointError where the bake cannot be read or a tensor of the base is not in it any more.
     """
-    checkpoint = open_checkpoint(str(find_bake(model, revision)))
-    recorded = read_record(checkpoint.source)
-    check_shards(checkpoint.source, recorded)
+    directory = find_bake(model, revision)
+    recorded = read_record(directory)
     _check_nothing_lost(recorded)
+    checkpoint = open_checkpoint(str(directory))
     how = recorded["undo"]
     originals = _read_originals(checkpoint)
     edits = _undoing_edits(checkpoint, recorded, originals)
@@ -227,8 +230,8 @@ def rescale(directory: Path, multiplier: float, *, revision: str | None = None) 
     shard is shared with another directory.
     """
     with changing(directory) as journal:
-        checkpoint = open_checkpoint(str(directory))
         recorded = read_record(directory)
+        checkpoint = open_checkpoint(str(directory))
         strength = plan_strength(checkpoint, recorded, multiplier)
         patches = _patch_shards(checkpoint, strength)
         for name, places in patches.items():

@@ -68,7 +68,9 @@ class MultiplierChoice:
         return f"m = {self.multiplier:g} is {why}; the window ends at {self.largest:g} ({self.ended_by})"
 
 
-def read_trial_texts(direction: str | None, held_out: str | None) -> Texts:
+def read_trial_texts(
+    direction: str | None, held_out: str | None, chat_template: str = "auto"
+) -> Texts:
     """Return the first of the texts that a bake's strength is chosen on.
 
     direction: as the user named it; one that ships has its own. held_out: a pairs file or set, None
@@ -80,6 +82,7 @@ def read_trial_texts(direction: str | None, held_out: str | None) -> Texts:
         tuple(read_pairs(pairs)[:PAIRS]) if pairs else (),
         tuple(read_prompts(known.get("neutral", "neutral"))[:NEUTRAL]),
         tuple(read_prompts("openings")[:OPENINGS]),
+        chat_template=chat_template,
     )
 
 
@@ -161,7 +164,7 @@ def _measure(
         )
     given = loaded, structure, tokenizer
     measured = {
-        "pairs": measure_pairs(*given, arms, texts.pairs),
+        "pairs": measure_pairs(*given, arms, texts.pairs, chat_template=texts.chat_template),
         "neutral": measure_neutral(*given, arms, texts.neutral),
         "rollouts": measure_rollouts(*given, arms, texts.openings, SAMPLING),
     }

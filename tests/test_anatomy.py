@@ -806,18 +806,24 @@ def test_proposals_for_an_input_site():
 
 
 def test_what_transformers_says_of_a_twin_is_not_said_to_the_user():
-    """A twin's sizes do not fit its rope scaling, of which transformers warns."""
+    """A twin's sizes do not fit its rope scaling, of which transformers warns once for every factor."""
+
+    def config(factor: float):
+        rotary = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor}
+        rotary["original_max_position_embeddings"] = 4096
+        sizes = {"num_hidden_layers": 2, "max_position_embeddings": int(4096 * factor)}
+        return AutoConfig.for_model("llama", **sizes, rope_parameters=rotary)
+
     said: list[str] = []
     handler = Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    config = AutoConfig.for_model("gpt_oss", num_hidden_layers=2, num_local_experts=4)
     logging.set_verbosity_warning()
     logging.add_handler(handler)
     try:
-        shrink(config, range(2))
+        shrink(config(30.0), range(2))
         assert any("original_max_position_embeddings" in message for message in said)
         said.clear()
-        examine(config)
+        examine(config(31.0))
     finally:
         logging.remove_handler(handler)
         logging.set_verbosity_error()

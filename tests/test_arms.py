@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import HIDDEN
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from bake.anatomy import examine
 from bake.dose_response import Sampling, measure_rollouts
 from bake.dose_response.arms import Arm, compare_arms, rows_per_forward, steered_rows
 from bake.model import LoadedModel, continue_greedily, decode
@@ -47,6 +49,28 @@ def test_rows_equal_separate_hooked_runs(open_tiny, architecture, site):
         if arm.kind == "direction":
             assert (expected - base).abs().max() > 0.05
         torch.testing.assert_close(found[arm.name], expected, rtol=0, atol=1e-5)
+
+
+def test_layers_of_several_kinds_are_pushed_each_in_its_own_place():
+    """In a hybrid attention is `self_attn` in some layers and `linear_attn` in the others."""
+    sizes = {
+        "vocab_size": 100, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 16,
+    }  # fmt: skip
+    config = CONFIG_MAPPING["qwen3_next"](**sizes)
+    torch.manual_seed(0)
+    loaded = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), {}, torch.device("cpu"))
+    structure = examine(config).structure
+    push = {layer: torch.ones(HIDDEN) for layer in (2, 3)}
+    arms = [Arm("base", "base"), Arm("m=+1", "direction", 1.0, "attn_out", push=push)]
+    (_, base), (_, found) = compare_arms(loaded, structure, arms, IDS)
+    with torch.no_grad(), steered(loaded.model, structure, "attn_out", push):
+        expected = loaded.model(torch.tensor([IDS]), use_cache=False).logits[0].log_softmax(-1)
+    assert (expected - base).abs().max() > 0.05
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_arms_of_several_sites_share_a_batch(open_tiny):

@@ -46,7 +46,7 @@ class Server:
     """A loopback server: {path: (status, JSON or text)}; it remembers what it was asked."""
 
     def __init__(self, answers):
-        self.asked, self.refuses = [], None
+        self.asked, self.refuses, self.stock = [], None, False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,6 +54,12 @@ class Server:
                 length = int(self.headers["Content-Length"])
                 body = json.loads(self.rfile.read(length))
                 outer.asked.append((self.path, body))
+                if outer.stock and "repetition_penalty" in body:
+                    answers["/v1/completions"] = (
+                        422, {"detail": "Unexpected keys in the request: {'repetition_penalty'}"}
+                    )  # fmt: skip
+                elif outer.stock:
+                    answers["/v1/completions"] = (200, {"choices": [{"text": BAKED}]})
                 if outer.refuses is not None:
                     value = body.get("logprobs")
                     refused = any(value is known for known in outer.refuses)
@@ -164,6 +170,19 @@ def test_a_server_that_wants_a_switch_or_none_is_asked_again(verify):
             assert asked == [*refused, True if refused == [1] else None]
         finally:
             server.close()
+
+
+def test_repetition_is_not_penalised_where_a_server_can_be_told(serve, verify):
+    """vLLM takes Qwen's 1.05 from generation_config.json; OpenAI's own API has no such parameter."""
+    server = serve(BAKED)
+    assert verify(server.url)[0] == 0
+    assert [body.get("repetition_penalty") for _, body in server.asked] == [1.0]
+    server = serve(BAKED)
+    server.stock = True
+    code, _, errors = verify(server.url)
+    assert code == 0, errors
+    assert [body.get("repetition_penalty") for _, body in server.asked] == [1.0, None]
+    assert [body.get("logprobs") for _, body in server.asked] == [1, 1]
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"token_logprobs": None}, {"content": [1]}, [0.1]])

@@ -291,7 +291,7 @@ def test_band_beyond_the_layers_of_the_file_is_refused(llama, tmp_path):
         ({"keep_scale": True, "pairs": "p.jsonl"}, "--keep-scale is about a given direction"),
         ({"layer_offset": 0, "pairs": "p.jsonl"}, "--layer-offset is about a given direction"),
         ({"direction_site": "mlp_in", "pairs": "p"}, "--direction-site is about a given direction"),
-        ({"direction_site": "nowhere", "direction": "d"}, "unknown site 'nowhere'"),
+        ({"direction_site": "nowhere", "direction": "d"}, "unknown direction site 'nowhere'"),
         ({"keep_scale": True, "direction": "d", "coefficients": "1=1"}, "one of --keep-scale and"),
         ({"keep_scale": True, "direction": "d", "law": "norm"}, "leave --law norm out"),
         ({"keep_scale": True, "direction": "d", "convert_site": True}, "no length of its own"),

@@ -216,7 +216,11 @@ def test_names_and_namespaces(hub, monkeypatch):
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
     given_up = threading.Event()
-    hub.before_request = lambda request: given_up.wait(60)
+
+    def wait(request):
+        given_up.wait(60)
+
+    hub.before_request = wait
     monkeypatch.setattr(access, "REACH_TIMEOUT", 0.1)
     assert "cannot be reached (ReadTimeout)" in refusal(check_access, REPO_ID)
     given_up.set()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN
+from conftest import HIDDEN, byte_tokenizer
 
 from bake.dose_response import (
     Arm,
@@ -176,6 +176,44 @@ def test_an_instruction_stands_before_the_prompt_on_a_line_of_its_own(given, tin
     expected = per_token(tiny, "Be kind.\nThe day was ", "bright and kind")
     assert -nats / tokens == pytest.approx(expected, abs=1e-5)
     assert nats != pytest.approx(found["base"]["positive"][0][0], abs=1e-3)
+
+
+def test_a_conversation_is_scored_as_one(tiny):
+    """As what a direction is found from: the template's words, the reply, and nothing after it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    given = tiny.loaded, tiny.structure, tokenizer
+    asked = ({"role": "user", "content": "How was it?"},)
+    pairs = [
+        ContrastPair("How was it?", "lovely", "awful"),
+        ContrastPair("", "lovely", "awful", (asked, asked)),
+    ]
+    arms = [*ARMS, Arm("instruction", "prompt", instruction="Be kind.")]
+    found = measure_pairs(*given, arms, pairs)
+    for name, opening, push in (
+        ("base", "", None),
+        ("m=+1", "", PUSH),
+        ("instruction", "Be kind.\n", None),
+    ):
+        ids = tokenizer(
+            f"<s>[user]{opening}How was it?</s>[assistant]lovely", add_special_tokens=False
+        )["input_ids"]
+        start = len(ids) - len("lovely")
+        by_hand = -sum(
+            float(logs(tiny, ids, push)[place - 1, ids[place]]) for place in range(start, len(ids))
+        )
+        for nats, tokens in found[name]["positive"]:
+            assert nats == pytest.approx(by_hand, rel=1e-5)
+            assert tokens == len("lovely")
+    plain = measure_pairs(*given, arms, pairs[:1], chat_template="never")
+    assert plain["base"]["positive"][0][0] != pytest.approx(
+        found["base"]["positive"][0][0], rel=1e-3
+    )
+    with pytest.raises(PromptError, match="no chat template is applied"):
+        measure_pairs(*given, arms, pairs, chat_template="never")
 
 
 class Tokenizer:

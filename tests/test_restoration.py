@@ -119,7 +119,7 @@ def test_a_rescaled_bake_is_proven_by_verify(baked, tmp_path):
 
 def test_reproduce_is_byte_identical(baked):
     base, bake, _ = baked
-    found = reproduce(bake, base=str(base), calibrate="neutral")
+    found = reproduce(bake, base=str(base), calibrate=True)
     assert found.identical
     assert found.drift == pytest.approx(0, abs=1e-6)
     assert set(found.same) == set(hash_files(bake))
@@ -163,10 +163,11 @@ def test_reproduce_says_when_a_fresh_calibration_would_differ(
     assert main([*words, str(prompts_file)]) == 0
     assert "a fresh calibration gives the recorded norms" in capsys.readouterr().out
     assert main([*words, "neutral"]) == 0
-    assert (
-        "a fresh calibration would differ from the recorded norms by up to"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr()
+    assert "a fresh calibration would differ from the recorded norms by up to" in said.out
+    assert "neutral holds other texts than those that the bake was calibrated on" in said.err
+    assert main(words) == 1  # It names no set: a file's path stays where it is.
+    assert "--calibrate FILE" in capsys.readouterr().err
     assert main(words[:-1]) == 0
     assert "calibration" not in capsys.readouterr().out
 

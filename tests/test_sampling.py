@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from bake.errors import PromptError
 from bake.model import LoadedModel, continue_greedily
@@ -30,6 +31,7 @@ class FixedLogits(nn.Module):
     def __init__(self, logits):
         super().__init__()
         self.fixed, self.forwards = logits, 0
+        self.config = PreTrainedConfig()  # It names no number of positions.
 
     def forward(self, tokens, past_key_values=None, use_cache=True):
         self.forwards += 1
@@ -218,3 +220,11 @@ def test_interval_leaves_out_draws_that_are_not_finite():
     drawn = iter([math.nan, math.inf, *np.linspace(0, 1, 98).tolist()])
     low, high = bootstrap_interval(lambda _indices: next(drawn), 5, draws=100)
     assert (low, high) == pytest.approx((0.025, 0.975))
+
+
+def test_a_continuation_beyond_the_models_positions_is_refused():
+    loaded = toy()
+    loaded.model.config.max_position_embeddings = 6
+    assert len(sample_continuations(loaded, [(1, 2)], new_tokens=4)[0]) == 4
+    with pytest.raises(PromptError, match="2 tokens and 5 new ones do not fit the model's 6 posi"):
+        sample_continuations(loaded, [(1, 2)], new_tokens=5)

@@ -258,6 +258,34 @@ def test_a_record_that_is_interrupted_leaves_it_unproven_and_can_be_made_again(
     assert recorded["files"] == hash_files(out, exclude=("bake.json",))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["rescale", "-m", "2"], ["undo", "-o", "base"], ["reproduce", "--base", "BASE"]],
+    ids=str,
+)
+def test_every_command_says_that_it_is_thin(
+    base, tmp_path, direction, calibration, capsys, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    export(
+        str(base),
+        output=tmp_path / "out",
+        direction=direction,
+        calibration=calibration(base),
+        thin=True,
+    )
+    before = hash_files(tmp_path / "out")
+    words = [str(base) if word == "BASE" else word for word in command]
+    assert main([words[0], "out", *words[1:]]) == 1
+    assert "out is a thin bake and lacks" in capsys.readouterr().err
+    assert hash_files(tmp_path / "out") == before
+    assert not (tmp_path / "base").exists()
+    add_shards(base, tmp_path / "out")
+    if command[0] == "reproduce":
+        assert main([words[0], "out", *words[1:]]) == 1
+        assert "thin bake that has not been proven yet: run bake verify" in capsys.readouterr().err
+
+
 def test_of_a_local_base_it_cannot_be_published(base, tmp_path, direction, calibration):
     out = tmp_path / "out"
     export(str(base), output=out, direction=direction, calibration=calibration(base), thin=True)

@@ -9,12 +9,15 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from bake import trial
+from bake.anatomy import examine
 from bake.cli import main
 from bake.errors import BakeError
 from bake.evidence import read_evidence
 from bake.figures import draw_norms
+from bake.trial.options import pushable_layers
 
 SMALL = (
     "--control-seeds", "1", "--samples", "1", "--new-tokens", "8", "--multipliers=-1,1,3",
@@ -112,7 +115,8 @@ def test_another_model_under_the_same_name_is_measured_anew(
     vector, output = tmp_path / "d.safetensors", tmp_path / "out"
     save_file({"direction": torch.arange(1.0, 33)}, vector, metadata={"site": "mlp_out"})
     files = ("--prompts", prompts_file, "--neutral", prompts_file, "--openings", prompts_file)
-    directory = make_model()
+    directory = tmp_path / "model"
+    shutil.copytree(make_model(), directory)
 
     def shift():
         options = ("--direction", vector, "-o", output, *SMALL, "--pairs", pairs_file, *files)
@@ -240,6 +244,15 @@ def test_another_architecture_with_a_users_own_texts_and_scorer(
     assert points["m=+3"]["shift"]["value"] != 0
 
 
+def test_layers_are_those_that_a_bake_would_push(capsys):
+    hybrid = examine(CONFIG_MAPPING["qwen3_next"](num_hidden_layers=8))
+    assert pushable_layers(hybrid, ["attn_out"]) == {"attn_out": (3, 7)}
+    assert capsys.readouterr().err == ""
+    behind_a_norm = examine(CONFIG_MAPPING["gemma2"](num_hidden_layers=2))
+    assert list(pushable_layers(behind_a_norm, ["mlp_out"])["mlp_out"]) == [0, 1]
+    assert "mlp_out is swept with hooks only, no bake can push there" in capsys.readouterr().err
+
+
 class TestBadInput:
     """One line that names the thing and the remedy, exit 1."""
 
@@ -284,6 +297,21 @@ class TestBadInput:
     def test_only_zero(self):
         line = self.refuse("--pairs", self.pairs, "--multipliers=0,0")
         assert "multipliers other than 0" in line
+
+    def test_multipliers_that_cannot_be_told_apart(self):
+        line = self.refuse("--pairs", self.pairs, "--multipliers=1,1.0000001")
+        assert "agree in six digits" in line
+
+    @pytest.mark.parametrize("seed", ["-1", "9" * 30])
+    def test_a_seed_that_is_none(self, seed):
+        assert f"the seed {seed} is out of range" in self.refuse(
+            "--pairs", self.pairs, "--seed", seed
+        )
+
+    def test_a_residual_direction_at_a_normalised_input(self):
+        line = self.refuse("--pairs", self.pairs, "--site", "mlp_in")
+        assert "bake direction --site mlp_in" in line
+        assert "--convert-site" not in line  # bake sweep has no such option.
 
     def test_nothing_to_sample(self):
         assert "--samples" in self.refuse("--pairs", self.pairs, "--samples", "0")

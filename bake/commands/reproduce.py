@@ -24,7 +24,12 @@ def add(commands: Any) -> None:
     command.add_argument("--base", metavar="MODEL", help="the base (as bake.json names it)")
     command.add_argument("--revision", metavar="REV", help="branch, tag or commit on the Hub")
     command.add_argument(
-        "--calibrate", metavar="SET", help="also measure the norms again and say how they differ"
+        "--calibrate",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="measure the norms again, on FILE or the set that the bake names, and say how they differ",
     )
 
 

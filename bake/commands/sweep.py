@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bake.commands.options import LAWS, SITES, add_placement, given_options
+from bake.commands.options import CHAT_TEMPLATES, LAWS, SITES, add_placement, given_options
 from bake.results import print_result
 
 
@@ -15,8 +15,8 @@ def add(commands: Any) -> None:
         "sweep",
         help="measure what a direction does at each strength, and what it costs",
         description="Hooks on one loaded model: shift, fluency and side effects at each multiplier, with "
-        "random directions beside them; report.json, figures and the operating window. The same "
-        "command again goes on after a break.",
+        "random directions beside them; report.json, figures and the operating window. A directory "
+        "keeps every text as it is measured: the same command goes on after a break.",
     )
     command.set_defaults(run=run)
     option = command.add_argument
@@ -37,6 +37,12 @@ def add(commands: Any) -> None:
         help="one or more laws (inverse-sqrt-d)",
     )
     option("--pairs", metavar="FILE", help="held-out contrast pairs, not those it was found from")
+    option(
+        "--chat-template",
+        choices=CHAT_TEMPLATES,
+        default="auto",
+        help="score pairs as conversations where the tokenizer has a template (auto)",
+    )
     option("--words", metavar="FILE", help="target words to count in sampled text, one a line")
     option("--openings", default="openings", metavar="FILE", help="texts to continue (openings)")
     option("--neutral", metavar="FILE", help="text that must not change (neutral)")

@@ -103,8 +103,8 @@ def steered_rows(
             handle = loaded.model.register_forward_pre_hook(look, with_kwargs=True)
             hooks.callback(handle.remove)
         for site in dict.fromkeys(arm.site for arm in arms if arm.push):
-            location, scale = addition_location(site, structure)
             for layer in sorted({key for arm in arms if arm.site == site for key in arm.push}):
+                location, scale = addition_location(site, structure.at(layer))
                 matrix = torch.zeros(len(arms), loaded.hidden_size)
                 for row, arm in enumerate(arms):
                     if arm.site == site and layer in arm.push:

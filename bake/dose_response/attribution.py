@@ -146,7 +146,13 @@ def attribute(
     arms = [Arm("base", "base"), *parts.values(), *without.values()]
     measured = {
         "pairs": measure_pairs(
-            loaded, structure, tokenizer, arms, texts.pairs, each("layers: pairs")
+            loaded,
+            structure,
+            tokenizer,
+            arms,
+            texts.pairs,
+            each("layers: pairs"),
+            chat_template=texts.chat_template,
         ),
         "neutral": measure_neutral(
             loaded, structure, tokenizer, arms, texts.neutral, each("layers: neutral")

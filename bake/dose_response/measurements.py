@@ -14,13 +14,13 @@ What comes out are plain values; `summary` makes figures of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bake.dose_response.arms import Arm, compare_arms, rows_per_forward, steered_rows
 from bake.errors import PromptError
 from bake.model import LoadedModel, decode
-from bake.pairs import ContrastPair
+from bake.pairs import ContrastPair, encode_pairs, is_rendered
 from bake.progress import track
 from bake.prompts import Encoded, encode, position_limit
 from bake.sampling import draw_noise
@@ -42,6 +42,7 @@ class Texts:
     neutral: tuple[str, ...]
     openings: tuple[str, ...]
     words: frozenset[str] = frozenset()
+    chat_template: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -84,27 +85,32 @@ def measure_pairs(
     arms: Sequence[Arm],
     pairs: Sequence[ContrastPair],
     each: Each = measure_each,
+    *,
+    chat_template: str = "auto",
 ) -> Measurements:
     """Score both completions of every pair: {arm: {"positive" | "negative": [[nats, tokens], …]}}.
 
-    Raises PromptError for a pair that the model has not enough positions for.
+    chat_template: as for finding a direction, see `bake.pairs.encode_pairs`. Raises PromptError for a pair
+    that the model has not enough positions for.
     """
     limit = position_limit(loaded.model.config)
+    groups = [
+        (group, _encode(tokenizer, pairs, prefix, chat_template))
+        for group, prefix in _by_instruction(arms)
+    ]
 
-    def measure(pair: ContrastPair) -> Measurements:
+    def measure(index: int) -> Measurements:
         found: Measurements = {arm.name: {} for arm in arms}
-        for side, whole in zip(("positive", "negative"), pair.texts(), strict=True):
-            text = getattr(pair, side)
-            for group, prefix in _by_instruction(arms):
-                # A conversation is read as plain text: hooks and bake see the same either way.
-                ids, start = _split(tokenizer, prefix + whole.removesuffix(text), text)
-                _check_length(len(ids), limit, "pair", whole)
+        for group, encoded in groups:
+            sides = zip(("positive", "negative"), encoded[index], pairs[index].texts(), strict=True)
+            for side, (ids, start), text in sides:
+                _check_length(len(ids), limit, "pair", text)
                 for arm, logs in compare_arms(loaded, structure, group, ids, start):
                     nats = -float(_chosen(logs, ids)[start - 1 :].sum())
                     found[arm.name][side] = [[nats, len(ids) - start]]
         return found
 
-    return each(pairs, "contrast pairs", measure)
+    return each(range(len(pairs)), "contrast pairs", measure)
 
 
 def measure_neutral(
@@ -199,6 +205,43 @@ def _by_instruction(arms: Sequence[Arm]) -> Iterable[tuple[list[Arm], str]]:
     """Group arms by the text that is put before every prompt, an instruction and a line break."""
     for text in dict.fromkeys(arm.instruction for arm in arms):
         yield [arm for arm in arms if arm.instruction == text], f"{text}\n" if text else ""
+
+
+def _encode(
+    tokenizer: Any, pairs: Sequence[ContrastPair], prefix: str, chat_template: str
+) -> list[list[tuple[Tokens, int]]]:
+    """Return both texts of every pair: the ids up to the completion's last, and where it begins.
+
+    What a direction is found from as a conversation is scored as one; `prefix` opens what is asked then.
+    """
+    asked = [_ask(pair, prefix) for pair in pairs]
+    chats = [pair for pair in asked if is_rendered(tokenizer, pair, chat_template)]
+    rendered = iter(encode_pairs(tokenizer, chats, chat_template=chat_template) if chats else ())
+    found = []
+    for pair in asked:
+        if is_rendered(tokenizer, pair, chat_template):
+            encoded = next(rendered)
+            sides = zip(encoded.texts, encoded.completions, strict=True)
+            found.append([(text.ids[: places[-1] + 1], places[0]) for text, places in sides])
+        else:
+            texts = (pair.positive, pair.negative)
+            found.append([_split(tokenizer, pair.prompt, text) for text in texts])
+    return found
+
+
+def _ask(pair: ContrastPair, prefix: str) -> ContrastPair:
+    """Put an instruction before what a pair begins with."""
+    if not prefix:
+        return pair
+    if pair.before is None:
+        return replace(pair, prompt=prefix + pair.prompt)
+    first, second = (
+        ({**messages[0], "content": prefix + messages[0]["content"]}, *messages[1:])
+        if messages
+        else ({"role": "user", "content": prefix},)
+        for messages in pair.before
+    )
+    return replace(pair, before=(first, second))
 
 
 def _split(tokenizer: Any, prompt: str, completion: str) -> tuple[Tokens, int]:

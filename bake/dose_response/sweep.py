@@ -25,7 +25,7 @@ from bake.dose_response.summary import summarise
 from bake.dose_response.window import find_windows
 from bake.model import LoadedModel
 from bake.norms import measure_norms
-from bake.prompts import encode, make_batches, position_limit
+from bake.prompts import batch_prompts
 from bake.sites import LayerStructure
 
 KEPT_SAMPLES = 12  # openings whose continuations the report shows
@@ -46,8 +46,7 @@ def measure_sites(
     """
 
     def measure() -> dict[str, dict[int, float]]:
-        limit = position_limit(loaded.model.config)
-        batches = make_batches(encode(tokenizer, prompts, limit=limit))
+        batches = batch_prompts(tokenizer, prompts, loaded.model.config)
         return {
             site: measure_norms(loaded, structure, site, batches, layers).values()
             for site, layers in sites.items()
@@ -95,7 +94,9 @@ def run_sweep(
         )
         return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
 
-    measured["pairs"] = measure_pairs(*given, arms, texts.pairs, each("pairs"))
+    measured["pairs"] = measure_pairs(
+        *given, arms, texts.pairs, each("pairs"), chat_template=texts.chat_template
+    )
     yield account()
     measured["neutral"] = measure_neutral(*given, arms, texts.neutral, each("neutral"))
     yield account()

@@ -23,13 +23,13 @@ from bake.dose_response import (
     Texts,
     Variant,
 )
-from bake.errors import BakeError, UnsupportedError
+from bake.errors import BakeError, DirectionError, UnsupportedError
 from bake.pairs import read_pairs
 from bake.progress import announce
 from bake.prompts import read_prompts
 from bake.resources import find_set, tried_on
 from bake.sampling import check_seed, read_words
-from bake.sites import check_direction_site
+from bake.sites import INPUT_SITES, RESIDUAL_SITES, check_direction_site
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class TrialOptions:
     sites: tuple[str, ...] = ("auto",)
     laws: tuple[str, ...] = ("inverse-sqrt-d",)
     pairs: str | None = None
+    chat_template: str = "auto"
     words: str | None = None
     openings: str = "openings"
     neutral: str | None = None
@@ -87,6 +88,7 @@ def read_texts(options: TrialOptions) -> Texts:
         tuple(read_prompts(options.neutral or known.get("neutral", "neutral"))),
         tuple(read_prompts(options.openings)),
         listed,
+        options.chat_template,
     )
 
 
@@ -124,6 +126,9 @@ def check_numbers(options: TrialOptions) -> None:
         raise BakeError("a sweep needs multipliers other than 0, such as --multipliers=-1,1")
     if not all(math.isfinite(multiplier) for multiplier in options.multipliers):
         raise BakeError("--multipliers are finite numbers, such as --multipliers=-1,1")
+    multipliers = set(options.multipliers)
+    if len({f"{m:g}" for m in multipliers}) < len(multipliers):
+        raise BakeError("two of --multipliers agree in six digits; leave one of them out")
     if min(options.samples, options.new_tokens) < 1 or options.control_seeds < 0:
         raise BakeError("--samples and --new-tokens are 1 or more, --control-seeds 0 or more")
     if not (options.max_fluency > 0 and options.max_kl > 0):
@@ -144,6 +149,11 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
         for site in options.sites
     ]
     for site in sites:
+        if direction.site in RESIDUAL_SITES and site in INPUT_SITES:
+            raise DirectionError(
+                f"the direction was found at {direction.site} and {site} is a normalised input, another "
+                f"space; a sweep converts none: find it there, with bake direction --site {site}"
+            )
         check_direction_site(direction.site, site, convert=False)
     variants = [
         Variant(site, law, parse_band(band))

@@ -103,6 +103,7 @@ def fingerprint_of(
         "direction": {str(layer): vector.tolist() for layer, vector in direction.vectors.items()},
         "design": asdict(replace(design, bounds=Bounds())),
         "texts": [[asdict(pair) for pair in texts.pairs], texts.neutral, texts.openings],
+        "chat template": texts.chat_template,
         "prompts": list(prompts),
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
