@@ -17,7 +17,7 @@ from bake.checkpoint import find_bake, is_path, open_description
 from bake.coefficients import band_layers, parse_band
 from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
-from bake.errors import BakeError, EndpointError
+from bake.errors import BakeError, DirectionError, EndpointError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
 from bake.formats import conversion, fit_direction, read_direction
 from bake.formats.conversion import ConvertedDirection
@@ -167,6 +167,11 @@ def extract_direction(
     read = read_pairs(pairs)
     placement = choose_placement(device_map, max_memory)
     if output is not None:
+        if Path(output).suffix.lower() in conversion.OTHER_TOOLS:
+            raise DirectionError(
+                f"{output}: a direction is found into a .safetensors file; bake direction convert then "
+                "writes other formats"
+            )
         check_file(Path(output))
     base = open_base(model, revision)
     if layers is None:

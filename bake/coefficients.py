@@ -137,6 +137,22 @@ def parse_band(text: str) -> tuple[float, float]:
     return start, stop
 
 
+def band_of(layers: Sequence[int], layer_count: int) -> str | None:
+    """Return the --band that holds just these layers, such as "34:45"; None where they have gaps."""
+    first, stop = min(layers), max(layers) + 1
+    if sorted(layers) != list(range(first, stop)):
+        return None
+    for unit in (
+        100,
+        1000,
+        10_000,
+    ):  # Whole per cent tell a hundred layers apart; some models have more.
+        start, end = (-(-layer * unit // layer_count) / unit for layer in (first, stop))
+        if start < end and band_layers(layer_count, (start, end)) == range(first, stop):
+            return f"{100 * start:g}:{100 * end:g}"
+    return None
+
+
 def parse_layers(text: str) -> list[int]:
     """Parse '3,5-8' into 0-based layers, in order and each once."""
     layers: set[int] = set()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.anatomy.insertion import Insertion
-from bake.coefficients import band_layers, parse_band, parse_coefficients
+from bake.coefficients import band_layers, band_of, parse_band, parse_coefficients
 from bake.direction import Direction
 from bake.engines import describe_survivals
-from bake.errors import BakeError, UnsupportedError
+from bake.errors import BakeError, DirectionError, UnsupportedError
 from bake.progress import announce
 from bake.recipe import Recipe
 from bake.sites import check_direction_site
@@ -41,8 +41,22 @@ def choose_destination(anatomy: Anatomy, recipe: Recipe, given: Direction | None
     if isinstance(route.rewriter, Insertion):
         announce(route.rewriter.describe_cost(len(layers)))
     if given is not None:
-        given.select(layers, anatomy.hidden_size)
+        check_direction(given, layers, anatomy)
     return Destination(route, layers, coefficients)
+
+
+def check_direction(direction: Direction, layers: Sequence[int], anatomy: Anatomy) -> None:
+    """Raise DirectionError for another width than the model's, or for a layer that it has no vector for."""
+    direction.select([], anatomy.hidden_size)
+    own = [layer for layer in direction.vectors if layer is not None]
+    missing = [layer for layer in layers if own and layer not in own]
+    if missing:
+        band = band_of(own, anatomy.layer_count)
+        raise DirectionError(
+            f"the direction has no vector for layer {missing[0]}; it has {list_numbers(own)}, of the "
+            f"model's {anatomy.layer_count} layers: choose these, "
+            + (f"--band {band}" if band else "by --coefficients, such as 6=0.5,8=1.0")
+        )
 
 
 def choose_route(anatomy: Anatomy, recipe: Recipe, given: Direction | None) -> SiteRoute:

@@ -23,7 +23,14 @@ from bake.progress import announce
 from bake.prompts import encode as encode_texts
 from bake.prompts import position_limit, read_prompts
 from bake.sampling import check_seed
-from bake.separation import KEY, Separation, encode_separation, measure_separation, rounded
+from bake.separation import (
+    KEY,
+    LEAST_PAIRS,
+    Separation,
+    encode_separation,
+    measure_separation,
+    rounded,
+)
 from bake.sites import LayerStructure
 
 if TYPE_CHECKING:
@@ -131,7 +138,12 @@ def extract(
         separation = measure_separation(
             found, vectors, fit=fit, held_out=held_out, seed=options.seed
         )
-    if separation is not None and separation.warning:
+    if separation is None:
+        announce(
+            f"fewer than {LEAST_PAIRS} pairs cannot say how well a direction separates: give more, or "
+            "others with --held-out"
+        )
+    elif separation.warning:
         announce(separation.warning)
     return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 

@@ -108,6 +108,9 @@ def _pair(row: dict[str, Any], place: str) -> ContrastPair:
         raise PromptError(
             f"{place}: unknown column {unknown[0]!r}; a pair has {', '.join(COLUMNS)}"
         )
+    missing = next((key for key in ("positive", "negative") if key not in row), None)
+    if missing:
+        raise PromptError(f"{place}: no {missing!r} text; a pair has positive and negative")
     pair = _conversation(row, place) if _is_chat(row) else _plain(row, place)
     if not pair.positive.strip() or not pair.negative.strip():
         raise DirectionError(f"{place}: an empty completion has no token to read; write both texts")

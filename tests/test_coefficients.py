@@ -9,6 +9,7 @@ from bake.coefficients import (
     DEFAULT_LAW,
     LAWS,
     band_layers,
+    band_of,
     compute_push,
     parse_band,
     parse_coefficients,
@@ -149,6 +150,16 @@ def test_every_band_of_whole_per_cents_is_exact():
             layers = range(start * count // 100, (start + 37) * count // 100)
             if start + 37 <= 100 and layers:
                 assert band_layers(count, parse_band(f"{start}:{start + 37}")) == layers
+
+
+def test_layers_are_named_as_a_band():
+    assert band_of([3], 9) == "34:45"
+    assert band_of([1, 0], 6) == "0:34"
+    assert band_of([3, 5], 9) is None
+    for count in (1, 7, 100, 126, 251):
+        for first in range(count):
+            text = band_of(range(first, min(count, first + 3)), count)
+            assert band_layers(count, parse_band(text)) == range(first, min(count, first + 3))
 
 
 def test_whole_depth_is_a_band():

@@ -140,6 +140,20 @@ def test_a_refused_command_leaves_no_file(llama, pairs_file, tmp_path, capsys, a
     assert not output.parent.exists()
 
 
+def test_another_tools_format_is_converted_to_and_not_written_into(llama, pairs_file, tmp_path):
+    with pytest.raises(BakeError, match="bake direction convert then writes other formats"):
+        extract_direction(str(llama), pairs=pairs_file, output=tmp_path / "d.gguf")
+
+
+def test_too_few_pairs_to_measure_with_is_announced(llama, tmp_path, capsys):
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps(PAIRS[0]) + "\n")
+    assert main(["direction", str(llama), "--pairs", str(file), "-o", str(tmp_path / "d")]) == 0
+    printed = capsys.readouterr()
+    assert "by mean over 1 pair (token: last)" in printed.out
+    assert "fewer than 4 pairs cannot say how well a direction separates" in printed.err
+
+
 def test_export_finds_the_direction_that_bake_direction_finds(llama, pairs_file):
     choices = {"method": "probe", "token": -1, "seed": 3}
     found = extract_direction(str(llama), pairs=pairs_file, **choices)

@@ -84,7 +84,7 @@ def test_malformed_csv_is_named(tmp_path, rows, message):
         ('["a", "b"]', PromptError, "p.jsonl:2 is not a JSON object"),
         ('{"positive": 5, "negative": "b"}', PromptError, "p.jsonl:2: .* must be strings"),
         ('{"positive": "a", "negative": null}', PromptError, "p.jsonl:2: .* must be strings"),
-        ('{"positive": "a"}', DirectionError, "p.jsonl:2: an empty completion"),
+        ('{"positive": "a"}', PromptError, "p.jsonl:2: no 'negative' text"),
         ('{"positive": " ", "negative": "b"}', DirectionError, "p.jsonl:2: an empty completion"),
         ('{"positive": "a", "negative": "a"}', DirectionError, "p.jsonl:2: .* identical"),
         ('{"positive": "a", "negative": "b", "text": "c"}', PromptError, "unknown column 'text'"),

@@ -18,7 +18,8 @@ from bake.sites import check_direction_site, check_site
 if TYPE_CHECKING:
     import torch
 
-WRITABLE = (".gguf", ".npy", ".npz", ".safetensors")
+OTHER_TOOLS = (".gguf", ".npy", ".npz")
+WRITABLE = (*OTHER_TOOLS, ".safetensors")
 UNKNOWN_HINT = "unknown"
 
 

@@ -48,7 +48,8 @@ class GivenVectors:
         if max(abs(low - 1), abs(high - 1)) <= UNIT_TOLERANCE:
             scale = "unit length"
         else:
-            scale = f"length {low:.4g}" + (f" to {high:.4g}" if len(lengths) > 1 else "")
+            shortest, longest = f"{low:.4g}", f"{high:.4g}"
+            scale = f"length {shortest}" + (f" to {longest}" if longest != shortest else "")
         count = len(lengths)
         covered = f"{count} vector{'s' * (count > 1)} of width {direction.hidden_size}"
         site = f"site {direction.site}" + (" (the file names none)" if self.site is None else "")

@@ -23,7 +23,8 @@ def describe_direction(direction: Direction, separation: Separation | None) -> s
         f"{count} direction{'s' * (count > 1)} of width {direction.hidden_size} at {direction.site}"
     )
     if "method" in known and "pairs" in known:
-        story += f", by {known['method']} over {known['pairs']} pairs (token: {known.get('token')})"
+        pairs = "1 pair" if known["pairs"] == "1" else f"{known['pairs']} pairs"
+        story += f", by {known['method']} over {pairs} (token: {known.get('token')})"
     lines = [story]
     if separation is None:
         return lines[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bake.anatomy import Anatomy
 from bake.coefficients import LAWS, band_layers, parse_band
-from bake.destination import layers_within
+from bake.destination import check_direction, layers_within
 from bake.direction import Direction
 from bake.dose_response import (
     CONTROL_SEEDS,
@@ -165,7 +165,7 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
     for variant in variants:
         band = band_layers(anatomy.layer_count, variant.band)
         layers = layers_within(band, variant.site, pushed[variant.site])
-        direction.select(layers, anatomy.hidden_size)
+        check_direction(direction, layers, anatomy)
     if options.last_token:
         variants.append(replace(variants[0], injection="last-token"))
     return Design(
