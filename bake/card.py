@@ -159,7 +159,8 @@ def card_words(
     return {
         "site_description": DESCRIPTIONS[site],
         "slots": slots,
-        "separation": parse_separation(direction["metadata"]),
+        "separation": parse_separation(known),
+        "orthogonalized": "orthogonalized" in known,
         "added_layers": added_layers,
         "config_changes": plan["config_changes"],
         "config_removed": plan.get("config_removed", []),

@@ -3,7 +3,7 @@
 Directions that are not at right angles help or hinder each other. The effective strength of direction i
 is how far the sum goes along it, e_i = ⟨Σ_j s_j w_j, û_i⟩ / ‖w_i‖ = s_i + Σ_{j≠i} s_j cos(û_i, û_j) for
 unit vectors w; s are the strengths that were asked for. Orthogonalised (Gram–Schmidt, in the order
-given), e_i = s_i for what is left of each.
+given), the sum goes s_i along what is left of each; e_i is still along the direction as it was given.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ def combine(
     kept: list[dict[Key, float]] = [{} for _ in given]
     for key in _shared_layers(given):
         unit = [_vector(direction, key) for _, _, direction in given]
+        added, shares = unit, [1.0] * len(unit)
         if orthogonalize:
-            unit, shares = _orthogonalize([name for name, _, _ in given], unit, key)
-        else:
-            shares = [1.0] * len(unit)
+            added, shares = _orthogonalize([name for name, _, _ in given], unit, key)
         sizes = [_length(direction, key) if keep_scale else 1.0 for _, _, direction in given]
         weights = [strength * size for (_, strength, _), size in zip(given, sizes, strict=True)]
-        total = torch.stack([w * vector for w, vector in zip(weights, unit, strict=True)]).sum(0)
+        total = torch.stack([w * vector for w, vector in zip(weights, added, strict=True)]).sum(0)
         length = float(total.norm())
         if length < _SMALL:
             raise DirectionError(

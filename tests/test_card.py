@@ -335,6 +335,7 @@ def test_template_asks_for_nothing_else():
     assert meta.find_undeclared_variables(card_environment().parse(source)) <= {
         *VALUES,
         "directions",
+        "orthogonalized",
         "revision",
         "thin",
         "front_matter",

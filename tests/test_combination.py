@@ -1,6 +1,7 @@
 """Several directions at once: the sum, what it does along each, and that it is baked and hooked alike."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_effective_strength_counts_what_the_others_add():
     assert torch.allclose(found.vectors[None], expected / expected.norm())
 
 
-def test_orthogonalised_each_gets_what_was_asked_for():
+def test_orthogonalised_what_is_left_of_each_gets_what_was_asked_for():
     parts = [
         ("a", 1.0, direction(1, 0, 0)),
         ("b", -2.0, direction(1, 1, 0)),
@@ -42,8 +43,13 @@ def test_orthogonalised_each_gets_what_was_asked_for():
     ]
     plain, straight = combine(parts), combine(parts, orthogonalize=True)
     assert plain.parts[1].effective[None] != pytest.approx(-2.0, abs=0.1)
-    assert [part.effective[None] for part in straight.parts] == pytest.approx([1.0, -2.0, 0.5])
-    assert straight.parts[1].kept[None] == pytest.approx(0.5**0.5)
+    total = straight.vectors[None] * straight.lengths[None]
+    assert total.tolist() == pytest.approx([1.0, -2.0, 0.5])
+    cosine = 0.5**0.5
+    assert [part.kept[None] for part in straight.parts] == pytest.approx([1.0, cosine, cosine])
+    # Along the directions as they were given, where the others count again.
+    along = [1.0, (1 - 2) * cosine, (-2 + 0.5) * cosine]
+    assert [part.effective[None] for part in straight.parts] == pytest.approx(along)
 
 
 def test_own_lengths_weigh_the_parts():
@@ -135,6 +141,14 @@ def test_a_sum_is_proven_recorded_and_rescaled(base, files, tmp_path, capsys):
     card = (tmp_path / "sum/README.md").read_text()
     assert "It is a sum." in card
     assert "| formal | -0.5 |" in card
+
+    assert "| range | kept |" not in card
+    straight = [*arguments, "--orthogonalize", "-o", str(tmp_path / "straight")]
+    assert main(straight) == 0
+    (row,) = re.findall(r"\| formal .*", (tmp_path / "straight/README.md").read_text())
+    kept = stored(tmp_path / "straight")[0]["directions"][1]["kept"]
+    assert 0.3 < kept < 0.95
+    assert row.endswith(f"| {100 * kept:.1f} % |")
 
     export(str(base), direction=str(warm), output=tmp_path / "one")
     _, alone = stored(tmp_path / "one")
