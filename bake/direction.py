@@ -240,11 +240,14 @@ def _own_scale(metadata: Mapping[str, str], path: Path) -> dict[int | None, floa
     if SCALE_KEY not in metadata:
         return {}
     try:
-        return {
+        lengths = {
             None if layer == "all" else int(layer): float(length)
             for layer, length in json.loads(metadata[SCALE_KEY]).items()
         }
-    except (ValueError, AttributeError, TypeError):
+        if not all(0 < length < math.inf for length in lengths.values()):
+            raise ValueError("a length is a number above 0")
+        return lengths
+    except (ValueError, AttributeError, TypeError, OverflowError):
         raise DirectionError(
             f"{path}: its metadata {SCALE_KEY!r} is not lengths by layer; find the direction again"
         ) from None

@@ -102,13 +102,28 @@ class Separation:
     def from_dict(values: Mapping[str, Any]) -> Separation:
         """Read what `to_dict` wrote; raise DirectionError where it is something else."""
         try:
-            layers = tuple(
-                LayerSeparation(**{**entry, "interval": tuple(entry["interval"])})
-                for entry in values["layers"]
-            )
-            return Separation(values["pairs"], values["folds"], values["seed"], layers)
-        except (KeyError, TypeError, ValueError) as error:
+            layers = tuple(_read_layer(entry) for entry in values["layers"])
+            pairs, folds, seed = (int(values[key]) for key in ("pairs", "folds", "seed"))
+            return Separation(pairs, folds, seed, layers)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DirectionError(f"the separation is not what bake writes: {error!r}") from None
+
+
+def _read_layer(entry: Mapping[str, Any]) -> LayerSeparation:
+    """Read one layer's figures, each of which is a number or, where it may be, absent."""
+    low, high = entry["interval"]
+    stability, neighbour = (
+        None if entry[key] is None else float(entry[key]) for key in ("stability", "neighbour")
+    )
+    return LayerSeparation(
+        layer=int(entry["layer"]),
+        accuracy=float(entry["accuracy"]),
+        interval=(float(low), float(high)),
+        threshold_accuracy=float(entry["threshold_accuracy"]),
+        stability=stability,
+        neighbour=neighbour,
+        relative_norm=float(entry["relative_norm"]),
+    )
 
 
 def read_separation(direction: Direction) -> Separation | None:

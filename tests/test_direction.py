@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from bake.direction import (
+    SCALE_KEY,
     Direction,
     convert_to_input,
     direction_bytes,
@@ -93,6 +94,16 @@ def test_tiny_and_large_vectors_keep_their_direction():
     for scale in (1e-30, 1e30):
         found = normalise(torch.tensor([3.0, 4.0]) * scale, "v")
         torch.testing.assert_close(found, torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("scale", ["{", "3", '{"a": 1}', '{"3": NaN}', '{"3": -1}', '{"3": null}'])
+def test_lengths_that_are_no_lengths_are_refused(tmp_path, scale):
+    path = tmp_path / "d.safetensors"
+    path.write_bytes(direction_bytes(Direction({3: unit(0)}, "mlp_out", {SCALE_KEY: '{"3": 2}'})))
+    assert load_direction(path).own_lengths([3]) == {3: 2.0}
+    path.write_bytes(direction_bytes(Direction({3: unit(0)}, "mlp_out", {SCALE_KEY: scale})))
+    with pytest.raises(DirectionError, match="is not lengths by layer"):
+        load_direction(path)
 
 
 def test_file_without_a_site_means_mlp_out(tmp_path):

@@ -130,6 +130,8 @@ def test_separation_survives_a_direction_file():
     assert stored.layers[0].accuracy == pytest.approx(found.layers[0].accuracy, abs=1e-4)
     assert not math.isnan(stored.layers[0].interval[0])
     assert read_separation(Direction(fit(read), "mlp_out")) is None
-    for text in ("{", '{"pairs": 3}'):
+    damaged = found.to_dict()
+    damaged["layers"][0]["interval"] = [None, "0"]
+    for text in ("{", '{"pairs": 3}', json.dumps(damaged), json.dumps({**damaged, "pairs": []})):
         with pytest.raises(DirectionError, match="not what bake writes"):
             read_separation(Direction(fit(read), "mlp_out", {KEY: text}))
