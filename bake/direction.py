@@ -232,11 +232,14 @@ def load_direction(path: Path) -> Direction:
     if site not in SITES:
         raise DirectionError(f"{path} names an unknown site {site!r}; one of {', '.join(SITES)}")
     direction = normalise_all(vectors, site, metadata, path.name)
-    return replace(direction, lengths={**direction.lengths, **_own_scale(metadata, path)})
+    return replace(direction, lengths={**direction.lengths, **own_scale(metadata, path)})
 
 
-def _own_scale(metadata: Mapping[str, str], path: Path) -> dict[int | None, float]:
-    """Return the lengths that an optimised direction's metadata has for its unit vectors."""
+def own_scale(metadata: Mapping[str, str], path: Path) -> dict[int | None, float]:
+    """Return the lengths that an optimised direction's metadata has for its unit vectors.
+
+    Raises DirectionError, naming the file, for what are no lengths.
+    """
     if SCALE_KEY not in metadata:
         return {}
     try:

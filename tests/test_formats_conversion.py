@@ -10,9 +10,9 @@ from conftest import HIDDEN, LAYERS
 
 from bake import api
 from bake.cli import main
-from bake.direction import Direction, direction_bytes, load_direction
+from bake.direction import SCALE_KEY, Direction, direction_bytes, load_direction
 from bake.errors import DirectionError
-from bake.formats import read_given
+from bake.formats import read_direction, read_given
 from bake.formats.conversion import convert
 from bake.formats.gguf_writer import write_gguf
 
@@ -52,6 +52,18 @@ def test_vectors_keep_their_bits(tmp_path, suffix):
     api.convert_direction(tmp_path / "v.pt", output=tmp_path / f"out{suffix}")
     found, _ = read_given(tmp_path / f"out{suffix}")
     assert all(torch.equal(found.vectors[layer], given[layer]) for layer in given)
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".npz", ".safetensors"])
+def test_an_optimised_direction_is_written_as_long_as_it_came_out(tmp_path, suffix):
+    """Its file has unit vectors, and their lengths in the metadata; moved layers keep theirs."""
+    units = {layer: vector / vector.norm() for layer, vector in rows([2, 3]).items()}
+    content = direction_bytes(Direction(units, "mlp_out", {SCALE_KEY: '{"2": 5.0, "3": 0.5}'}))
+    path = write(tmp_path / "d.safetensors", content)
+    api.convert_direction(path, output=tmp_path / f"out{suffix}", layer_offset=1)
+    found = read_direction(tmp_path / f"out{suffix}")
+    assert found.own_lengths([3, 4]) == pytest.approx({3: 5.0, 4: 0.5})
+    assert torch.allclose(found.layer(4), units[3])
 
 
 def test_one_vector_for_all_layers_needs_their_number(tmp_path):

@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bake.direction import DEFAULT_SITE, Direction, load_direction, read_vectors
+from bake.direction import (
+    DEFAULT_SITE,
+    SCALE_KEY,
+    Direction,
+    load_direction,
+    own_scale,
+    read_vectors,
+)
 from bake.errors import DirectionError
 from bake.formats import arrays, autoencoders, gguf_reader, objects, pickles, rotalabs
 from bake.formats.given import GivenVectors, shift_layers
@@ -157,6 +164,10 @@ def _read_native(path: Path) -> GivenVectors:
     site = metadata.pop("site", None)
     if site is not None:
         check_site(site)
+    for layer, length in own_scale(metadata, path).items():
+        if layer in vectors:
+            vectors[layer] = vectors[layer] * length
+    metadata.pop(SCALE_KEY, None)
     return GivenVectors(NATIVE, vectors, site=site, metadata=metadata)
 
 
