@@ -280,7 +280,9 @@ def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
 
 def test_band_beyond_the_layers_of_the_file_is_refused(llama, tmp_path):
     torch.save(vectors([1, 2], HIDDEN), tmp_path / "v.pt")
-    with pytest.raises(DirectionError, match=r"no vector for layer 3; it has 1, 2, .* --band 17:50"):
+    with pytest.raises(
+        DirectionError, match=r"no vector for layer 3; it has 1, 2, .* --band 17:50"
+    ):
         api.export(str(llama), direction=tmp_path / "v.pt", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
