@@ -21,6 +21,7 @@ from transformers.utils import logging
 from bake.anatomy import TwinVerdict, examine
 from bake.anatomy.flags import added_parameters, build_on_meta, find_bias_flags, parameter_shapes
 from bake.anatomy.residual import trace_residual
+from bake.anatomy.scales import scale_of_real
 from bake.anatomy.shrink import shrink
 from bake.anatomy.slots import propose_slots
 from bake.anatomy.structure import find_decoder_layers, find_structure
@@ -863,3 +864,11 @@ def test_a_factor_that_follows_from_a_size_is_the_real_models(site):
     with steered(real, found.structure, site, {5: push}):
         stream("hooked")
     assert torch.allclose(seen["hooked"] - seen["base"], push.expand(1, 12, 32), atol=1e-4)
+
+
+def test_one_is_no_factor_that_a_layer_keeps():
+    layers = [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]
+    layers[0].scaling, layers[1].scaling = 1.0, 0.25  # of a head that is one wide, as it were
+    assert scale_of_real(1.0, *layers) == 1.0
+    layers[0].scaling = 0.5
+    assert scale_of_real(0.5, *layers) == 0.25

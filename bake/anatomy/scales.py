@@ -20,8 +20,10 @@ _TOLERANCE = 1e-4
 def scale_of_real(measured: float, twin_layer: nn.Module, real_layer: nn.Module) -> float:
     """Return the real layer's factor for one that was measured on the twin's.
 
-    What no module keeps is no size's doing, and the same in both.
+    What no module keeps is no size's doing, and the same in both. One is no factor: modules keep many ones.
     """
+    if measured == 1.0:
+        return measured
     for name, module in twin_layer.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, float) and isclose(value, measured, rel_tol=_TOLERANCE):
