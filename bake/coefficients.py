@@ -142,11 +142,8 @@ def band_of(layers: Sequence[int], layer_count: int) -> str | None:
     first, stop = min(layers), max(layers) + 1
     if sorted(layers) != list(range(first, stop)):
         return None
-    for unit in (
-        100,
-        1000,
-        10_000,
-    ):  # Whole per cent tell a hundred layers apart; some models have more.
+    # Whole per cent tell a hundred layers apart; some models have more.
+    for unit in (100, 1000, 10_000):
         start, end = (-(-layer * unit // layer_count) / unit for layer in (first, stop))
         if start < end and band_layers(layer_count, (start, end)) == range(first, stop):
             return f"{100 * start:g}:{100 * end:g}"
