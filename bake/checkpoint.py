@@ -26,6 +26,7 @@ from bake.download import (
     download_description,
 )
 from bake.errors import CheckpointError
+from bake.io.foreign_json import read_json_text
 from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
@@ -36,7 +37,7 @@ from bake.safetensors_file import (
     read_header,
     read_range,
 )
-from bake.weight_files import WeightFiles, find_weight_files, read_json
+from bake.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +248,7 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(
             f"{directory} has no config.json: give the directory of a transformers checkpoint."
         )
-    return read_json(path)
+    return read_json_text(path)
 
 
 def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:

@@ -14,7 +14,7 @@ from bake.errors import BakeError, DirectionError, UnsupportedError
 from bake.progress import announce
 from bake.recipe import Recipe
 from bake.sites import check_direction_site
-from bake.wording import list_numbers
+from bake.support.text import list_numbers
 
 
 @dataclass(frozen=True)

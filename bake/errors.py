@@ -2,10 +2,12 @@
 
 Every message is one line that names the thing, what was found, what was expected and the remedy.
 The command line prints the line and exits with `exit_code`; nothing else is caught anywhere. Software
-that bake quotes may quote a token or an address with a password in it: no message holds one.
+that bake quotes may quote a token or an address with a password in it, and files of others hold control
+characters: no message has either.
 """
 
 from bake.secrecy import without_secrets
+from bake.support.text import without_controls
 
 
 class BakeError(Exception):
@@ -14,7 +16,7 @@ class BakeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(" ".join(without_controls(without_secrets(message)).splitlines()))
 
 
 class CheckpointError(BakeError):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from bake.secrecy import without_secrets
+from bake.support.text import without_controls
 
 T = TypeVar("T")
 
@@ -47,4 +48,4 @@ def track_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
 def announce(message: str) -> None:
     """Say something that the user should know while work goes on."""
-    print(f"bake: {without_secrets(message)}", file=sys.stderr, flush=True)
+    print(f"bake: {without_controls(without_secrets(message))}", file=sys.stderr, flush=True)

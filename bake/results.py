@@ -15,6 +15,7 @@ from typing import Any
 
 from bake.errors import OutputError
 from bake.processes import is_main
+from bake.support.text import without_controls
 from bake.timing import peak_memory
 
 STARTED = time.monotonic()
@@ -30,7 +31,7 @@ def print_result(parsed: argparse.Namespace, values: dict[str, Any], text: str) 
     if not is_main():
         return
     measured = {"timings": {"total": time.monotonic() - STARTED}, "peak_memory": peak_memory()}
-    answer = json.dumps({**measured, **values}, indent=2) if parsed.json else text
+    answer = json.dumps({**measured, **values}, indent=2) if parsed.json else without_controls(text)
     try:
         print(answer, flush=True)
     except BrokenPipeError:

@@ -7,13 +7,14 @@ is none of these, the older `pytorch_model.bin` and its index. What is in the fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bake.errors import CheckpointError
+from bake.io.foreign_json import read_json
+from bake.io.foreign_paths import check_name, check_names
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,33 +76,11 @@ def named_weights(config: Any) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object at `path`, and its text. Raises CheckpointError where it is something else."""
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:  # newlines stay as they are
-            text = stream.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not JSON ({error}): download or save the checkpoint again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object: download or save it again.")
-    return value, text
-
-
 def _choose(directory: Path, config: Mapping[str, Any], is_there: Callable[[str], bool]) -> str:
     named = named_weights(config)
     if named is not None:
-        _check_inside(directory / "config.json", named)
-        if not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise CheckpointError(
-                f"{directory / 'config.json'} names the weights {named}, which is no safetensors "
-                "file or index: correct transformers_weights."
-            )
+        endings = (".safetensors", ".safetensors.index.json")
+        check_name(named, directory / "config.json", suffixes=endings)
         if not is_there(named):
             raise CheckpointError(
                 f"{directory / 'config.json'} names the weights {named}, which are not there: "
@@ -126,7 +105,7 @@ def _choose(directory: Path, config: Mapping[str, Any], is_there: Callable[[str]
 def _read_index(directory: Path, index: str, is_there: Callable[[str], bool]) -> WeightFiles:
     """The listed shards, sorted by name as in transformers."""
     path = directory / index
-    fields, _ = read_json(path)
+    fields = read_json(path)
     weight_map, metadata = fields.get("weight_map"), fields.get("metadata")
     if (
         not isinstance(weight_map, dict)
@@ -139,25 +118,14 @@ def _read_index(directory: Path, index: str, is_there: Callable[[str], bool]) ->
     folder = PurePosixPath(index).parent  # an index in a folder lists its shards relative to it
     suffix = ".safetensors" if index.endswith(".safetensors.index.json") else ".bin"
     names: dict[str, frozenset[str]] = {}
-    for file in sorted(set(weight_map.values())):
-        _check_inside(path, file)
-        if not file.endswith(suffix):
-            raise CheckpointError(
-                f"{path} lists {file}, which is no {suffix} file: download or save it again."
-            )
+    shards: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        shards.setdefault(file, set()).add(name)
+    for file in check_names(sorted(shards), path, suffixes=suffix):
         shard = str(folder / file)
         if not is_there(shard):
             raise CheckpointError(
                 f"{path} lists {file}, which is not there: download the checkpoint again."
             )
-        names[shard] = frozenset(name for name, place in weight_map.items() if place == file)
+        names[shard] = frozenset(shards[file])
     return WeightFiles(index, names, metadata if isinstance(metadata, dict) else {})
-
-
-def _check_inside(path: Path, file: str) -> None:
-    """Refuse a file name, found in `path`, that leads out of the checkpoint."""
-    parts = PurePosixPath(file)
-    if not file or parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
-        raise CheckpointError(
-            f"{path} names the weight file {file!r}, outside the checkpoint: do not trust it."
-        )

@@ -239,7 +239,7 @@ def test_an_index_cannot_lead_out_of_the_directory(sharded, outside):
     change_index(sharded, lambda index: index["weight_map"].update({"lm_head.weight": outside}))
     with pytest.raises(CheckpointError) as excinfo:
         open_checkpoint(str(sharded))
-    one_line(excinfo, "model.safetensors.index.json", repr(outside), "outside the checkpoint")
+    one_line(excinfo, "model.safetensors.index.json", repr(outside), "do not trust it")
 
 
 def test_an_index_that_names_a_missing_shard(sharded):
@@ -310,7 +310,7 @@ def test_weights_that_the_config_names_come_first(single):
     assert open_checkpoint(str(single)).shards == ("other.safetensors",)
     for name, problem in [
         ("gone.safetensors", "not there"),
-        ("../x.safetensors", "outside the checkpoint"),
+        ("../x.safetensors", "do not trust it"),
         ("model.bin", "no safetensors file"),
     ]:
         path.write_text(json.dumps({**config, "transformers_weights": name}))

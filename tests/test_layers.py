@@ -19,7 +19,7 @@ from bake.loading import build_on_meta
 from bake.recipe import make_recipe
 from bake.sites import LayerStructure, Slot, layers_with
 from bake.steering import captured, steered
-from bake.wording import list_numbers
+from bake.support.text import list_numbers
 
 OPTIONS = {
     # Every fourth layer attends to everything, the others are linear attention.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bake.engines import describe_survivals
 from bake.report.tables import format_table
 from bake.sites import DESCRIPTIONS, SITES
-from bake.wording import list_numbers
+from bake.support.text import list_numbers
 
 if TYPE_CHECKING:
     from bake.anatomy import Anatomy, SiteRoute
