@@ -218,9 +218,9 @@ def test_a_broken_index_is_one_line(llama, tmp_path, temporary):
     shard = "pytorch_model-00001-of-00002.bin"
     for name, file, says in (
         ("ghost", shard, "ghost is in pytorch_model-00001-of-00002.bin, which does not hold it"),
-        ("ghost", "../outside.bin", "outside the checkpoint"),
+        ("ghost", "../outside.bin", "leads out of its directory"),
         ("ghost", "missing.bin", "missing.bin, which is not there"),
-        ("ghost", "model.pkl", "no .bin file"),
+        ("ghost", "model.pkl", "does not end in .bin"),
     ):
         index.write_text(json.dumps({**sound, "weight_map": {**sound["weight_map"], name: file}}))
         assert says in refusal(old)

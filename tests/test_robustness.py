@@ -280,7 +280,7 @@ def lose_a_shard(base: Path) -> None:
         (truncate, "truncated"),
         (lie_about_offsets, "needs"),
         (lie_about_shape, "needs"),
-        (name_outside, "outside the checkpoint"),
+        (name_outside, "leads out of its directory"),
         (name_missing, "model-00099-of-00099.safetensors, which is not there"),
         (lose_a_shard, "which is not there"),
     ],
