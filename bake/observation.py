@@ -7,10 +7,7 @@ the baked directory in float32, as stored and with its slots held at exact value
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from bake.model import (
     default_device,
     load_model,
 )
+from bake.plain_process import ask_plain_process
 from bake.plan import Plan
 from bake.progress import track
 from bake.prompts import Encoded, TokenBatch, make_batches
@@ -203,7 +201,7 @@ def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) ->
 
 
 def run_plain(directory: Path, exam: Exam) -> PlainRun:
-    """Run `bake/plain.py` in a process of its own. Raises EquivalenceError where it cannot load."""
+    """Run the directory in the plain process. Raises EquivalenceError where it cannot load."""
     import torch
     from safetensors.torch import load_file
 
@@ -220,24 +218,8 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
             "new_tokens": NEW_TOKENS,
             "threads": torch.get_num_threads(),
             "logits": str(folder / "logits.safetensors"),
-            "result": str(folder / "result.json"),
         }
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        script = Path(__file__).with_name("plain.py")
-        # -P keeps this package's folder off the path: the process must not be able to find bake's
-        # modules by accident.
-        finished = subprocess.run(
-            [sys.executable, "-P", str(script), str(folder / "request.json")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if finished.returncode != 0:
-            lines = finished.stderr.strip().splitlines() or ["no message"]
-            raise EquivalenceError(
-                f"plain transformers cannot load the baked checkpoint: {lines[-1]}"
-            )
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = ask_plain_process(request, folder)
         if result["bake_imported"]:
             raise EquivalenceError("the plain process imported bake, so it proves nothing")
         logits = load_file(folder / "logits.safetensors")

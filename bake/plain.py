@@ -1,13 +1,17 @@
 """The plain process: what a user of the baked checkpoint has, torch and transformers and no bake.
 
-Run as a script, `python -P plain.py REQUEST.json`, never imported by bake. It loads the directory, or a
-repository on the Hub by its id and commit, in its stored dtype, runs the token ids it is given, and
-writes what it saw: the loading report, the greedy continuations, and the logits as safetensors. If bake
-were importable and imported, the result would prove nothing, so that is checked too.
+Run as a script, `python -P plain.py`, never imported by bake. Each line of stdin is the path of a request.
+It loads the directory, or a repository on the Hub by its id and commit, in its stored dtype, runs the token
+ids it is given, and writes what it saw: the loading report, the greedy continuations, and the logits as
+safetensors; then it answers with a line. If bake were importable and imported, the result would prove
+nothing, so that is checked too.
 """
 
+import gc
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +35,54 @@ def auto_class(directory: str, revision: str | None = None) -> Any:
 
 
 def main() -> None:
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # What libraries print is no answer.
 
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(request["threads"])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for line in sys.stdin:
+        request = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
+        torch.set_num_threads(request["threads"])
+        try:
+            result = {**serve(request), "error": None}
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": traceback.format_exception_only(error)[-1].strip()}
+        Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
+        give_memory_back()
+        print("done", file=answers, flush=True)
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Observe as asked; dequantised where a quantisation's kernels are not here."""
     placement = {}
     if request["max_memory"] is not None:
         budgets = {int(k) if k.isdigit() else k: v for k, v in request["max_memory"].items()}
         placement = {"device_map": "auto", "max_memory": budgets or None}
     try:
-        result = observe(request, placement, {})
+        return observe(request, placement, {})
     except Exception as error:
         options = dequantizing_options(request["directory"], request["revision"])
         if not options:
             raise
         # Its kernels are not here: the weights themselves can still be loaded and run.
         result = observe(request, placement, options)
-        result["quantized_run_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
+        return {
+            **result,
+            "quantized_run_failed": f"{type(error).__name__}: {error}".splitlines()[0],
+        }
+
+
+def give_memory_back() -> None:
+    """Free what the last request held; the next one is another model."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def dequantizing_options(directory: str, revision: str | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from bake.model import LoadedModel, load_model
+from bake.plain_process import kept_plain_process
 from bake.prompts import load_tokenizer
 from bake.sites import LayerStructure
 
@@ -165,6 +166,13 @@ def one_thread():
     """Put the thread count back after a test that sets it, as training does."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_plain_process():
+    """Let one plain process serve the proofs of all tests; starting it costs more than a tiny proof."""
+    with kept_plain_process():
+        yield
 
 
 @pytest.fixture(scope="session")
