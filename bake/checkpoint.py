@@ -27,6 +27,7 @@ from bake.download import (
 )
 from bake.errors import CheckpointError
 from bake.io.foreign_json import read_json_text
+from bake.io.git_lfs import check_pointer
 from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
@@ -300,6 +301,9 @@ def _assemble(
         directory,
         {file: frozenset(e.name for e in header.tensors) for file, header in headers.items()},
     )
+    companions = find_companions(directory)
+    for name in companions:
+        check_pointer(directory / name)
     return Checkpoint(
         directory=directory,
         source=directory,
@@ -310,7 +314,7 @@ def _assemble(
         headers=headers,
         tensors=_merge(directory, headers),
         index_metadata=files.metadata,
-        companions=find_companions(directory),
+        companions=companions,
     )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from bake.companions import find_companions
 from bake.copying import free_bytes, write_all
 from bake.errors import CheckpointError, OutputError
+from bake.io.git_lfs import check_pointer
 from bake.progress import announce
 from bake.safetensors_file import (
     Header,
@@ -131,6 +132,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
+    check_pointer(path)
     try:
         # Files from before PyTorch 1.6 are no archives and cannot be mapped: they are read whole.
         mapped = _is_archive(path)
