@@ -228,6 +228,7 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
         # modules by accident.
         finished = subprocess.run(
             [sys.executable, "-P", str(script), str(folder / "request.json")],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
