@@ -57,7 +57,7 @@ def open_base(
         checkpoint = open_checkpoint(
             find_model(model), revision=revision, headers_only=headers_only
         )
-        check_quantization(checkpoint.config, checkpoint.model_id)
+        check_quantization(checkpoint.config, checkpoint.model_id, checkpoint.directory)
     with clock.stage("anatomy"):
         anatomy = examine(read_config(checkpoint.directory))
     return Base(checkpoint, anatomy)

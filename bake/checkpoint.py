@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from bake.companions import find_companions
 from bake.conversion import ConvertedDirectory, convert_weights, describe_conversion
 from bake.download import (
-    COMMIT_SHA,
     Description,
     download_bake,
     download_checkpoint,
@@ -27,6 +26,8 @@ from bake.download import (
 )
 from bake.errors import CheckpointError
 from bake.io.foreign_json import read_json_text
+from bake.io.git_lfs import check_pointer
+from bake.io.hub_cache import identify
 from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
@@ -172,7 +173,7 @@ def open_checkpoint(
     """
     directory = _find_directory(model, revision)
     if directory is not None:
-        model_id, sha = _identity(directory)
+        model_id, sha = identify(directory)
         if headers_only:
             return _read_headers(Description(directory, sha, {}), model_id)
         return _read_checkpoint(directory, model_id, sha)
@@ -233,15 +234,6 @@ def is_path(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or model.count("/") > 1 or not model
 
 
-def _identity(directory: Path) -> tuple[str, str | None]:
-    """(id, commit sha) of a directory: the Hub's where it is a snapshot in the Hub's cache."""
-    repository = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and repository.startswith("models--"):
-        sha = directory.name if COMMIT_SHA.fullmatch(directory.name) else None
-        return "/".join(repository.split("--")[1:]), sha
-    return directory.name, None
-
-
 def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
     path = directory / "config.json"
     if not path.is_file():
@@ -300,6 +292,9 @@ def _assemble(
         directory,
         {file: frozenset(e.name for e in header.tensors) for file, header in headers.items()},
     )
+    companions = find_companions(directory)
+    for name in companions:
+        check_pointer(directory / name)
     return Checkpoint(
         directory=directory,
         source=directory,
@@ -310,7 +305,7 @@ def _assemble(
         headers=headers,
         tensors=_merge(directory, headers),
         index_metadata=files.metadata,
-        companions=find_companions(directory),
+        companions=companions,
     )
 
 

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from bake.companions import find_companions
 from bake.copying import free_bytes, write_all
 from bake.errors import CheckpointError, OutputError
+from bake.io.git_lfs import check_pointer
+from bake.io.pretrained import load_config
 from bake.progress import announce
 from bake.safetensors_file import (
     Header,
@@ -131,6 +133,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
+    check_pointer(path)
     try:
         # Files from before PyTorch 1.6 are no archives and cannot be mapped: they are read whole.
         mapped = _is_archive(path)
@@ -200,12 +203,10 @@ def _tied_names(directory: Path) -> dict[str, str]:
 
     An architecture that transformers does not know is refused later, where it is examined.
     """
-    from transformers import AutoConfig
-
     from bake.loading import build_on_meta
 
     try:
-        model = build_on_meta(AutoConfig.from_pretrained(directory))
+        model = build_on_meta(load_config(directory))
     except (OSError, ValueError, KeyError):
         return {}
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

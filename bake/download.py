@@ -9,7 +9,6 @@ load, never other copies of them; pickled weights only where there are no safete
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from bake.companions import CHAT_TEMPLATES, NOT_CARRIED
 from bake.errors import CheckpointError
+from bake.io.hub_cache import COMMIT_SHA
 from bake.weight_files import (
     INDEX_FILE,
     PICKLED_FILE,
@@ -25,8 +25,6 @@ from bake.weight_files import (
     SINGLE_FILE,
     named_weights,
 )
-
-COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 
 def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Path, str | None]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.io.pretrained import load_config, load_model, make_model
 from bake.quantization import dequantizing_options
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def build_model(config: PreTrainedConfig, **options: Any) -> nn.Module:
     """Build the language model of a config with fresh weights; options as `from_config` takes them."""
-    model: nn.Module = auto_class(config).from_config(copy.deepcopy(config), **options)
-    return model
+    return make_model(auto_class(config), config, **options)
 
 
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:
@@ -72,14 +71,11 @@ def load_pretrained(directory: Path, **options: Any) -> tuple[nn.Module, dict[st
     Quantised weights are dequantised: what bake compares is what the weights say, on any device.
     """
     import torch
-    from transformers import AutoConfig
 
     with quiet_transformers():
-        config = AutoConfig.from_pretrained(directory)
+        config = load_config(directory)
         dequantizing = dequantizing_options(config)
-        model, info = auto_class(config).from_pretrained(
-            directory, output_loading_info=True, **options, **dequantizing
-        )
+        model, info = load_model(auto_class(config), directory, config, **options, **dequantizing)
     if dequantizing and options.get("dtype") == torch.float32:
         # What passes through a dequantisation without being quantised comes in its stored dtype.
         for parameter in model.parameters():

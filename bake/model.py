@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bake.errors import CheckpointError, PromptError, UnsupportedError
+from bake.io.pretrained import load_config
 from bake.loading import load_pretrained
 from bake.prompts import TokenBatch, position_limit
 from bake.streaming import CheckpointWeights, Placement, stream_model
@@ -46,10 +47,8 @@ class LoadedModel:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """Load a checkpoint's config as transformers' class; raise UnsupportedError where it has none."""
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(directory)
+        return load_config(directory)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedError(

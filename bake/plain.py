@@ -12,19 +12,48 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+STOCK_ATTENTION = (None, "eager", "sdpa")
+STOCK_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
 
-def auto_class(directory: str, revision: str | None = None) -> Any:
+
+def load_config(directory: str, revision: str | None = None) -> Any:
+    """Load the config as `bake/io/pretrained.py` does: no code and no kernel that it names is followed."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, revision=revision, trust_remote_code=False)
+    for nested in every_config(config):
+        vars(nested).pop("auto_map", None)
+        if nested is not config:
+            vars(nested).pop("transformers_weights", None)
+        if nested._attn_implementation_internal not in STOCK_ATTENTION:
+            nested._attn_implementation_internal = None
+        if nested._experts_implementation_internal not in STOCK_EXPERTS:
+            nested._experts_implementation_internal = None
+    return config
+
+
+def every_config(config: Any) -> Iterator[Any]:
+    """Yield a config and the ones inside it."""
+    from transformers import PreTrainedConfig
+
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from every_config(value)
+
+
+def auto_class(config: Any) -> Any:
     """Choose as the checkpoint's config says: a multimodal wrapper where it names one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    config = AutoConfig.from_pretrained(directory, revision=revision)
     wrapper = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, ""))
     named = wrapper in (config.architectures or ())
     if named and wrapper.endswith("ForConditionalGeneration"):
@@ -36,14 +65,20 @@ def auto_class(directory: str, revision: str | None = None) -> Any:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # What libraries print is no answer.
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    # What libraries print is no answer, and what they ask is answered by nobody.
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     import torch
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
 
+    # Inner calls of transformers refuse instead of asking.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
         torch.set_num_threads(request["threads"])
         try:
@@ -87,11 +122,9 @@ def give_memory_back() -> None:
 
 def dequantizing_options(directory: str, revision: str | None) -> dict[str, Any]:
     """What loads a quantised checkpoint dequantised; nothing for another."""
-    from transformers import AutoConfig
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    config = AutoConfig.from_pretrained(directory, revision=revision)
-    values = getattr(config, "quantization_config", None)
+    values = getattr(load_config(directory, revision), "quantization_config", None)
     if not values:
         return {}
     return {"quantization_config": AutoQuantizationConfig.from_dict({**values, "dequantize": True})}
@@ -106,10 +139,14 @@ def observe(
     from transformers import GenerationConfig
 
     named = {"revision": request["revision"]} if request["revision"] else {}
-    model, info = auto_class(request["directory"], request["revision"]).from_pretrained(
+    config = load_config(request["directory"], request["revision"])
+    model, info = auto_class(config).from_pretrained(
         request["directory"],
+        config=config,
         dtype="auto",
         output_loading_info=True,
+        trust_remote_code=False,
+        adapter_kwargs={"subfolder": "no-adapter"},
         **named,
         **placement,
         **options,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError, PromptError
+from bake.io import pretrained
 from bake.progress import announce
 from bake.resources import find_set, shipped_sets
 
@@ -125,10 +126,8 @@ def read_text(path: Path) -> str:
 
 def load_tokenizer(directory: Path) -> Any:
     """Load the checkpoint's own tokenizer. Raises CheckpointError where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return pretrained.load_tokenizer(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -6,34 +6,66 @@ of them: what is quantised keeps its bytes, and a push is stored beside it in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import UnsupportedError
+from bake.support.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # The methods whose tensors transformers dequantises without their kernels, so also on a CPU.
 UNDERSTOOD = ("fp8", "mxfp4")
+# Files in which a tool says that it quantised the weights beside them, where config.json does not.
+MARKS = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
-def quantization_method(config: Mapping[str, Any]) -> str | None:
-    """Return the method that a config.json names ("fp8"); None where nothing is quantised."""
-    nested = config.get("text_config")
-    values = config.get("quantization_config") or (
-        nested.get("quantization_config") if isinstance(nested, Mapping) else None
-    )
-    if not isinstance(values, Mapping):
+def quantization_method(config: Mapping[str, Any], directory: Path | None = None) -> str | None:
+    """Return the method by which a checkpoint is quantised ("fp8"); None where it is not.
+
+    config: its config.json's values. directory: where other tools' own files may say it too.
+    """
+    for owner in _owners(config):
+        for key in _KEYS:
+            values = owner.get(key)
+            if isinstance(values, Mapping) and values:
+                return _name_method(key, values)
+    if directory is None:
         return None
+    return next((name for file, name in MARKS.items() if (directory / file).is_file()), None)
+
+
+def _owners(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a config and the ones inside it: a wrapper's decoder may be quantised by itself."""
+    yield config
+    yield from (value for value in config.values() if isinstance(value, Mapping))
+
+
+def _name_method(key: str, values: Mapping[str, Any]) -> str:
+    if values.get("quant_method"):
+        return one_line(values["quant_method"], 40)
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return "bitsandbytes"
-    return str(values.get("quant_method") or "unnamed")
+    if key == "compression_config":
+        return "compressed-tensors"
+    if {"group_size", "bits"} <= values.keys():
+        return "MLX"  # Which writes them as `quantization`, and often a second time.
+    return "unnamed"
 
 
-def check_quantization(config: Mapping[str, Any], name: str) -> None:
-    """Raise UnsupportedError for a base whose quantisation bake cannot read, with what works instead."""
-    method = quantization_method(config)
+def check_quantization(config: Mapping[str, Any], name: str, directory: Path | None = None) -> None:
+    """Raise UnsupportedError for a base whose quantisation bake cannot read, with what works instead.
+
+    directory: as in `quantization_method`.
+    """
+    method = quantization_method(config, directory)
     if method is not None and method not in UNDERSTOOD:
         raise UnsupportedError(
             f"{name} is quantised by {method}, whose weights cannot be compared with a hooked model "

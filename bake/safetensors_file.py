@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bake.errors import CheckpointError
+from bake.io.git_lfs import check_data
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,7 @@ def header_length(origin: Path | str, prefix: bytes) -> int:
     """The length of the JSON header, from a file's first 8 bytes; `origin` is for messages."""
     if len(prefix) < PREFIX_BYTES:
         raise _broken(origin, f"it has {len(prefix)} bytes, fewer than a safetensors prefix")
+    check_data(prefix, origin)
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise _broken(

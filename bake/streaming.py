@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from bake.checkpoint import Checkpoint, open_checkpoint
 from bake.disk_names import DiskNames
 from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.io.pretrained import load_config
 from bake.loading import build_model, quiet_transformers
 
 if TYPE_CHECKING:
@@ -136,10 +137,9 @@ def stream_model(
     """
     import torch
     from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-    from transformers import AutoConfig
 
     checkpoint = open_checkpoint(str(directory))
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory)
     computing = _computing_dtype(config, dtype)
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model: Any = build_model(config, dtype=computing).eval()

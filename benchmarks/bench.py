@@ -101,7 +101,7 @@ def bench_write(work: Path, base: Path, runs: int) -> dict[str, float]:
 
         fresh()
         start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
         for layer, vector in push.vectors.items():
             bias = torch.nn.Parameter(vector.bfloat16())
             model.model.layers[layer].mlp.down_proj.bias = bias

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from bake.demo.grammar import Document, generate_documents, iterate_documents
+from bake.loading import load_pretrained
 
 BEGINNING, END, PADDING = "<s>", "</s>", "<pad>"
 MAX_LENGTH = 256  # Tokens; documents have about 90, the longest fewer than 200.
@@ -73,7 +73,7 @@ def train(recipe: Recipe, output: Path) -> float:
     # Real checkpoints are bfloat16, and so this one is. The model is loaded again for its figures:
     # what counts is what the files do.
     model.to(torch.bfloat16).save_pretrained(output)
-    shipped = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    shipped = load_pretrained(output, dtype=torch.float32)[0].eval()
     held_out = generate_documents(recipe.held_out_documents, recipe.seed + HELD_OUT_SEED)
     figure = perplexity(shipped, tokenizer, [document.text for document in held_out])
     print(f"held-out perplexity {figure:.3f} per token")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import BakeError, CheckpointError
+from bake.io.git_lfs import check_data
 
 MAX_BYTES = 200_000_000  # The largest tokenizer.json in use has 40 MB.
 MAX_DEPTH = 64  # Real configs nest 6 levels; Python's own recursion ends near 1000.
@@ -58,6 +59,7 @@ def parse_json(
     except UnicodeDecodeError as problem:
         raise error(f"{name} is not UTF-8 text ({problem.reason}): {remedy}") from None
     except json.JSONDecodeError as problem:
+        check_data(string[:64].encode(errors="replace"), name, error)
         place = f"line {problem.lineno}, column {problem.colno}"
         raise error(f"{name} is not JSON ({problem.msg} at {place}): {remedy}") from None
     except RecursionError:

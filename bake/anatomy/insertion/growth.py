@@ -23,6 +23,7 @@ from bake.anatomy.insertion.filling import Filling, layer_kind
 from bake.anatomy.wrappers import text_key
 from bake.config_text import edit_json
 from bake.errors import UnsupportedError
+from bake.io.pretrained import load_config
 from bake.loading import build_on_meta
 
 if TYPE_CHECKING:
@@ -121,11 +122,9 @@ def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterato
 
 def _build(config_text: str) -> nn.Module:
     """Build the model that a config.json describes, on the meta device, as transformers reads it."""
-    from transformers import AutoConfig
-
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(config_text, encoding="utf-8")
-        return build_on_meta(AutoConfig.from_pretrained(directory))
+        return build_on_meta(load_config(Path(directory)))
 
 
 def _as_spelled(key: str, values: Mapping[str, Any]) -> str:
