@@ -27,7 +27,6 @@ from bake.download import (
 )
 from bake.errors import CheckpointError
 from bake.io.foreign_json import read_json_text
-from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
@@ -215,7 +214,6 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
-        finish_changes(path)
         return path.resolve()
     if model and exists:
         raise CheckpointError(
