@@ -28,7 +28,6 @@ from bake.errors import CheckpointError
 from bake.io.foreign_json import read_json_text
 from bake.io.git_lfs import check_pointer
 from bake.io.hub_cache import identify
-from bake.journal import finish_changes
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
@@ -216,7 +215,6 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
-        finish_changes(path)
         return path.resolve()
     if model and exists:
         raise CheckpointError(

@@ -12,9 +12,9 @@ from bake.checkpoint import Checkpoint
 from bake.equivalence import Equivalence
 from bake.errors import CheckpointError, OutputError
 from bake.hashing import hash_files
-from bake.journal import Journal, changing
 from bake.layout import PlannedFile
 from bake.record import CARD_FILE, RESULT_FILE, encode_result
+from bake.staging import changed_directory
 
 _SHOWN = 3
 _KEY = "thin"
@@ -105,8 +105,8 @@ def record_proof(
     }
     story["equivalence"] = equivalence.to_dict()
     try:
-        with changing(directory) as journal:
-            tell(journal, directory, story, words)
+        with changed_directory(directory) as staging:
+            tell(staging, directory, story, words)
     except OutputError as error:
         raise OutputError(
             f"the bake is proven, but that cannot be recorded: {error}; mend that and verify it again"
@@ -114,21 +114,20 @@ def record_proof(
 
 
 def tell(
-    journal: Journal,
+    staging: Path,
     directory: Path,
     story: Mapping[str, Any],
     words: Mapping[str, Any],
     *,
     known: Mapping[str, str] | None = None,
-    patches: Mapping[str, Mapping[int, bytes]] | None = None,
 ) -> None:
-    """Add the card and `bake.json` to a journal, the hashes of all files in it as they will be.
+    """Write the card and `bake.json`, with the hashes of all files as they will be, into `staging`.
 
-    story: `bake.json` without "files". words: what the card needs besides. known, patches: as
-    `hash_files` takes them, of the files that are there already.
+    staging: what changes in `directory`, see `staging.changed_directory`. story: `bake.json` without
+    "files". words: what the card needs besides. known: {file of `directory`: its SHA-256}.
     """
-    journal.write(CARD_FILE, render_card({**story, **words}).encode())
-    new = hash_files(journal.files)
-    kept = hash_files(directory, known=known, patches=patches, exclude=(RESULT_FILE, *new))
+    (staging / CARD_FILE).write_text(render_card({**story, **words}), encoding="utf-8")
+    new = hash_files(staging)
+    kept = hash_files(directory, known=known, exclude=(RESULT_FILE, *new))
     result = {**story, "files": dict(sorted({**kept, **new}.items()))}
-    journal.write(RESULT_FILE, encode_result(result).encode())
+    (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")

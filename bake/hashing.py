@@ -30,23 +30,19 @@ def hash_files(
     directory: Path,
     *,
     known: Mapping[str, str] | None = None,
-    patches: Mapping[str, Mapping[int, bytes]] | None = None,
     exclude: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, FileHash]:
     """{name: {"sha256", "size"}} of all files under `directory`, sorted, with forward slashes.
 
     Hidden files are no part of a bake. `known` gives hashes that need no work (name → hex digest),
-    `exclude` names to leave out, `patches` bytes that are hashed instead of the file's own, {name:
-    {where: bytes}}, whatever `known` says. `progress` is called from several threads. Raises
-    CheckpointError for a file that cannot be read.
+    `exclude` names to leave out. `progress` is called from several threads. Raises CheckpointError for
+    a file that cannot be read.
     """
-    known, patches = known or {}, patches or {}
+    known = known or {}
     names = [name for name in list_files(directory) if name not in exclude]
 
     def digest_of(name: str) -> str:
-        if name in patches:
-            return _hash(directory / name, progress, patches[name])
         return known.get(name) or _hash(directory / name, progress)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -70,26 +66,15 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _hash(path: Path, progress: Progress | None, patches: Mapping[int, bytes] | None = None) -> str:
+def _hash(path: Path, progress: Progress | None) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_BUFFER))
     try:
         with path.open("rb", buffering=0) as stream:
-            position = 0
             while count := stream.readinto(buffer):
-                for start, data in (patches or {}).items():
-                    _overlay(buffer[:count], start - position, data)
-                position += count
                 digest.update(buffer[:count])
                 if progress is not None:
                     progress(count)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     return digest.hexdigest()
-
-
-def _overlay(buffer: memoryview, start: int, data: bytes) -> None:
-    """Write what of `data` lies in the buffer, which begins `start` bytes before it."""
-    first, stop = max(start, 0), min(start + len(data), len(buffer))
-    if first < stop:
-        buffer[first:stop] = data[first - start : stop - start]

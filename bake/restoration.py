@@ -18,15 +18,15 @@ from bake.card import draw_figures, words_of
 from bake.checkpoint import Checkpoint, find_bake, open_checkpoint
 from bake.completion import check_shards, is_unproven, tell, unproven
 from bake.config_text import edit_json
+from bake.copying import copy_file, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
-from bake.errors import BakeError, CheckpointError, OutputError
-from bake.journal import changing
+from bake.errors import BakeError, CheckpointError
 from bake.layout import ORIGINALS_FILE
 from bake.licences import NOTICE_FILE
 from bake.record import read_result, rebuild_push
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
-from bake.staging import staged_directory
+from bake.staging import changed_directory, staged_directory
 from bake.tokenization import TOKENIZER_CONFIG
 from bake.weight_files import INDEX_FILE
 from bake.writer import copy_companions, write_weights
@@ -225,28 +225,20 @@ def rescale(directory: Path, multiplier: float, *, revision: str | None = None) 
 
     The weights are those of a fresh export at that multiplier, bit for bit. The proof was of another
     strength, so the directory says "not verified" until `bake verify` has run. All of it changes or
-    nothing, see `journal`. revision: the branch that it will be published as, for the card. Raises
-    CheckpointError where the bake cannot be read, OutputError where it cannot be written or a patched
-    shard is shared with another directory.
+    nothing, see `staging.changed_directory`. revision: the branch that it will be published as, for the
+    card. Raises CheckpointError where the bake cannot be read, OutputError where it cannot be written.
     """
-    with changing(directory) as journal:
+    with changed_directory(directory) as staging:
         recorded = read_record(directory)
         checkpoint = open_checkpoint(str(directory))
         strength = plan_strength(checkpoint, recorded, multiplier)
-        patches = _patch_shards(checkpoint, strength)
-        for name, places in patches.items():
-            for start, data in places.items():
-                journal.patch(name, start, data)
-        extra = _extra_shards(checkpoint, recorded, strength)
-        for name, data in extra.items():
-            journal.write(name, data)
-        draw_figures(
-            journal.files, strength.push, recorded["site"], recorded["direction"]["metadata"]
-        )
+        patched = _patch_shards(checkpoint, strength, staging)
+        extra = _write_extra_shards(checkpoint, recorded, strength, staging)
+        draw_figures(staging, strength.push, recorded["site"], recorded["direction"]["metadata"])
         known = {name: entry["sha256"] for name, entry in recorded["files"].items()}
         story = _retold(recorded, strength.push, revision)
-        tell(journal, directory, story, words_of(recorded), known=known, patches=patches)
-    return Rescaled(directory, multiplier, float(recorded["multiplier"]), (*patches, *extra))
+        tell(staging, directory, story, words_of(recorded), known=known)
+    return Rescaled(directory, multiplier, float(recorded["multiplier"]), (*patched, *extra))
 
 
 def _retold(recorded: Mapping[str, Any], push: Push, revision: str | None) -> dict[str, Any]:
@@ -327,32 +319,37 @@ def _check_multiplier(push: Push, multiplier: float) -> Push:
     return push.at(multiplier)
 
 
-def _patch_shards(checkpoint: Checkpoint, strength: Strength) -> dict[str, dict[int, bytes]]:
-    """Return the patched slots' new bytes, {shard: {where in it: bytes}}."""
-    patches: dict[str, dict[int, bytes]] = {}
+def _patch_shards(checkpoint: Checkpoint, strength: Strength, staging: Path) -> list[str]:
+    """Write copies of the patched shards, with the slots' new bytes in them; return their names."""
+    places: dict[str, dict[int, bytes]] = {}
     for name, value in strength.patched.items():
         entry = checkpoint.entry(name)
-        patches.setdefault(entry.file, {})[entry.start] = bytes(encode_tensor(value))
-    for file in patches:
-        path = checkpoint.directory / file
-        if path.is_symlink() or path.stat().st_nlink > 1:
-            raise OutputError(
-                f"{file} is a link to a file that another directory has too, and its slots would be "
-                f"changed there as well: copy it, or export again"
-            )
-    return patches
+        places.setdefault(entry.file, {})[entry.start] = bytes(encode_tensor(value))
+    for file, patches in places.items():
+        copy_file(checkpoint.directory / file, _new_path(staging, file))
+        with (staging / file).open("r+b", buffering=0) as stream:
+            for start, data in patches.items():
+                stream.seek(start)
+                write_all(stream, memoryview(data))
+    return list(places)
 
 
-def _extra_shards(
-    checkpoint: Checkpoint, recorded: Mapping[str, Any], strength: Strength
-) -> dict[str, bytes]:
-    """Return the shards of the new tensors, written again, {shard: bytes}."""
-    shards = {}
-    for file in dict.fromkeys(checkpoint.entry(name).file for name in recorded["plan"]["added"]):
+def _write_extra_shards(
+    checkpoint: Checkpoint, recorded: Mapping[str, Any], strength: Strength, staging: Path
+) -> list[str]:
+    """Write the shards of the new tensors again; return their names."""
+    shards = list(dict.fromkeys(checkpoint.entry(name).file for name in recorded["plan"]["added"]))
+    for file in shards:
         header = checkpoint.headers[file]
         data = bytearray(encode_header(header.tensors, header.metadata))
         for entry in header.tensors:
             changed = strength.new.get(entry.name)
             data += checkpoint.read_bytes(entry.name) if changed is None else encode_tensor(changed)
-        shards[file] = bytes(data)
+        _new_path(staging, file).write_bytes(data)
     return shards
+
+
+def _new_path(staging: Path, name: str) -> Path:
+    """Return the path of a file to be, its folder made."""
+    (staging / name).parent.mkdir(parents=True, exist_ok=True)
+    return staging / name

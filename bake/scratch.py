@@ -37,7 +37,7 @@ def make_work_directory(parent: Path, prefix: str, *, mode: int = 0o777) -> tupl
             lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileNotFoundError:
             continue
-        if _try_lock(lock) is not False and lock_path.exists():
+        if try_lock(lock) is not False and lock_path.exists():
             return work, lock
         os.close(lock)
     raise OutputError(f"{parent} is being cleared by other runs: try again.")
@@ -56,7 +56,7 @@ def clear_dead_runs(parent: Path, prefix: str, remove: Callable[[Path], None]) -
                 work.rmdir()
             continue
         try:
-            if _try_lock(lock):
+            if try_lock(lock):
                 remove(work)
         finally:
             os.close(lock)
@@ -95,7 +95,7 @@ def remove_scratch(work: Path) -> None:
     remove_lock(work)
 
 
-def _try_lock(descriptor: int) -> bool | None:
+def try_lock(descriptor: int) -> bool | None:
     """True: locked by us. False: another process holds it. None: this file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,9 @@
 """A directory that is complete or absent: written under a hidden name, it appears by one rename.
 
+`staged_directory` is for a new one, `changed_directory` for files that change together in one that is
+there: what does not change is linked into the new directory, and the two change places. Nothing is ever
+written into a directory that others can see.
+
 Beside the output lies, while a run works, `.{name}.bake-{random}/` with
 
     model/      what becomes the output, and then the old output that it has changed places with
@@ -20,9 +24,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bake.copying import exchange
+from bake.copying import copy_file, exchange, sync
 from bake.errors import OutputError
-from bake.scratch import clear_dead_runs, make_work_directory, remove_lock
+from bake.progress import announce
+from bake.scratch import clear_dead_runs, make_work_directory, remove_lock, try_lock
+
+# What earlier versions left behind where they died; it is never acted on.
+_OLD_JOURNALS = {".bake-journal", ".bake-journal.partial"}
 
 # What goes wrong with the place and not with the program.
 _PLACE_ERRORS = {
@@ -38,6 +46,7 @@ _PLACE_ERRORS = {
     errno.EEXIST,
     errno.ENOTDIR,
     errno.EBUSY,
+    errno.EXDEV,  # a directory of an image's lower layer, say, which cannot be renamed
     errno.ENOENT,  # another run has just put its own output there, or taken ours away
 }
 
@@ -83,7 +92,103 @@ def staged_directory(
 
 
 @contextmanager
-def _place_errors_named(output: Path, resolved: Path) -> Iterator[None]:
+def changed_directory(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory; what is written there is changed or new in `directory` afterwards.
+
+    Everything else in `directory`, hidden and foreign files too, comes along by hard link (a copy where
+    links cannot be made), and links as they are; then the two directories change places. No file is
+    written in place, so one that other directories share stays theirs. On any exception `directory` is as
+    it was. A link to the directory is followed. Raises OutputError where there is none, where another
+    run is changing it, or where it cannot be written.
+    """
+    resolved = directory.expanduser().resolve()
+    remedy = "it is as it was. Make room, or copy the directory to where you may write."
+    with _place_errors_named(directory, resolved, remedy):
+        if resolved.parent.is_dir() and os.access(resolved.parent, os.W_OK):
+            clear_dead_runs(
+                resolved.parent, _work_prefix(resolved), lambda work: _remove(work, resolved)
+            )
+        if not resolved.is_dir():
+            raise OutputError(f"no directory {directory}; give one that bake export wrote")
+        if not os.access(resolved, os.W_OK | os.X_OK):
+            raise OutputError(f"{directory} cannot be written: it is read-only; copy it elsewhere")
+        with _alone_in(directory, resolved) as descriptor, _work_directory(resolved) as work:
+            staging = work / "model"
+            staging.mkdir()
+            yield staging
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            _bring_along(resolved, staging)
+            _take_over(resolved, staging)
+            os.utime(staging)
+            if not _is_same(descriptor, resolved):
+                raise OutputError(f"{directory} was replaced meanwhile by another run: try again")
+            _exchange(staging, resolved)
+
+
+@contextmanager
+def _alone_in(directory: Path, resolved: Path) -> Iterator[int]:
+    """Holds the lock of a directory, flock's on itself; yields its descriptor."""
+    while True:
+        descriptor = os.open(resolved, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if try_lock(descriptor) is False:
+                raise OutputError(f"{directory} is being changed by another run: wait for it")
+            if _is_same(descriptor, resolved):  # Else another run put a new one there meanwhile.
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_same(descriptor: int, resolved: Path) -> bool:
+    return os.path.samestat(os.fstat(descriptor), resolved.stat())
+
+
+def _bring_along(old: Path, new: Path) -> None:
+    """Link into `new` what lies in `old` and has no successor there, folder by folder."""
+    for entry in sorted(os.scandir(old), key=lambda entry: entry.name):
+        if entry.name in _OLD_JOURNALS:
+            continue
+        source, target = Path(entry.path), new / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            if target.exists() and not target.is_dir():
+                continue
+            target.mkdir(exist_ok=True)
+            _bring_along(source, target)
+            _take_over(source, target)
+        elif not os.path.lexists(target):
+            _link(source, target)
+        elif entry.is_file(follow_symlinks=False) and target.is_file():
+            _take_over(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        target.symlink_to(source.readlink())
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, one without links, or another user's file
+        copy_file(source, target)
+        _take_over(source, target)
+
+
+def _take_over(old: Path, new: Path) -> None:
+    """Give `new` the permissions of what it takes the place of, and its owner where that is allowed."""
+    status = old.stat()
+    with suppress(OSError):
+        os.chown(new, status.st_uid, status.st_gid)
+    shutil.copystat(old, new) if new.is_dir() else shutil.copymode(old, new)
+
+
+@contextmanager
+def _place_errors_named(
+    output: Path,
+    resolved: Path,
+    remedy: str = "nothing was left behind. Make room or give another output path.",
+) -> Iterator[None]:
     """Turns the system's errors about the output's place into one line that names the output."""
     try:
         yield
@@ -91,8 +196,7 @@ def _place_errors_named(output: Path, resolved: Path) -> Iterator[None]:
         if not _is_about_the_place(error, resolved):
             raise
         raise OutputError(
-            f"{output} cannot be written: {error.strerror or error}; nothing was left behind. "
-            "Make room or give another output path."
+            f"{output} cannot be written: {error.strerror or error}; {remedy}"
         ) from error
 
 
@@ -175,11 +279,29 @@ def _commit(staging: Path, resolved: Path, output: Path, overwrite: bool) -> Non
         staging.rename(resolved)
         return
     _check_replaceable(output, resolved, overwrite)  # it may have appeared while we worked
-    if exchange(staging, resolved):
-        return
-    replaced = staging.parent / "replaced"
-    resolved.rename(replaced)
-    staging.rename(resolved)  # should this fail, `_remove` puts the old one back
+    _exchange(staging, resolved)
+
+
+def _exchange(staging: Path, resolved: Path) -> None:
+    """Have the finished directory and the old one change places."""
+    stands_in_it = _working_directory_in(resolved)
+    if not exchange(staging, resolved):
+        replaced = staging.parent / "replaced"
+        resolved.rename(replaced)
+        staging.rename(resolved)  # should this fail, `_remove` puts the old one back
+    if stands_in_it is not None:
+        with suppress(OSError):
+            os.chdir(stands_in_it)
+        announce(f"{resolved} is a new directory now: a shell that stands in it needs cd .")
+
+
+def _working_directory_in(resolved: Path) -> Path | None:
+    """The working directory, where it is the directory or lies in it."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        return None
+    return here if here.is_relative_to(resolved) else None
 
 
 def _remove(work: Path, resolved: Path) -> None:
@@ -207,5 +329,6 @@ def _is_about_the_place(error: OSError, resolved: Path) -> bool:
     return (
         path == resolved
         or path in resolved.parents
+        or resolved in path.parents
         or any(part.startswith(_work_prefix(resolved)) for part in path.parts)
     )

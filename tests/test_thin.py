@@ -248,7 +248,7 @@ def test_a_record_that_is_interrupted_leaves_it_unproven_and_can_be_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bake.journal.sync", die)
+        patch.setattr("bake.staging.sync", die)
         with pytest.raises(KeyboardInterrupt):
             verify(out, base=str(base))
     assert hash_files(out) == before

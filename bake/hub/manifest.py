@@ -16,7 +16,6 @@ from typing import Any
 from bake.errors import HubError
 from bake.hashing import hash_files, list_files
 from bake.hub.errors import one_line
-from bake.journal import finish_changes
 
 REQUIRED_FILES = ("config.json", "bake.json", "README.md")
 
@@ -62,7 +61,6 @@ def read_manifest(directory: Path, *, unproven_allowed: bool = False) -> Manifes
     A thin bake is accepted unproven, for its card says so; another only with `unproven_allowed`, and
     only where it says so itself. Raises HubError naming what is not as it should be.
     """
-    finish_changes(directory)
     names = file_names(directory)
     for name in REQUIRED_FILES:
         if name not in names:

@@ -117,24 +117,17 @@ def publish_strengths(
 
 
 def _make_strength(directory: Path, target: Path, multiplier: float) -> None:
-    """Copy a bake, its unpatched shards as hard links where the file system has them, and rescale it."""
-    patched = _patched_files(directory)
+    """Copy a bake, its shards as hard links where the file system has them, and rescale it.
+
+    Rescaling writes into no file that is there, so the bake's own shards stay as they are.
+    """
     for name in list_files(directory):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".safetensors") and name not in patched:
+        if name.endswith(".safetensors"):
             _link((directory / name).resolve(), target / name)
         else:
             shutil.copyfile(directory / name, target / name)
     rescale(target, multiplier, revision=branch_of(multiplier))
-
-
-def _patched_files(directory: Path) -> set[str]:
-    """The shards in which rescaling changes bytes where they lie."""
-    from bake.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(str(directory))
-    slots = read_record(directory)["plan"]["slots"]
-    return {checkpoint.entry(slot["name"]).file for slot in slots if not slot["is_new"]}
 
 
 def _link(source: Path, target: Path) -> None:
