@@ -15,7 +15,7 @@ from bake.activations import TOKENS, PairActivations, read_activations
 from bake.direction import Direction, normalise
 from bake.errors import DirectionError
 from bake.model import LoadedModel
-from bake.pairs import ContrastPair, encode_pairs, read_pairs
+from bake.pairs import ContrastPair, describe_template, encode_pairs, read_pairs
 from bake.prompts import position_limit
 from bake.sites import LayerStructure
 
@@ -57,6 +57,7 @@ def find_direction(
         "token": str(token),
         "pairs": str(len(pairs)),
         "model": model_name,
+        **describe_template(tokenizer, pairs, chat_template),
     }
     vectors: dict[int | None, torch.Tensor] = dict(fit_directions(read, method).items())
     return Direction(vectors, site, metadata)

@@ -18,7 +18,13 @@ from bake.direction import SCALE_KEY, Direction, normalise
 from bake.errors import DirectionError
 from bake.model import LoadedModel
 from bake.optimization import KL_WEIGHT, STEPS, check_training, optimize_push
-from bake.pairs import CHAT_TEMPLATES, ContrastPair, encode_pairs, read_pairs
+from bake.pairs import (
+    CHAT_TEMPLATES,
+    ContrastPair,
+    describe_template,
+    encode_pairs,
+    read_pairs,
+)
 from bake.progress import announce
 from bake.prompts import encode as encode_texts
 from bake.prompts import position_limit, read_prompts
@@ -145,6 +151,7 @@ def extract(
         )
     elif separation.warning:
         announce(separation.warning)
+    extra |= describe_template(tokenizer, pairs, options.chat_template)
     return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 
 

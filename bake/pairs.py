@@ -17,15 +17,20 @@ from bake.errors import DirectionError, PromptError
 from bake.progress import announce
 from bake.prompts import Encoded, encode, read_jsonl
 from bake.resources import find_set, shipped_sets
+from bake.texts.rendering import (
+    TEMPLATE_DATE,
+    Conversation,
+    Message,
+    Rendering,
+    has_template,
+    reads_date,
+    render,
+)
 
 CHAT_TEMPLATES = ("auto", "never")
 COLUMNS = ("prompt", "positive", "negative", "messages")
 # What files say about a pair and no direction is found from.
 NOTES = ("id", "topic", "category", "source", "comment", "split")
-# Templates that print today's date would give another direction tomorrow.
-DATE = "26 Jul 2024"
-
-Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -169,11 +174,15 @@ def _messages(value: Any, place: str) -> tuple[Message, ...]:
 
 @dataclass(frozen=True)
 class _Span:
-    """A text ready for the tokenizer and the characters [start, stop) of its completion."""
+    """A text ready for the tokenizer and the characters [start, stop) of its completion.
+
+    rendered: by a chat template, which has already written the special tokens.
+    """
 
     text: str
     start: int
     stop: int
+    rendered: bool
 
 
 def encode_pairs(
@@ -189,21 +198,12 @@ def encode_pairs(
     template where it has one; "never" leaves plain texts as they are. Raises PromptError for a
     conversation without a template or one that the template refuses.
     """
-    templated = _has_template(tokenizer, chat_template)
-    spans: list[_Span] = []
-    rendered: list[bool] = []
-    for number, pair in enumerate(pairs, start=1):
-        chat = _as_chat(pair) if templated else pair
-        rendered += [chat.before is not None] * 2
-        spans += _spans(tokenizer, chat, number, templated)
-    if templated and any(rendered):
-        announce(
-            "the tokenizer's chat template is applied: completions are the assistant's replies"
-        )
-    encoded = _encode_spans(tokenizer, spans, rendered)
+    templated = _is_templated(tokenizer, chat_template)
+    spans = _spans(tokenizer, [_as_chat(pair) if templated else pair for pair in pairs], templated)
+    encoded = _encode_spans(tokenizer, spans)
     completions = [
-        _completion_positions(tokenizer, text, span, is_chat)
-        for text, span, is_chat in zip(encoded, spans, rendered, strict=True)
+        _completion_positions(tokenizer, text, span)
+        for text, span in zip(encoded, spans, strict=True)
     ]
     found = [
         EncodedPair(
@@ -218,16 +218,26 @@ def encode_pairs(
 
 def is_rendered(tokenizer: Any, pair: ContrastPair, chat_template: str) -> bool:
     """Tell whether `encode_pairs` renders a pair by the tokenizer's chat template, or has to refuse it."""
-    templated = _has_template(tokenizer, chat_template)
+    templated = _is_templated(tokenizer, chat_template)
     return pair.before is not None or (templated and bool(pair.prompt.strip()))
 
 
-def _has_template(tokenizer: Any, chat_template: str) -> bool:
+def describe_template(
+    tokenizer: Any, pairs: Sequence[ContrastPair], chat_template: str
+) -> dict[str, str]:
+    """Return what is recorded of a template that renders pairs: the day that it saw, if it asks for one."""
+    rendered = any(is_rendered(tokenizer, pair, chat_template) for pair in pairs)
+    if not rendered or not has_template(tokenizer) or not reads_date(tokenizer):
+        return {}
+    return {"template_date": TEMPLATE_DATE.isoformat()}
+
+
+def _is_templated(tokenizer: Any, chat_template: str) -> bool:
     if chat_template not in CHAT_TEMPLATES:
         raise PromptError(
             f"unknown chat template {chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"
         )
-    return chat_template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+    return chat_template == "auto" and has_template(tokenizer)
 
 
 def _as_chat(pair: ContrastPair) -> ContrastPair:
@@ -238,72 +248,71 @@ def _as_chat(pair: ContrastPair) -> ContrastPair:
     return ContrastPair("", pair.positive.strip(), pair.negative.strip(), (asked, asked))
 
 
-def _spans(tokenizer: Any, pair: ContrastPair, number: int, templated: bool) -> list[_Span]:
-    texts = (pair.positive, pair.negative)
-    if pair.before is None:
-        start = len(pair.prompt)
-        return [_Span(pair.prompt + text, start, start + len(text)) for text in texts]
-    if not templated:
-        raise PromptError(
-            f"pair {number} is a conversation and no chat template is applied: "
-            "write prompt, positive and negative as plain texts"
-        )
-    spans = []
-    for before, text in zip(pair.before, texts, strict=True):
-        text = text.strip()
-        if pair.role == "assistant":
-            # What the model would have seen when it wrote this reply, and nothing after it.
-            opening = _render(tokenizer, before, number, generate=True)
-            spans.append(_Span(opening + text, len(opening), len(opening) + len(text)))
+def _spans(tokenizer: Any, pairs: Sequence[ContrastPair], templated: bool) -> list[_Span]:
+    """Return both texts of every pair, conversations rendered and said to be."""
+    conversations: list[Conversation] = []
+    for number, pair in enumerate(pairs, start=1):
+        if pair.before is None:
             continue
-        messages = (*before, {"role": pair.role, "content": text})
-        whole = _render(tokenizer, messages, number, generate=False)
-        start = whole.rfind(text)
-        if start < 0:
-            raise PromptError(f"pair {number}: the chat template changes the last message's text")
-        spans.append(_Span(whole, start, start + len(text)))
+        if not templated:
+            raise PromptError(
+                f"pair {number} is a conversation and no chat template is applied: "
+                "write prompt, positive and negative as plain texts"
+            )
+        for before, text in zip(pair.before, (pair.positive, pair.negative), strict=True):
+            # What the model would have seen when it wrote this reply, and nothing after it.
+            opens = pair.role == "assistant"
+            last = () if opens else ({"role": pair.role, "content": text.strip()},)
+            conversations.append(Conversation((*before, *last), opens, f"pair {number}"))
+    if conversations:
+        rendering = render(tokenizer, conversations)
+        _announce_template(rendering)
+        texts = iter(rendering.texts)
+    spans = []
+    for number, pair in enumerate(pairs, start=1):
+        for text in (pair.positive, pair.negative):
+            if pair.before is None:
+                whole = pair.prompt + text
+                spans.append(_Span(whole, len(pair.prompt), len(whole), rendered=False))
+            else:
+                spans.append(_place(next(texts), text.strip(), pair.role, number))
     return spans
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], number: int, *, generate: bool) -> str:
-    from jinja2 import TemplateError
+def _place(rendered: str, text: str, role: str, number: int) -> _Span:
+    """Put a reply behind the opening that was rendered for it, or find a message where it was rendered."""
+    if role == "assistant":
+        return _Span(rendered + text, len(rendered), len(rendered) + len(text), rendered=True)
+    start = rendered.rfind(text)
+    if start < 0:
+        raise PromptError(f"pair {number}: the chat template changes the last message's text")
+    return _Span(rendered, start, start + len(text), rendered=True)
 
-    options: dict[str, Any] = {"date_string": DATE}
-    if "enable_thinking" in str(tokenizer.chat_template):
-        options["enable_thinking"] = False
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=generate,
-                **options,
-            )
+
+def _announce_template(rendering: Rendering) -> None:
+    announce("the tokenizer's chat template is applied: completions are the assistant's replies")
+    if rendering.switched:
+        switches = ", ".join(f"{name}=False" for name in rendering.switched)
+        announce(f"the chat template's thoughts are switched off ({switches})")
+    if rendering.closed:
+        announce(
+            f"the chat template leads into a thought; {rendering.closed} ends it, so that completions are "
+            "replies"
         )
-    except (TemplateError, ValueError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise PromptError(
-            f"pair {number}: the chat template refuses these messages (roles: {roles}): {reason}"
-        ) from None
 
 
-def _encode_spans(
-    tokenizer: Any, spans: Sequence[_Span], rendered: Sequence[bool]
-) -> list[Encoded]:
+def _encode_spans(tokenizer: Any, spans: Sequence[_Span]) -> list[Encoded]:
     """Tokenise rendered texts without the special tokens that the template has already written."""
     encoded: dict[int, Encoded] = {}
     for is_chat in (False, True):
-        chosen = [index for index, flag in enumerate(rendered) if flag == is_chat]
+        chosen = [index for index, span in enumerate(spans) if span.rendered == is_chat]
         texts = [spans[index].text for index in chosen]
         found = encode(tokenizer, texts, None, special_tokens=not is_chat)
         encoded.update(zip(chosen, found, strict=True))
     return [encoded[index] for index in range(len(spans))]
 
 
-def _completion_positions(
-    tokenizer: Any, text: Encoded, span: _Span, is_chat: bool
-) -> tuple[int, ...]:
+def _completion_positions(tokenizer: Any, text: Encoded, span: _Span) -> tuple[int, ...]:
     """Return the content tokens that end inside the completion; the last one before it where none does."""
     content = [position for position, is_content in enumerate(text.content) if is_content]
     if not content:
@@ -317,7 +326,7 @@ def _completion_positions(
         tokenizer,
         [span.text[: span.start], span.text[: span.stop]],
         None,
-        special_tokens=not is_chat,
+        special_tokens=not span.rendered,
     )
     first, last = (_common(text.ids, edge.ids) for edge in edges)
     inside = [p for p in content if (first if span.start else 0) <= p < last]

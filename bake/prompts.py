@@ -11,20 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from bake.errors import CheckpointError, PromptError
 from bake.io import pretrained
 from bake.progress import announce
 from bake.resources import find_set, shipped_sets
+from bake.support.text import one_line
 
 if TYPE_CHECKING:
     import torch
 
 MAX_TOKENS = 512  # per prompt; longer prompts are cut, because norms settle long before
 BATCH_TOKENS = 2048  # per forward, padding included
+
+# {tokenizer: rows of the embedding of the model that it was loaded with}
+_EMBEDDINGS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -125,15 +132,71 @@ def read_text(path: Path) -> str:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Load the checkpoint's own tokenizer. Raises CheckpointError where there is none."""
+    """Load the checkpoint's own tokenizer.
+
+    Raises CheckpointError where there is none, where it is broken, and where its tokens go beyond the
+    embedding of the model in the same directory.
+    """
+    with _failures_of("has no tokenizer that transformers can load", directory.name):
+        tokenizer = pretrained.load_tokenizer(directory)
+    rows = _embedding_rows(directory)
+    if rows is not None:
+        _EMBEDDINGS[tokenizer] = rows
+        _check_vocabulary(tokenizer, directory.name, rows)
+    return tokenizer
+
+
+@contextmanager
+def _failures_of(what: str, name: str) -> Iterator[None]:
+    """Tell in one line what a tokenizer of others raised, panics of the tokenizers library included."""
     try:
-        return pretrained.load_tokenizer(directory)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Somebody wants to stop.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{directory.name} has no tokenizer that transformers can load ({reason}); bake needs it to "
-            f"run prompts: put the tokenizer's files into the directory"
+            f"{name} {what} ({one_line(reason)}); bake needs it to run prompts: put the tokenizer's own "
+            "files into the directory"
         ) from None
+
+
+def _embedding_rows(directory: Path) -> int | None:
+    """Return how many tokens the model in a directory knows; None where its config does not say."""
+    from transformers import AutoConfig
+
+    if not (directory / "config.json").is_file():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+    except Exception:  # What is wrong with a config is told where it is read.
+        return None
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def _check_vocabulary(tokenizer: Any, name: str, rows: int) -> None:
+    """Raise CheckpointError where ordinary tokens go beyond the embedding; say it of added ones.
+
+    Gemma 3 has an added token for images that its text models have no row for.
+    """
+    with _failures_of("has a tokenizer whose vocabulary cannot be read", name):
+        ids = tokenizer.get_vocab()
+        added = set(tokenizer.added_tokens_decoder)
+        beyond = {index: token for token, index in ids.items() if index >= rows}
+    if not beyond:
+        return
+    size = max(beyond) + 1
+    if not beyond.keys() <= added:
+        raise CheckpointError(
+            f"{name}: the tokenizer has {size} tokens and the model's embedding {rows} rows, so they do "
+            "not belong together; put the model's own tokenizer files into the directory"
+        )
+    first = one_line(beyond[min(beyond)], 40)
+    announce(
+        f"{name}: the tokenizer has {size} tokens with those that were added to it and the model's "
+        f"embedding {rows} rows; a text with {first} cannot be run"
+    )
 
 
 def encode(
@@ -148,36 +211,76 @@ def encode(
 
     max_tokens: what is wanted of a text; None keeps all of it. limit: the positions that the model has
     (see `position_limit`); texts cut because of it are announced. special_tokens: whether the
-    tokenizer puts its own around the text, which a rendered chat template already has.
+    tokenizer puts its own around the text, which a rendered chat template already has; a text that
+    begins with them gets no others. Raises CheckpointError for a token that the model has no row for.
     """
     caps = [cap for cap in (max_tokens, limit) if cap is not None]
     options: dict[str, Any] = {"truncation": True, "max_length": min(caps)} if caps else {}
-    encoded = _tokenise(tokenizer, texts, add_special_tokens=special_tokens, **options)
+    encoded = _tokenise(tokenizer, texts, special_tokens, **options)
     if limit is not None and limit == min(caps):
         full = [text for text, cut in zip(texts, encoded, strict=True) if len(cut.ids) == limit]
-        lengths = [len(text.ids) for text in _tokenise(tokenizer, full)]
+        lengths = [len(text.ids) for text in _tokenise(tokenizer, full, special_tokens)]
         cut = sum(length > limit for length in lengths)
         if cut:
             announce(f"{cut} of {len(texts)} texts cut to the model's {limit} positions")
     return encoded
 
 
-def _tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[Encoded]:
+def without_prefix(tokenizer: Any, text: str) -> str:
+    """Return a text without the special tokens that it begins with and the tokenizer puts there anyway.
+
+    They are what the tokenizer puts before a text, mostly one that marks the beginning (BOS).
+    """
+    return text.removeprefix(_prefix_of(tokenizer, [text]))
+
+
+def _prefix_of(tokenizer: Any, texts: Sequence[str]) -> str:
+    """Return the special tokens that the tokenizer puts before a text, where one of `texts` has them."""
+    if not any(text.startswith(tuple(tokenizer.all_special_tokens)) for text in texts):
+        return ""
+    (ids,) = tokenizer(["a"], return_offsets_mapping=False, verbose=False)["input_ids"]
+    leading = takewhile(special_ids(tokenizer).__contains__, ids)
+    return "".join(tokenizer.convert_ids_to_tokens(list(leading)))
+
+
+def _tokenise(
+    tokenizer: Any, texts: Sequence[str], special_tokens: bool, **options: Any
+) -> list[Encoded]:
     if not texts:
         return []
-    special = special_ids(tokenizer)
-    result = tokenizer(
-        list(texts), return_offsets_mapping=bool(tokenizer.is_fast), verbose=False, **options
-    )
-    offsets = result.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in result["input_ids"]]
-    return [
-        Encoded(
-            tuple(ids),
-            tuple(position > 0 and token not in special for position, token in enumerate(ids)),
-            tuple((int(start), int(stop)) for start, stop in places),
+    rows = _EMBEDDINGS.get(tokenizer)
+    with _failures_of("has a tokenizer that fails", "the model"):
+        special = special_ids(tokenizer)
+        prefix = _prefix_of(tokenizer, texts) if special_tokens else ""
+        result = tokenizer(
+            [text.removeprefix(prefix) for text in texts],
+            add_special_tokens=special_tokens,
+            return_offsets_mapping=bool(tokenizer.is_fast),
+            verbose=False,
+            **options,
         )
-        for ids, places in zip(result["input_ids"], offsets, strict=True)
-    ]
+    offsets = result.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in result["input_ids"]]
+    encoded = []
+    for text, ids, places in zip(texts, result["input_ids"], offsets, strict=True):
+        if rows is not None and max(ids, default=0) >= rows:
+            token = one_line(tokenizer.convert_ids_to_tokens(max(ids)), 40)
+            raise CheckpointError(
+                f"the tokenizer makes token {max(ids)} ({token}) of {text[:40]!r} and the model's "
+                f"embedding has {rows} rows: put the model's own tokenizer files beside it"
+            )
+        # Offsets count in the text as it was given.
+        shift = len(prefix) if prefix and text.startswith(prefix) else 0
+        encoded.append(
+            Encoded(
+                tuple(ids),
+                tuple(position > 0 and token not in special for position, token in enumerate(ids)),
+                tuple(
+                    (int(start) + shift, int(stop) + shift) if stop else (0, 0)
+                    for start, stop in places
+                ),
+            )
+        )
+    return encoded
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

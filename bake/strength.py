@@ -6,8 +6,8 @@ and without controls: it chooses a multiplier and says why, it does not show tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bake.dose_response import (
@@ -25,7 +25,7 @@ from bake.dose_response import (
     summarise,
 )
 from bake.errors import BakeError
-from bake.pairs import read_pairs
+from bake.pairs import describe_template, read_pairs
 from bake.prompts import read_prompts
 from bake.resources import tried_on
 
@@ -46,6 +46,7 @@ class MultiplierChoice:
 
     largest: the largest multiplier inside. ended_by: what the next one breaks. pairs: how many
     held-out pairs the shift was measured on. points: each multiplier's figures, four digits of them.
+    template: what `bake.pairs.describe_template` says of the template that the pairs were rendered by.
     """
 
     multiplier: float
@@ -54,10 +55,12 @@ class MultiplierChoice:
     bounds: Bounds
     pairs: int
     points: tuple[dict[str, float | None], ...]
+    template: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json` and the card."""
-        return {**asdict(self), "reason": self.describe()}
+        values = asdict(self)
+        return {**values, **values.pop("template"), "reason": self.describe()}
 
     def describe(self) -> str:
         """Return the choice and its reason as a sentence."""
@@ -135,6 +138,7 @@ def choose_multiplier(
         bounds,
         len(texts.pairs),
         tuple(_in_short(point) for point in points[1:]),
+        describe_template(tokenizer, texts.pairs, texts.chat_template),
     )
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bake.config_text import edit_json
-from bake.errors import CheckpointError
+from bake.errors import CheckpointError, PromptError
 from bake.loading import quiet_transformers
 from bake.prompts import load_tokenizer, read_prompts
+from bake.texts.rendering import Conversation, has_template, render
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERIC_CLASS = "TokenizersBackend"  # reads tokenizer.json and builds nothing anew
@@ -91,19 +92,20 @@ def _differences(base: Any, output: Any, texts: Sequence[str]) -> Iterator[str]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(output, name) != getattr(base, name):
             yield f"{name} is {getattr(output, name)}, not {getattr(base, name)}"
-    if _render(output) != _render(base):
+    if _template_of(output) != _template_of(base) and _render(output) != _render(base):
         yield "the chat template renders a conversation otherwise"
+
+
+def _template_of(tokenizer: Any) -> Any:
+    """Return all that decides what a chat template renders."""
+    return tokenizer.chat_template, tokenizer.special_tokens_map
 
 
 def _render(tokenizer: Any) -> Any:
     """Return a conversation as the chat template gives it, or the template's own refusal."""
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
+    if not has_template(tokenizer):
         return None
     try:
-        return tokenizer.apply_chat_template(
-            list(CONVERSATION), tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+        return render(tokenizer, [Conversation(CONVERSATION, True, "a conversation")]).texts
+    except PromptError as error:
+        return str(error)

@@ -1,6 +1,8 @@
 """Prompts: what files may hold, which tokens are content, how batches are padded."""
 
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +10,15 @@ from conftest import PROMPTS, byte_tokenizer
 from transformers import AddedToken
 
 from bake.errors import CheckpointError, PromptError
-from bake.prompts import Encoded, encode, load_tokenizer, make_batches, read_jsonl, read_prompts
+from bake.prompts import (
+    Encoded,
+    encode,
+    load_tokenizer,
+    make_batches,
+    read_jsonl,
+    read_prompts,
+    without_prefix,
+)
 
 
 def write(path, text):
@@ -189,3 +199,100 @@ def test_what_editors_and_languages_put_into_files(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone\r\ntwo\r\n".encode())
     assert read_prompts(path) == ["one", "two"]
+
+
+def test_a_text_that_begins_with_the_beginning_of_sequence_gets_no_other_one():
+    tokenizer = byte_tokenizer()
+    assert tokenizer("<s>abc")["input_ids"][:2] == [1, 1]  # What the tokenizer does by itself.
+    plain, marked = encode(tokenizer, ["abc", "<s>abc"])
+    assert marked.ids == plain.ids
+    assert marked.content == plain.content
+    assert marked.offsets == ((0, 0), (3, 4), (4, 5), (5, 6))
+    cut, marked_cut = encode(tokenizer, ["a" * 30, "<s>" + "a" * 30], max_tokens=10)
+    assert marked_cut.ids == cut.ids
+    assert without_prefix(tokenizer, "<s>abc") == "abc"
+
+
+def test_a_tokenizer_that_puts_nothing_first_leaves_the_text_as_it_is():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    (text,) = encode(tokenizer, ["<s>ab"])
+    assert text.ids[0] == 1
+    assert text.offsets == ((0, 3), (3, 4), (4, 5))
+    assert without_prefix(tokenizer, "<s>ab") == "<s>ab"
+
+
+def copy_model(llama, tmp_path, **config):
+    directory = tmp_path / "copy"
+    shutil.copytree(llama, directory)
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, **config}))
+    return directory
+
+
+def test_a_tokenizer_beyond_the_embedding_names_both_sizes(llama, tmp_path):
+    with pytest.raises(CheckpointError, match=r"tokenizer has 259 tokens and .*embedding 100 rows"):
+        load_tokenizer(copy_model(llama, tmp_path, vocab_size=100))
+
+
+def test_an_added_token_beyond_the_embedding_is_said_and_its_text_refused(llama, tmp_path, capsys):
+    directory = copy_model(llama, tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])
+    tokenizer.save_pretrained(directory)
+    loaded = load_tokenizer(directory)
+    assert "tokenizer has 260 tokens" in (said := capsys.readouterr().err)
+    assert "embedding 259 rows" in said
+    assert len(encode(loaded, ["fine"])) == 1
+    with pytest.raises(
+        CheckpointError, match=r"makes token 259 \(<image>\) of 'a<image>'.*259 rows"
+    ):
+        encode(loaded, ["a<image>"])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"model": 5}', "[" * 5000, '{"model": {"type": "BPE"}}']
+)
+def test_a_broken_tokenizer_is_one_line(llama, tmp_path, content):
+    directory = copy_model(llama, tmp_path)
+    (directory / "tokenizer.json").write_text(content)
+    with pytest.raises(
+        CheckpointError, match="has no tokenizer that transformers can load"
+    ) as caught:
+        load_tokenizer(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "5",
+        '{"tokenizer_class": 5}',
+        '{"added_tokens_decoder": [1]}',
+        '{"bos_token": {"a": 1}}',
+    ],
+)
+def test_a_tokenizer_config_of_wrong_types_is_one_line_or_none(llama, tmp_path, content):
+    directory = copy_model(llama, tmp_path)
+    (directory / "tokenizer_config.json").write_text(content)
+    with contextlib.suppress(CheckpointError):  # Anything else is a traceback.
+        load_tokenizer(directory)
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line():
+    class PanicException(BaseException):
+        """Named as the one that Rust's panics become, which is no Exception."""
+
+    class Panicking:
+        is_fast = True
+        all_special_ids = all_special_tokens = ()
+        added_tokens_decoder: dict = {}  # noqa: RUF012
+
+        def __call__(self, *_, **__):
+            raise PanicException("called `Option::unwrap()` on a `None` value\nat src/lib.rs")
+
+    with pytest.raises(
+        CheckpointError, match=r"fails \(called `Option::unwrap\(\)` on a `None` value\)"
+    ):
+        encode(Panicking(), ["a"])

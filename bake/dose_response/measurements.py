@@ -22,7 +22,7 @@ from bake.errors import PromptError
 from bake.model import LoadedModel, decode
 from bake.pairs import ContrastPair, encode_pairs, is_rendered
 from bake.progress import track
-from bake.prompts import Encoded, encode, position_limit
+from bake.prompts import Encoded, encode, position_limit, without_prefix
 from bake.sampling import draw_noise
 from bake.sites import LayerStructure
 
@@ -171,7 +171,8 @@ def measure_rollouts(
         index, opening = numbered
         found: Measurements = {}
         for group, prefix in _by_instruction(arms):
-            prompt = _without_end(encode(tokenizer, [prefix + opening], None)[0].ids, stop)
+            text = _put_before(tokenizer, prefix, opening)
+            prompt = _without_end(encode(tokenizer, [text], None)[0].ids, stop)
             plain = _without_end(encode(tokenizer, [opening], None)[0].ids, stop)
             rows = [(arm, sample) for arm in group for sample in range(sampling.samples)]
             if not prompt:
@@ -214,7 +215,7 @@ def _encode(
 
     What a direction is found from as a conversation is scored as one; `prefix` opens what is asked then.
     """
-    asked = [_ask(pair, prefix) for pair in pairs]
+    asked = [_ask(tokenizer, pair, prefix) for pair in pairs]
     chats = [pair for pair in asked if is_rendered(tokenizer, pair, chat_template)]
     rendered = iter(encode_pairs(tokenizer, chats, chat_template=chat_template) if chats else ())
     found = []
@@ -229,12 +230,17 @@ def _encode(
     return found
 
 
-def _ask(pair: ContrastPair, prefix: str) -> ContrastPair:
+def _put_before(tokenizer: Any, prefix: str, text: str) -> str:
+    """Put an instruction before a text, which then begins no sequence."""
+    return prefix + without_prefix(tokenizer, text) if prefix else text
+
+
+def _ask(tokenizer: Any, pair: ContrastPair, prefix: str) -> ContrastPair:
     """Put an instruction before what a pair begins with."""
     if not prefix:
         return pair
     if pair.before is None:
-        return replace(pair, prompt=prefix + pair.prompt)
+        return replace(pair, prompt=_put_before(tokenizer, prefix, pair.prompt))
     first, second = (
         ({**messages[0], "content": prefix + messages[0]["content"]}, *messages[1:])
         if messages

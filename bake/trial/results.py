@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished sweep: what it found and where it was written."""
+    """A finished sweep: what it found and where it was written.
+
+    template: what `bake.pairs.describe_template` says of the template that the pairs were rendered by.
+    """
 
     output: Path
     base: Base
     direction: Direction
     found: DoseResponse
     texts: Texts
+    template: Mapping[str, str] = field(default_factory=dict)
     attribution: Attribution | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
@@ -40,6 +44,7 @@ class Trial:
                 "pairs": len(self.texts.pairs),
                 "neutral": len(self.texts.neutral),
                 "openings": len(self.texts.openings),
+                **self.template,
             },
             **self.found.to_dict(),
         }

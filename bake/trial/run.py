@@ -16,6 +16,7 @@ from bake.dose_response.attribution import attribute
 from bake.dose_response.store import Store
 from bake.errors import BakeError
 from bake.formats import fit_direction, read_direction
+from bake.pairs import describe_template
 from bake.progress import announce
 from bake.prompts import load_tokenizer, read_prompts
 from bake.streaming import choose_placement
@@ -60,6 +61,7 @@ def sweep(options: TrialOptions) -> Trial:
     output = prepare_directory(Path(options.output))
     store = Store(output, fingerprint_of(base, direction, design, texts, prompts))
     tokenizer = load_tokenizer(base.checkpoint.directory)
+    template = describe_template(tokenizer, texts.pairs, texts.chat_template)
     with clock.stage("load"):
         loaded = load_base(base.checkpoint, placement)
     given = loaded, base.anatomy.structure, tokenizer
@@ -72,7 +74,7 @@ def sweep(options: TrialOptions) -> Trial:
             *given, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
         )
         for found in swept:
-            trial = Trial(output, base, direction, found, texts)
+            trial = Trial(output, base, direction, found, texts, template)
             write_report(trial, complete=False)
     if options.by_layer:
         with clock.stage("by layer"):
