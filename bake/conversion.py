@@ -198,7 +198,7 @@ def _plan(directory: Path, files: WeightFiles) -> list[_Shard]:
 def _tied_names(directory: Path) -> dict[str, str]:
     """{name: the name that it is tied to}, as transformers knows the architecture; else nothing.
 
-    An architecture that transformers does not know is refused later, where it is examined.
+    A config that makes no model, for whatever reason, is refused later, where it is examined.
     """
     from transformers import AutoConfig
 
@@ -206,7 +206,7 @@ def _tied_names(directory: Path) -> dict[str, str]:
 
     try:
         model = build_on_meta(AutoConfig.from_pretrained(directory))
-    except (OSError, ValueError, KeyError):
+    except Exception:
         return {}
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
