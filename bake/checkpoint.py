@@ -25,6 +25,7 @@ from bake.download import (
     download_description,
 )
 from bake.errors import CheckpointError
+from bake.io.foreign_config import check_config
 from bake.io.foreign_json import read_json_text
 from bake.io.git_lfs import check_pointer
 from bake.io.hub_cache import identify
@@ -238,7 +239,9 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(
             f"{directory} has no config.json: give the directory of a transformers checkpoint."
         )
-    return read_json_text(path)
+    values, text = read_json_text(path)
+    check_config(values, path)
+    return values, text
 
 
 def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:

@@ -201,13 +201,13 @@ def _plan(directory: Path, files: WeightFiles) -> list[_Shard]:
 def _tied_names(directory: Path) -> dict[str, str]:
     """{name: the name that it is tied to}, as transformers knows the architecture; else nothing.
 
-    An architecture that transformers does not know is refused later, where it is examined.
+    A config that makes no model, for whatever reason, is refused later, where it is examined.
     """
     from bake.loading import build_on_meta
 
     try:
         model = build_on_meta(load_config(directory))
-    except (OSError, ValueError, KeyError):
+    except Exception:
         return {}
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 

@@ -7,16 +7,19 @@ machines without bfloat16 arithmetic nearly three times as fast.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from bake.errors import CheckpointError, PromptError, UnsupportedError
+from bake.errors import BakeError, CheckpointError, PromptError
+from bake.io.foreign_config import check_methods, config_errors_named
 from bake.io.pretrained import load_config
 from bake.loading import load_pretrained
 from bake.prompts import TokenBatch, position_limit
 from bake.streaming import CheckpointWeights, Placement, stream_model
+from bake.support.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +50,10 @@ class LoadedModel:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """Load a checkpoint's config as transformers' class; raise UnsupportedError where it has none."""
-    try:
-        return load_config(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(
-            f"{directory.name}: transformers cannot read its config.json ({reason})"
-        ) from None
+    with config_errors_named(directory):
+        config = load_config(directory)
+        check_methods(config, directory)
+    return config
 
 
 def default_device() -> torch.device:
@@ -80,18 +80,30 @@ def load_model(
     import torch
 
     if placement is not None:
-        streamed, weights, report, main = stream_model(directory, dtype, placement)
+        with _load_errors_named(directory):
+            streamed, weights, report, main = stream_model(directory, dtype, placement)
         return LoadedModel(streamed, report, main, weights)
     device = device or default_device()
     chosen: Any = (
         getattr(torch, dtype) if dtype else ("auto" if device.type != "cpu" else torch.float32)
     )
-    try:
+    with _load_errors_named(directory):
         model, report = load_pretrained(directory, dtype=chosen)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"transformers cannot load {directory.name}: {reason}") from None
     return LoadedModel(model.eval().to(device), report, device)
+
+
+@contextmanager
+def _load_errors_named(directory: Path) -> Iterator[None]:
+    """Turn whatever loading a stranger's checkpoint raises into one line; running out of memory too."""
+    try:
+        yield
+    except BakeError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"transformers cannot load {directory.name}: {one_line(reason)}"
+        ) from None
 
 
 class ForwardBatch(Protocol):

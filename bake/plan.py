@@ -198,7 +198,7 @@ def _dtype_beside(checkpoint: Checkpoint, weight: str) -> str:
     nested = checkpoint.config.get("text_config")
     for values in (nested if isinstance(nested, Mapping) else {}, checkpoint.config):
         stated = values.get("dtype") or values.get("torch_dtype")
-        if stated in FLOAT_DTYPES:
+        if isinstance(stated, str) and stated in FLOAT_DTYPES:
             return FLOAT_DTYPES[stated]
     # The norms are never quantised.
     counted = Counter(e.dtype for e in checkpoint.tensors.values() if len(e.shape) == 1)

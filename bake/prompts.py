@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from bake.errors import CheckpointError, PromptError
+from bake.errors import BakeError, CheckpointError, PromptError
 from bake.io import pretrained
 from bake.progress import announce
 from bake.resources import find_set, shipped_sets
@@ -151,6 +151,8 @@ def _failures_of(what: str, name: str) -> Iterator[None]:
     """Tell in one line what a tokenizer of others raised, panics of the tokenizers library included."""
     try:
         yield
+    except BakeError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Somebody wants to stop.
@@ -163,12 +165,10 @@ def _failures_of(what: str, name: str) -> Iterator[None]:
 
 def _embedding_rows(directory: Path) -> int | None:
     """Return how many tokens the model in a directory knows; None where its config does not say."""
-    from transformers import AutoConfig
-
     if not (directory / "config.json").is_file():
         return None
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = pretrained.load_config(directory)
         rows = getattr(config.get_text_config(), "vocab_size", None)
     except Exception:  # What is wrong with a config is told where it is read.
         return None

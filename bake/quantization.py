@@ -7,6 +7,7 @@ of them: what is quantised keeps its bytes, and a push is stored beside it in th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,9 @@ def dequantizing_options(config: PreTrainedConfig) -> dict[str, Any]:
     values = _quantization_config(config)
     if values is None:
         return {}
-    return {"quantization_config": AutoQuantizationConfig.from_dict({**values, "dequantize": True})}
+    with _errors_named():
+        found = AutoQuantizationConfig.from_dict({**values, "dequantize": True})
+    return {"quantization_config": found}
 
 
 def dequantizer(config: PreTrainedConfig) -> Any:
@@ -90,7 +93,8 @@ def dequantizer(config: PreTrainedConfig) -> Any:
     values = _quantization_config(config)
     if values is None:
         return None
-    return AutoHfQuantizer.from_config({**values, "dequantize": True}, pre_quantized=True)
+    with _errors_named():
+        return AutoHfQuantizer.from_config({**values, "dequantize": True}, pre_quantized=True)
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -104,6 +108,18 @@ def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
         if hasattr(owner, "quantization_config"):
             del owner.quantization_config
     return plain
+
+
+@contextmanager
+def _errors_named() -> Iterator[None]:
+    """Turn whatever transformers raises over a stranger's quantization_config into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UnsupportedError(
+            f"the quantization_config in config.json is none that transformers can use "
+            f"({one_line(error)}); download it again, or bake the unquantised base"
+        ) from None
 
 
 def _quantization_config(config: PreTrainedConfig) -> dict[str, Any] | None:
