@@ -120,6 +120,8 @@ def export_thin(recipe: Recipe) -> ThinExport:
             files = hash_files(staging)
             text = encode_result({**story, "files": files})
             (staging / RESULT_FILE).write_text(text, encoding="utf-8")
+    for entry in describe_left_out(base, plan):
+        announce(entry.describe())
     return ThinExport(
         output, base, plan, decision, needs, files, equivalence, clock.seconds, peak_memory()
     )
