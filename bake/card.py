@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bake.direction import Direction, direction_bytes
 from bake.figures import FIGURES, alternative, draw_norms, draw_separation
 from bake.front_matter import compose_front_matter
+from bake.io import left_out
 from bake.licences import card_lines
 from bake.record import CARD_FILE, DIRECTION_FILE, count_added_layers
 from bake.resources import shipped
@@ -91,7 +92,12 @@ def render_card(values: Mapping[str, Any]) -> str:
     return (
         card_environment()
         .get_template(CARD_TEMPLATE)
-        .render(**values, front_matter=head, licence_lines=card_lines(values.get("licence") or {}))
+        .render(
+            **values,
+            front_matter=head,
+            licence_lines=card_lines(values.get("licence") or {}),
+            left_out_lines=left_out.card_lines(values.get("left_out", ())),
+        )
     )
 
 

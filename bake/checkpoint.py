@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,15 @@ from bake.download import (
     download_bake,
     download_checkpoint,
     download_description,
+    list_repository,
 )
 from bake.errors import CheckpointError
 from bake.io.foreign_config import check_config
 from bake.io.foreign_json import read_json_text
+from bake.io.foreign_paths import leads_out
 from bake.io.git_lfs import check_pointer
 from bake.io.hub_cache import identify
+from bake.io.left_out import is_draft, list_beside
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
@@ -43,6 +46,7 @@ from bake.weight_files import WeightFiles, find_weight_files
 if TYPE_CHECKING:
     import torch
 
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, of a directory without a model
 # A blob of the Hub's cache that was stored as a large file is named by the SHA-256 of its content.
 _BLOB_SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -57,7 +61,8 @@ class Checkpoint:
     index's, None for a single file. `directory` is what to read; it is `source`, the user's or the
     Hub's, but for pickled weights: these are `converted` into one that goes with this object.
     `pickled` says so. `headers_only`: nothing more may be read. `hashes` are those that the Hub told,
-    SHA-256 by file.
+    SHA-256 by file. `drafts` are files of multi-token prediction beside the weights that can be carried,
+    `beside` whatever else lies there, see `bake.io.left_out`.
     """
 
     directory: Path
@@ -74,6 +79,8 @@ class Checkpoint:
     pickled: bool = False
     headers_only: bool = False
     hashes: Mapping[str, str] = field(default_factory=dict)
+    drafts: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -180,7 +187,7 @@ def open_checkpoint(
     if headers_only:
         return _read_headers(download_description(model, revision), model)
     directory, sha = download_checkpoint(model, revision)
-    return _read_checkpoint(directory, model, sha)
+    return _read_checkpoint(directory, model, sha, list_repository(model, sha or revision))
 
 
 def open_description(model: str, *, revision: str | None = None) -> Path:
@@ -235,6 +242,10 @@ def is_path(model: str) -> bool:
 
 def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
     path = directory / "config.json"
+    if not path.is_file() and (directory / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory} is a PEFT adapter: merge it into its base (merge_and_unload) and give that."
+        )
     if not path.is_file():
         raise CheckpointError(
             f"{directory} has no config.json: give the directory of a transformers checkpoint."
@@ -244,7 +255,10 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], str]:
     return values, text
 
 
-def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Checkpoint:
+def _read_checkpoint(
+    directory: Path, model_id: str, revision: str | None, listed: Collection[str] = ()
+) -> Checkpoint:
+    """The checkpoint of a directory; listed: the files of its repository on the Hub."""
     source, converted = directory, None
     files = find_weight_files(directory, _read_config(directory)[0])
     if files.pickled:
@@ -253,7 +267,10 @@ def _read_checkpoint(directory: Path, model_id: str, revision: str | None) -> Ch
         files = find_weight_files(directory, {})
     headers = {file: read_header(directory / file, file) for file in files.names}
     checkpoint = _assemble(directory, model_id, revision, headers, files)
-    return replace(checkpoint, source=source, converted=converted, pickled=converted is not None)
+    checkpoint = replace(
+        checkpoint, source=source, converted=converted, pickled=converted is not None
+    )
+    return _look_beside(checkpoint, [*files.names, *([files.index] if files.index else [])], listed)
 
 
 def _read_headers(description: Description, model_id: str) -> Checkpoint:
@@ -277,7 +294,35 @@ def _read_headers(description: Description, model_id: str) -> Checkpoint:
         }
     checkpoint = _assemble(directory, model_id, description.revision, headers, files)
     known = {name: file.sha256 for name, file in description.files.items() if file.sha256}
-    return replace(checkpoint, pickled=pickled, headers_only=True, hashes=known)
+    checkpoint = replace(checkpoint, pickled=pickled, headers_only=True, hashes=known)
+    loaded = [*files.names, *([files.index] if files.index else [])]
+    return _look_beside(checkpoint, loaded, description.files)
+
+
+def _look_beside(
+    checkpoint: Checkpoint, loaded: Collection[str], listed: Collection[str]
+) -> Checkpoint:
+    """Add what else lies there. loaded: the weight files and their index; listed: the Hub's list."""
+    known = {"config.json", *checkpoint.companions, *loaded}
+    beside = {
+        *list_beside(checkpoint.source, known),
+        *(name for name in listed if name not in known),
+    }
+    drafts = [
+        name
+        for name in sorted(beside)
+        if is_draft(name) and _is_disjoint(checkpoint, checkpoint.directory / name)
+    ]
+    return replace(checkpoint, drafts=tuple(drafts), beside=tuple(sorted(beside)))
+
+
+def _is_disjoint(checkpoint: Checkpoint, path: Path) -> bool:
+    """Whether a file of weights is here and has none of the checkpoint's tensors a second time."""
+    if not path.is_file() or leads_out(path.parent, path.name):
+        return False
+    return not any(
+        entry.name in checkpoint.tensors for entry in read_header(path, path.name).tensors
+    )
 
 
 def _assemble(

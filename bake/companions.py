@@ -1,7 +1,7 @@
 """Which files of a checkpoint travel with it byte for byte: tokenizer, licence and so on.
 
 The rule is a list of what does *not* travel, because nobody can list every tokenizer's files:
-weights in any form (an engine could prefer another copy over the steered one), the base's card
+weights in any form (an engine could prefer another copy over the steered one), its code, its card
 and its pictures, training leftovers, bake's own files, hidden files. `config.json` and the index
 are rewritten, so they are not companions either. The same patterns filter a download and a
 directory.
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from bake.io.own_code import CODE_FILES
 
 CHAT_TEMPLATES = "additional_chat_templates"  # the one subdirectory that transformers reads
 
@@ -41,7 +43,9 @@ NOT_CARRIED = (
     *("*.pkl", "*.pickle", "*.distcp", "*.imatrix", "*.dduf", "*.keras", "adapter_*"),
     # what describes such copies, and training leftovers
     *("params.json", "checklist.chk", "trainer_state*", "optimizer*", "scheduler*", "rng_state*"),
-    *("events.out.*", "zero_to_fp32.py"),
+    "events.out.*",
+    # code: what was proven is transformers' own class
+    *CODE_FILES,
     # the base's card, its pictures, archives
     *(
         "README*",

@@ -18,6 +18,7 @@ from typing import Any
 from bake.companions import CHAT_TEMPLATES, NOT_CARRIED
 from bake.errors import CheckpointError
 from bake.io.hub_cache import COMMIT_SHA
+from bake.io.left_out import MTP_FILES
 from bake.weight_files import (
     INDEX_FILE,
     PICKLED_FILE,
@@ -35,7 +36,7 @@ def download_checkpoint(model_id: str, revision: str | None = None) -> tuple[Pat
     """
     directory, sha = _fetch_companions(model_id, revision)
     pinned = sha or revision  # nobody can push between this request and the next
-    _fetch(model_id, pinned, allow_patterns=[INDEX_FILE, f"{CHAT_TEMPLATES}/*"])
+    _fetch(model_id, pinned, allow_patterns=[INDEX_FILE, f"{CHAT_TEMPLATES}/*", *MTP_FILES])
     named = named_weights(_read_json(directory / "config.json"))
     for weights in (named,) if named else (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX):
         if not (directory / weights).exists():
@@ -57,6 +58,19 @@ def download_bake(model_id: str, revision: str | None = None) -> Path:
 def download_record(model_id: str, revision: str | None = None) -> Path:
     """Fetch a published bake's bake.json alone; returns the snapshot directory. Raises as above."""
     return _fetch(model_id, revision, allow_patterns=["bake.json"])
+
+
+def list_repository(model_id: str, revision: str | None = None) -> tuple[str, ...]:
+    """Return the names of all files of a repository on the Hub; none without a connection."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return ()
+    try:
+        with hub_errors_named(model_id, revision):
+            return tuple(HfApi().list_repo_files(model_id, revision=revision))
+    except CheckpointError:  # What the cache holds is enough to bake.
+        return ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,8 @@ def _fetch_companions(model_id: str, revision: str | None) -> tuple[Path, str | 
     """
     needed = ("config.json", "README*")
     unwanted = [pattern for pattern in NOT_CARRIED if pattern not in needed]
+    # Of an adapter its config alone, by which it is known for one.
+    unwanted = [*(p for p in unwanted if p != "adapter_*"), "adapter_model*"]
     directory = _fetch(model_id, revision, ignore_patterns=[*unwanted, "*/*"])
     return directory, directory.name if COMMIT_SHA.fullmatch(directory.name) else None
 

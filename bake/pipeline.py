@@ -37,7 +37,13 @@ from bake.prompts import (
     read_prompts,
 )
 from bake.recipe import Recipe
-from bake.record import RESULT_FILE, describe_bake, encode_result
+from bake.record import (
+    RESULT_FILE,
+    carries_drafts,
+    describe_bake,
+    describe_left_out,
+    encode_result,
+)
 from bake.saved_norms import read_calibration, read_norms
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.staging import check_output, staged_directory
@@ -156,7 +162,8 @@ def export(recipe: Recipe) -> Export:
         text = encode_result({**story, "files": files})
         (staging / RESULT_FILE).write_text(text, encoding="utf-8")
     links = explain_links(checkpoint, written, recipe.shards)
-    for warning in (*equivalence.warnings, note, links):
+    left_out = [entry.describe() for entry in describe_left_out(base, plan)]
+    for warning in (*equivalence.warnings, note, links, *left_out):
         if warning:
             announce(warning)
     publication = publish(output, recipe, clock)
@@ -278,7 +285,7 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
     with clock.stage("write"), track_bytes(checkpoint.size, "writing") as progress:
         written = write_weights(checkpoint, plan.edits, staging, shards=shards, progress=progress)
         write_config(checkpoint, plan.config_changes, staging)
-        copy_companions(checkpoint, staging)
+        copy_companions(checkpoint, staging, drafts=carries_drafts(plan))
         write_notice(base.licence, staging)
     return written
 

@@ -17,11 +17,15 @@ from bake.base import Base
 from bake.coefficients import LayerPush, Push
 from bake.decision import Decision
 from bake.direction import load_direction
+from bake.edits import Drop
 from bake.engines import survivals, to_values
 from bake.errors import CheckpointError
+from bake.io.left_out import LeftOut, find_left_out, is_draft
+from bake.io.own_code import find_code_keys
 from bake.loading import auto_class
 from bake.plan import Plan, make_plan
 from bake.resources import DEMO_NAME
+from bake.writer import find_companion_code
 
 RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"
 
@@ -31,6 +35,7 @@ def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
     push, direction = decision.push, decision.direction
     choice, evidence = decision.choice, decision.evidence
     route = plan.route
+    left_out = describe_left_out(base, plan)
     added = {"added_layers": count_added_layers(plan)} if count_added_layers(plan) else {}
     return {
         "version": 1,
@@ -51,8 +56,34 @@ def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
         "direction": direction.to_dict(),
         **({"directions": [part.to_dict() for part in direction.parts]} if direction.parts else {}),
         "plan": plan.to_dict(),
+        **({"left_out": [entry.to_dict() for entry in left_out]} if left_out else {}),
         "survives": to_values(survivals(plan.outline(base.anatomy.model_type))),
     }
+
+
+def carries_drafts(plan: Plan) -> bool:
+    """Tell whether a bake keeps files of multi-token prediction: where every layer keeps its name."""
+    return plan.route.rewriter is None
+
+
+def describe_left_out(base: Base, plan: Plan) -> tuple[LeftOut, ...]:
+    """Return what of the base its bake has not, and why."""
+    checkpoint = base.checkpoint
+    thin = checkpoint.headers_only
+    carried = () if thin or not carries_drafts(plan) else checkpoint.drafts
+    keys = [f"{key} in config.json" for key, _ in find_code_keys(checkpoint.config)]
+    keys += [
+        f"{key} in {name}"
+        for name, found in find_companion_code(checkpoint).items()
+        for key in found
+    ]
+    return find_left_out(
+        [name for name in checkpoint.beside if name not in carried],
+        code_keys=keys,
+        dropped=[edit.name for edit in plan.edits if isinstance(edit, Drop)],
+        drafts=[name for name in checkpoint.beside if is_draft(name)],
+        thin=thin and carries_drafts(plan),
+    )
 
 
 def count_added_layers(plan: Plan) -> int:

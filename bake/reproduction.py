@@ -27,6 +27,7 @@ from bake.record import (
     RESULT_FILE,
     base_name,
     base_revision,
+    carries_drafts,
     encode_result,
     read_result,
     rebuild_plan,
@@ -115,7 +116,7 @@ def reproduce(
     with scratch_directory(directory, ".bake-reproduce-") as again:
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
-        copy_companions(opened.checkpoint, again)
+        copy_companions(opened.checkpoint, again, drafts=carries_drafts(plan))
         write_notice(recorded.get("licence") or {}, again)
         keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())

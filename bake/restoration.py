@@ -21,9 +21,10 @@ from bake.config_text import edit_json
 from bake.copying import copy_file, write_all
 from bake.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.errors import BakeError, CheckpointError
+from bake.io.foreign_paths import resolve_name
 from bake.layout import ORIGINALS_FILE
 from bake.licences import NOTICE_FILE
-from bake.record import read_result, rebuild_push
+from bake.record import RESULT_FILE, read_result, rebuild_push
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
 from bake.staging import changed_directory, staged_directory
@@ -100,7 +101,8 @@ def undo(
         _rename_files(staging, names)
         _write_index(staging, checkpoint, names, indexed=how["indexed"])
         (staging / "config.json").write_text(base_config_text(checkpoint, recorded), "utf-8")
-        copy_companions(checkpoint, staging)
+        copy_companions(checkpoint, staging, drafts=True)
+        _restore_companions(staging, how.get("companions", {}), directory / RESULT_FILE)
         if (recorded.get("licence") or {}).get("notice"):  # Then it is bake's, not the base's.
             (staging / NOTICE_FILE).unlink(missing_ok=True)
         _restore_tokenizer(staging / TOKENIZER_CONFIG, how["tokenizer_class"])
@@ -122,6 +124,17 @@ def _restore_tokenizer(path: Path, before: list[Any] | None) -> None:
     text = edit_json(path.read_text(encoding="utf-8"), {"tokenizer_class": value})
     path.unlink()
     if json.loads(text):
+        path.write_text(text, encoding="utf-8", newline="")
+
+
+def _restore_companions(
+    staging: Path, before: Mapping[str, Mapping[str, Any]], source: Path
+) -> None:
+    """Put back what named code in the files of tokenizer and processor; source: for messages."""
+    for name, keys in before.items():
+        path = resolve_name(staging, name, source, suffixes=".json")
+        text = edit_json(path.read_text(encoding="utf-8"), keys)
+        path.unlink()
         path.write_text(text, encoding="utf-8", newline="")
 
 

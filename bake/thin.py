@@ -28,8 +28,9 @@ from bake.hashing import hash_files
 from bake.licences import write_notice
 from bake.pipeline import saved_norms
 from bake.plan import Plan, make_plan
+from bake.progress import announce
 from bake.recipe import Recipe
-from bake.record import RESULT_FILE, describe_bake, encode_result
+from bake.record import RESULT_FILE, describe_bake, describe_left_out, encode_result
 from bake.sites import Slot
 from bake.staging import check_output, staged_directory
 from bake.timing import Stopwatch, peak_memory
@@ -120,6 +121,8 @@ def export_thin(recipe: Recipe) -> ThinExport:
             files = hash_files(staging)
             text = encode_result({**story, "files": files})
             (staging / RESULT_FILE).write_text(text, encoding="utf-8")
+    for entry in describe_left_out(base, plan):
+        announce(entry.describe())
     return ThinExport(
         output, base, plan, decision, needs, files, equivalence, clock.seconds, peak_memory()
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bake.checkpoint import Checkpoint
 from bake.edits import Drop, Edit, Merge, Rename, Transform
 from bake.tokenization import TOKENIZER_CONFIG
+from bake.writer import find_companion_code, removed_keys
 
 if TYPE_CHECKING:
     from bake.plan import Plan
@@ -25,12 +26,18 @@ def describe_undo(
 
     sources: {file of the bake: file of the base}. config: {key: [old value], or [] where the base
     has no such key}. tokenizer_class: likewise, of tokenizer_config.json; None where that was kept.
+    companions: {file: {key: old value}} of what named code in them, where there was any.
     """
+    companions = find_companion_code(checkpoint)
     transforms = [edit for edit in plan.edits if isinstance(edit, Transform)]
     return {
         "files": dict(sources),
         "indexed": checkpoint.index_metadata is not None,
-        "config": {key: _lookup(checkpoint.config, key) for key in plan.config_changes},
+        "config": {
+            key: _lookup(checkpoint.config, key)
+            for key in (*plan.config_changes, *removed_keys(checkpoint.config))
+        },
+        **({"companions": companions} if companions else {}),
         "renamed": {edit.new_name: edit.name for edit in plan.edits if isinstance(edit, Rename)},
         "joined": {
             edit.name: {

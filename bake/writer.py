@@ -28,6 +28,9 @@ from bake.copying import (
 )
 from bake.edits import REMOVED, Edit
 from bake.errors import CheckpointError, OutputError
+from bake.io.foreign_json import read_json, read_json_text
+from bake.io.own_code import find_code_keys
+from bake.io.pretrained import TOKENIZER_CONFIG
 from bake.layout import Action, ComputedTensors, CopiedTensor, Layout, PlannedFile, plan_layout
 from bake.safetensors_file import encode_header, encode_tensor, spec_of
 from bake.weight_files import INDEX_FILE
@@ -134,19 +137,41 @@ def write_new_weights(
 
 def write_config(checkpoint: Checkpoint, changes: Mapping[str, Any], staging: Path) -> None:
     """Write the base's config.json with `changes` ({key, dotted if nested: value or REMOVED})."""
-    # The key names a weight file of the base; ours has the standard names.
-    renamed = (
-        {"transformers_weights": REMOVED} if "transformers_weights" in checkpoint.config else {}
-    )
-    _write_text(staging / "config.json", edit_json(checkpoint.config_text, {**changes, **renamed}))
+    removed = dict.fromkeys(removed_keys(checkpoint.config), REMOVED)
+    _write_text(staging / "config.json", edit_json(checkpoint.config_text, {**changes, **removed}))
 
 
-def copy_companions(checkpoint: Checkpoint, staging: Path) -> None:
-    """Copy tokenizer, templates, licences and the like, byte for byte."""
-    for name in checkpoint.companions:
+def removed_keys(config: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys of a config.json that no bake keeps, whatever its route."""
+    # It names a weight file of the base; ours has the standard names.
+    renamed = [key for key in ("transformers_weights",) if key in config]
+    return [*renamed, *(key for key, _ in find_code_keys(config))]
+
+
+def copy_companions(checkpoint: Checkpoint, staging: Path, *, drafts: bool = False) -> None:
+    """Copy tokenizer, templates, licences and the like, byte for byte but for what names code in them.
+
+    drafts: also the files of multi-token prediction.
+    """
+    code = find_companion_code(checkpoint)
+    for name in (*checkpoint.companions, *(checkpoint.drafts if drafts else ())):
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(checkpoint.directory / name, target)
+        if name in code:
+            text = read_json_text(checkpoint.directory / name)[1]
+            _write_text(target, edit_json(text, dict.fromkeys(code[name], REMOVED)))
+        else:
+            copy_file(checkpoint.directory / name, target)
+
+
+def find_companion_code(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return {companion: {dotted key: what it names}} of tokenizer's and processor's code."""
+    found = {
+        name: dict(find_code_keys(read_json(checkpoint.directory / name)))
+        for name in checkpoint.companions
+        if name == TOKENIZER_CONFIG or name.endswith("processor_config.json")
+    }
+    return {name: keys for name, keys in found.items() if keys}
 
 
 def check_links(checkpoint: Checkpoint, shards: str) -> None:

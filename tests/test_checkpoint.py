@@ -360,7 +360,7 @@ CARRIED = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE"),
-    *("LICENSE.txt", "NOTICE", "USE_POLICY.md", "tekken.json", "modeling_custom.py"),
+    *("LICENSE.txt", "NOTICE", "USE_POLICY.md", "tekken.json"),
     "additional_chat_templates/tool_use.jinja",
 ]
 LEFT = [
@@ -370,6 +370,7 @@ LEFT = [
     *("optimizer.pt", "adapter_model.safetensors", "adapter_config.json", "bake.json"),
     *("original/tokenizer.model", "onnx/config.json", "original/params.json", "figures/a.json"),
     *("model.safetensors.index.json", "direction.safetensors", "originals.safetensors"),
+    *("modeling_custom.py", "cache_kernel.cu", "custom_generate/generate.py"),
     *(".cache/huggingface/x.json", "tokenizer.json.incomplete", "diagram.png"),
 ]
 
