@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from bake.io.foreign_paths import leads_out
 from bake.io.git_lfs import check_pointer
 from bake.io.hub_cache import identify
 from bake.io.left_out import is_draft, list_beside
+from bake.io.links import check_directory
 from bake.remote import read_remote_headers
 from bake.safetensors_file import (
     DTYPES,
@@ -85,6 +87,12 @@ class Checkpoint:
     @property
     def shards(self) -> tuple[str, ...]:
         return tuple(self.headers)
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The directories that its files lie in: its own, and the Hub cache's blobs."""
+        folders = [(self.source / file).resolve().parent for file in self.shards]
+        return tuple(dict.fromkeys([self.source.resolve(), *folders]))
 
     @property
     def size(self) -> int:
@@ -170,15 +178,21 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str, *, revision: str | None = None, headers_only: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    headers_only: bool = False,
+    allowed: Collection[Path] | None = (),
 ) -> Checkpoint:
     """Open a local directory or a Hub id, which is downloaded into the Hub's cache.
 
     `revision` is a branch, tag or commit on the Hub and has no meaning for a directory. With
-    `headers_only` no weight is downloaded, converted or read. Raises CheckpointError when `model` is
-    neither, or when the files in it contradict each other.
+    `headers_only` no weight is downloaded, converted or read. `allowed` are directories that the user
+    named too, which links of this one may lead into; None where the directory has been checked already.
+    Raises CheckpointError when `model` is neither, when a link leads out of it, or when the files in it
+    contradict each other.
     """
-    directory = _find_directory(model, revision)
+    directory = _find_directory(model, revision, allowed)
     if directory is not None:
         model_id, sha = identify(directory)
         if headers_only:
@@ -210,7 +224,9 @@ def find_bake(model: str, revision: str | None = None) -> Path:
     return _find_directory(model, revision) or download_bake(model, revision)
 
 
-def _find_directory(model: str, revision: str | None) -> Path | None:
+def _find_directory(
+    model: str, revision: str | None, allowed: Collection[Path] | None = ()
+) -> Path | None:
     """The local directory that `model` means, links resolved; None where it may be a Hub id."""
     try:
         path = Path(model).expanduser()
@@ -223,7 +239,10 @@ def _find_directory(model: str, revision: str | None) -> Path | None:
                 f"{model} is a directory and has no revision {revision}: leave the revision out "
                 "or give a Hub id."
             )
-        return path.resolve()
+        directory = path.resolve()
+        if allowed is not None and os.path.lexists(directory / "config.json"):
+            check_directory(directory, allowed=allowed)
+        return directory
     if model and exists:
         raise CheckpointError(
             f"{model} is a file: give the directory that holds it and its config.json."

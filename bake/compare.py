@@ -97,7 +97,9 @@ def diff(
     Raises CheckpointError where one of them cannot be read.
     """
     left = open_checkpoint(find_model(base), revision=base_revision, headers_only=True)
-    right = open_checkpoint(find_model(baked), revision=revision, headers_only=True)
+    right = open_checkpoint(
+        find_model(baked), revision=revision, headers_only=True, allowed=left.roots
+    )
     return compare_checkpoints(left, right)
 
 

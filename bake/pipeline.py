@@ -398,7 +398,7 @@ def prove(
     """
     return prove_equivalence(
         base.checkpoint,
-        open_checkpoint(str(directory)),
+        open_checkpoint(str(directory), allowed=base.checkpoint.roots),
         base.anatomy.structure,
         plan,
         push,

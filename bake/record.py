@@ -7,6 +7,7 @@ recorded coefficients and `direction.safetensors`, and the plan from the base; n
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,32 @@ from bake.direction import load_direction
 from bake.edits import Drop
 from bake.engines import survivals, to_values
 from bake.errors import CheckpointError
+from bake.io.foreign_json import read_json
+from bake.io.foreign_paths import check_links
+from bake.io.foreign_record import check_record
 from bake.io.left_out import LeftOut, find_left_out, is_draft
 from bake.io.own_code import find_code_keys
 from bake.loading import auto_class
-from bake.plan import Plan, make_plan
+from bake.plan import FLOAT_DTYPES, Plan, make_plan
 from bake.resources import DEMO_NAME
 from bake.writer import find_companion_code
 
 RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"
+_NEEDED = (
+    *(
+        "version",
+        "base",
+        "site",
+        "route",
+        "slot",
+        "law",
+        "multiplier",
+        "band",
+        "hidden_size",
+        "layers",
+    ),
+    *("calibration", "direction", "plan", "equivalence", "files"),
+)
 
 
 def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
@@ -102,19 +121,12 @@ def read_result(directory: Path) -> dict[str, Any]:
     path = directory / RESULT_FILE
     if not directory.is_dir():
         raise CheckpointError(f"no directory {directory}; give one that bake export wrote")
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no bake.json, so bake did not make it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    needed = ("base", "site", "slot", "layers", "hidden_size", "plan", "equivalence", "files")
-    missing = [key for key in needed if key not in result] if isinstance(result, dict) else ["base"]
-    if missing or result.get("version") != 1:
-        raise CheckpointError(
-            f"{path} is not a bake.json of version 1; make it again with bake export"
-        )
-    return dict(result)
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{directory} has no bake.json, so bake did not make it")
+    check_links(directory, (RESULT_FILE, DIRECTION_FILE))
+    result: dict[str, Any] = read_json(path)
+    check_record(result, path, needed=_NEEDED)
+    return result
 
 
 def base_name(recorded: Mapping[str, Any], directory: Path) -> str:
@@ -156,6 +168,12 @@ def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
 
 def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
     """Return the plan of a bake: its site, slots and dtype, on its base, with a push."""
+    known = ("as the base", *FLOAT_DTYPES)
+    if recorded["plan"]["dtype"] not in known:
+        raise CheckpointError(
+            f"bake.json stores the weights as {recorded['plan']['dtype']!r}, which is none of "
+            f"{', '.join(known)}: do not trust it"
+        )
     route = opened.anatomy.choose(
         recorded["site"],
         kind=recorded["slot"]["kind"],

@@ -74,9 +74,9 @@ def verify(
     recorded = read_result(directory)
     check_shards(directory, recorded)
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
+    baked = open_checkpoint(str(directory), allowed=opened.checkpoint.roots)
     push = rebuild_push(recorded, directory)
     plan = rebuild_plan(recorded, opened, push)
-    baked = open_checkpoint(str(directory))
     found = prove(
         opened,
         directory,

@@ -419,7 +419,8 @@ def test_a_hub_id_fetches_only_what_a_bake_needs(tmp_path, sharded):
         found, fetched, known, sha = open_on(hub, tmp_path, "ada/base")
         assert (found["id"], found["revision"]) == ("ada/base", sha)
         assert len(sha) == 40
-        assert fetched == sorted({*files, *CARRIED, "README.md"})  # the card names the licence
+        # The card names the licence; by its config an adapter is known for one.
+        assert fetched == sorted({*files, *CARRIED, "README.md", "adapter_config.json"})
         assert found["companions"] == sorted({*CARRIED, "generation_config.json"})
         assert found["tensors"] == len(checkpoint.tensors)
         hashes = hash_files(sharded)
