@@ -7,15 +7,15 @@ tokens, chat templates and merges across the boundary never shift it.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bake.errors import DirectionError, PromptError
 from bake.progress import announce
-from bake.prompts import Encoded, encode, read_jsonl
+from bake.prompts import Encoded, encode
 from bake.resources import find_set, shipped_sets
 from bake.texts.rendering import (
     TEMPLATE_DATE,
@@ -26,6 +26,8 @@ from bake.texts.rendering import (
     reads_date,
     render,
 )
+from bake.texts.rows import Row, read_csv, read_rows
+from bake.texts.shapes import NATIVE, find_shape
 
 CHAT_TEMPLATES = ("auto", "never")
 COLUMNS = ("prompt", "positive", "negative", "messages")
@@ -47,6 +49,15 @@ class ContrastPair:
     before: tuple[tuple[Message, ...], tuple[Message, ...]] | None = None
     role: str = "assistant"
 
+    @property
+    def key(self) -> str:
+        """What tells the pair from others, whatever its case and white space."""
+        sides = (
+            self.before or ((), ()),
+            (self.prompt + self.positive, self.prompt + self.negative),
+        )
+        return " ".join(json.dumps([sides, self.role]).lower().split())
+
     def texts(self) -> tuple[str, str]:
         """Return both texts whole, without what a chat template would add."""
         if self.before is None:
@@ -66,45 +77,58 @@ class EncodedPair:
 
 
 def read_pairs(name: str | Path) -> list[ContrastPair]:
-    """Read contrast pairs, JSONL or CSV: "positive" and "negative", and "prompt" where they share one.
+    """Read contrast pairs, JSONL, a JSON array or CSV: "positive" and "negative", and "prompt" where
+    they share one.
 
     With "messages" (a conversation) the two are replies to it; each may also be a list of messages by
-    itself. Raises PromptError for a missing file, an unknown column or a malformed line (numbered),
-    DirectionError for identical texts or an empty completion.
+    itself. Rows as other tools write them are announced with what is read as what (`bake.texts.shapes`),
+    and so are pairs that stand there twice. Raises PromptError for a missing file, an unknown column or a
+    malformed line (numbered), DirectionError for identical texts or an empty completion.
     """
     path = find_set(str(name), "pairs")
     if path is None:
         known = ", ".join(shipped_sets("pairs"))
         raise PromptError(f"no pairs file or set {str(name)!r}; give a file or one of: {known}")
-    rows = _read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path)
-    pairs = [_pair(row, f"{path.name}:{number}") for number, row in rows]
+    pairs = []
+    shape = None
+    for number, (place, row) in enumerate(_read_rows(path)):
+        if not isinstance(row, dict):
+            raise PromptError(
+                f'{place} is not a JSON object; write {{"positive": …, "negative": …}}'
+            )
+        if number == 0:
+            shape = find_shape(list(row), place, NOTES)
+            if shape is not None:
+                announce(f"{path.name} is read as pairs: {shape.says}")
+        pairs.append(_pair(row if shape is None else shape(row, place), place))
     if not pairs:
         raise PromptError(
             f'{path} holds no pairs; write one a line as {{"positive": …, "negative": …}}'
         )
+    repeated = len(pairs) - len({pair.key for pair in pairs})
+    if repeated:
+        announce(
+            f"{path.name}: {repeated} of {len(pairs)} pairs stand there already; they count as often as "
+            "they stand there"
+        )
     return pairs
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_rows(path: Path) -> Iterable[Row]:
+    if path.suffix.lower() != ".csv":
+        return read_rows(path)
+    header, rows = read_csv(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            if not {"positive", "negative"} <= set(header):
-                raise PromptError(
-                    f"{path}: the header row has {', '.join(header) or 'nothing'}; a pairs file has the "
-                    "columns positive, negative and, where they share one, prompt"
-                )
-            reader.fieldnames = header
-            for row in reader:
-                if None in row or None in row.values():
-                    raise PromptError(
-                        f"{path.name}:{reader.line_num} has not the header's {len(header)} columns; "
-                        "put texts with commas in quotes"
-                    )
-                yield reader.line_num, dict(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise PromptError(f"{path} cannot be read as UTF-8 CSV: {error}") from None
+        find_shape(header, str(path), NOTES)
+        complete = not set(NATIVE) & set(header) or set(NATIVE) <= set(header)
+    except PromptError:
+        complete = False
+    if not complete:
+        raise PromptError(
+            f"{path}: the header row has {', '.join(header) or 'nothing'}; a pairs file has the columns "
+            "positive, negative and, where they share one, prompt"
+        )
+    return rows
 
 
 def _pair(row: dict[str, Any], place: str) -> ContrastPair:

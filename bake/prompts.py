@@ -9,7 +9,6 @@ tokenizer without a padding token works and nothing depends on its padding side.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from bake.io import pretrained
 from bake.progress import announce
 from bake.resources import find_set, shipped_sets
 from bake.support.text import one_line
+from bake.texts.rows import read_rows, read_text
+from bake.texts.shapes import read_prompt_rows
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +67,18 @@ class TokenBatch:
 
 
 def read_prompts(name: str | Path) -> list[str]:
-    """Read a prompt file or shipped set: JSONL with a "text" key each line, or plain text, one a line.
+    """Read a prompt file or shipped set: plain text, one a line, or JSON, rows or an array.
 
-    Raises PromptError for a missing file, a malformed line, or a file without a prompt.
+    A row is a text, or an object whose text stands under "text", or else under one of the keys that
+    others use ("prompt", "content", "messages", …), which is announced. Raises PromptError for a missing
+    file, a malformed line, or a file without a prompt.
     """
     path = find_set(str(name), "prompts")
     if path is None:
         known = ", ".join(shipped_sets("prompts"))
         raise PromptError(f"no prompt file or set {str(name)!r}; give a file or one of: {known}")
     if path.suffix in (".jsonl", ".json"):
-        texts = [_field(row, "text", path, number) for number, row in read_jsonl(path)]
+        texts = read_prompt_rows(read_rows(path), announce)
     else:
         texts = [line for line in read_text(path).split("\n") if line.strip()]
     if not texts:
@@ -97,38 +100,6 @@ def identify_prompts(name: str | Path, texts: Sequence[str]) -> dict[str, str | 
 def batch_prompts(tokenizer: Any, texts: Sequence[str], config: Any) -> list[TokenBatch]:
     """Encode texts, as far as a model of this config has positions, and group them into batches."""
     return make_batches(encode(tokenizer, texts, limit=position_limit(config)))
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSONL file; raise PromptError at a line that is no object."""
-    # Lines end at line feeds only: JSON strings may hold the other separators that splitlines knows.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}:{number} is not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise PromptError(f"{path}:{number} is not a JSON object")
-        yield number, row
-
-
-def _field(row: dict[str, Any], key: str, path: Path, number: int) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise PromptError(f"{path}:{number} has no {key!r} string")
-    return value
-
-
-def read_text(path: Path) -> str:
-    """Return a file's text, line ends as line feeds, without the mark that editors of Windows put first."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} cannot be read as UTF-8 text: {error}; save it so") from None
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bake.errors import BakeError, PromptError
 from bake.model import LoadedModel, decode
-from bake.prompts import read_text
+from bake.texts.rows import read_text
 
 if TYPE_CHECKING:
     import numpy as np
