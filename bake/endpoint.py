@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from bake.errors import EndpointError
+from bake.io.bounded_http import UnreachableError, exchange
+from bake.io.foreign_json import parse_json
 from bake.secrecy import without_secrets
+from bake.support.text import one_line
 
 Verdict = Literal["baked", "base", "neither"]
-TIMEOUT = 120  # seconds; a server on a CPU may load the model at the first request
+DEADLINE = 120.0  # seconds for all of it; a server on a CPU may load the model at the first request
+MAX_ANSWER = 1_000_000  # bytes
 MAX_TOKENS = 48
 SHOWN = 5  # model names
+LEAST = 10_000  # nats, beyond which a number is no log-probability
 _NO_SUCH_PATH = ("not found", "method not allowed", "no reason given")
 MARGIN = 8  # characters beyond where base and bake part
 
@@ -79,7 +85,10 @@ def check_endpoint(url: str, model: str, directory: Path) -> EndpointCheck:
     text; CheckpointError for a directory without bake.json.
     """
     canary = read_canary(directory)
-    text, log_probability = _complete(_join(url, "completions"), model, canary["prompt"])
+    if not url.startswith(("http://", "https://")):
+        raise EndpointError(f"{url} is no http address; give one such as http://localhost:8000/v1")
+    until = time.monotonic() + DEADLINE
+    text, log_probability = _complete(_join(url, "completions"), model, canary["prompt"], until)
     baked, base = canary["baked"], canary["base"]
     agreement = {"baked": _shared(text, baked), "base": _shared(text, base)}
     return EndpointCheck(
@@ -130,7 +139,7 @@ def _shared(left: str, right: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def _complete(url: str, model: str, prompt: str) -> tuple[str, float | None]:
+def _complete(url: str, model: str, prompt: str, until: float) -> tuple[str, float | None]:
     """Return the greedy continuation and its tokens' mean log-probability, where there is one.
 
     OpenAI counts log-probabilities, other servers switch them, and some refuse either. Some, vLLM among
@@ -141,7 +150,7 @@ def _complete(url: str, model: str, prompt: str) -> tuple[str, float | None]:
     while True:
         asked = {name: values[0] for name, values in wishes.items() if values}
         try:
-            return _read_answer(_request(url, {**body, **asked}, model), url)
+            return _read_answer(_request(url, {**body, **asked}, model, until), url)
         except _RefusedError as refused:
             named = next((name for name in asked if name in str(refused)), None)
             if named is None:
@@ -158,15 +167,15 @@ def _join(url: str, path: str) -> str:
     return f"{root}/{path}" if root.endswith("/v1") else f"{root}/v1/{path}"
 
 
-def _read_answer(answer: Any, url: str) -> tuple[str, float | None]:
+def _read_answer(answer: dict[str, Any], url: str) -> tuple[str, float | None]:
     """Return the text of a completion and its tokens' mean log-probability, where there is one."""
-    try:
-        choice = answer["choices"][0]
-        text = str(choice["text"])
-    except (KeyError, IndexError, TypeError):
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    text = choice.get("text") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(text, str):
         raise EndpointError(
             f"{url} answers with something else than a completion; is it OpenAI-compatible?"
-        ) from None
+        )
     values = list(_log_probabilities(choice.get("logprobs")))
     return text, math.fsum(values) / len(values) if values else None
 
@@ -175,52 +184,63 @@ def _log_probabilities(given: Any) -> Iterator[float]:
     """Yield those of a completion's tokens, in the completions' form or the chats' that mlx_lm gives."""
     if not isinstance(given, dict):
         return
-    entries = [entry for entry in given.get("content") or () if isinstance(entry, dict)]
-    for value in given.get("token_logprobs") or [entry.get("logprob") for entry in entries]:
-        if isinstance(value, int | float):
-            yield float(value)
+    content, values = given.get("content"), given.get("token_logprobs")
+    entries = [e for e in content if isinstance(e, dict)] if isinstance(content, list) else []
+    if not isinstance(values, list) or not values:
+        values = [entry.get("logprob") for entry in entries]
+    # A log-probability is never far below 0; a server may send any number.
+    yield from (float(v) for v in values if type(v) in (int, float) and -LEAST <= v <= LEAST)
 
 
-def _request(url: str, body: dict[str, Any], model: str) -> Any:
+def _request(url: str, body: dict[str, Any], model: str, until: float) -> Any:
     """POST JSON and return the answer's; raise EndpointError with what the server said."""
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    if not url.startswith(("http://", "https://")):
-        raise EndpointError(f"{url} is no http address; give one such as http://localhost:8000/v1")
-    request = Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
+    headers = {"Content-Type": "application/json"}
     try:
-        with urlopen(request, timeout=TIMEOUT) as answer:
-            return json.load(answer)
-    except HTTPError as error:
-        raise _RefusedError(_explain(error.code, _detail(error.read()), url, model)) from None
-    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
+        answer = exchange(
+            url,
+            until=until,
+            max_bytes=MAX_ANSWER,
+            body=json.dumps(body).encode(),
+            headers=headers,
+        )
+    except UnreachableError as error:
         raise EndpointError(
-            f"no server answers at {url} ({reason}); start it, or correct --endpoint"
+            f"no server answers at {url} ({one_line(error)}); start it, or correct --endpoint"
         ) from None
-    except ValueError:
-        raise EndpointError(f"{url} does not answer with JSON; is it OpenAI-compatible?") from None
+    if answer.location is not None and 300 <= answer.status < 400:
+        raise EndpointError(
+            f"the server at {url} sends the request on to {one_line(answer.location)}; bake follows "
+            f"nobody elsewhere: give that address as --endpoint if you trust it"
+        )
+    if answer.status >= 300:
+        detail = _detail(answer.body)
+        raise _RefusedError(_explain(answer.status, detail, url, model, until))
+    return _parse(answer.body, url)
+
+
+def _parse(body: bytes, url: str) -> dict[str, Any]:
+    values: dict[str, Any] = parse_json(
+        body, f"the answer of {url}", error=EndpointError, remedy="is it OpenAI-compatible?"
+    )
+    return values
 
 
 def _detail(body: bytes) -> str:
     """Return the one line that an error's body holds."""
     try:
-        values = json.loads(body)
+        values = _parse(body, "")
         found = values.get("error", values.get("detail", values))
         text = str(found.get("message", found) if isinstance(found, dict) else found)
-    except (ValueError, AttributeError):
+    except EndpointError:
         text = body.decode(errors="replace")
-    return " ".join(text.split())[:200] or "no reason given"
+    return one_line(text) or "no reason given"
 
 
-def _explain(status: int, detail: str, url: str, model: str) -> str:
-    known = _models(url)
+def _explain(status: int, detail: str, url: str, model: str, until: float) -> str:
+    known = _models(url, until)
     if known and model not in known:
-        names = ", ".join(known[:SHOWN]) + (", …" if len(known) > SHOWN else "")
+        shown = [one_line(name) for name in known[:SHOWN]]
+        names = ", ".join(shown) + (", …" if len(known) > SHOWN else "")
         return f"the server at {url} has no model {model!r} (HTTP {status}); it has {names}"
     if status in (404, 405) and detail.lower() in _NO_SUCH_PATH:
         return (
@@ -230,12 +250,14 @@ def _explain(status: int, detail: str, url: str, model: str) -> str:
     return f"the server at {url} refuses model {model!r} (HTTP {status}: {detail})"
 
 
-def _models(url: str) -> list[str]:
+def _models(url: str, until: float) -> list[str]:
     """Return the names that a server lists; none where it lists nothing."""
-    from urllib.request import urlopen
-
     try:
-        with urlopen(url.removesuffix("completions") + "models", timeout=TIMEOUT) as answer:
-            return [str(entry["id"]) for entry in json.load(answer)["data"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = url.removesuffix("completions") + "models"
+        answer = exchange(listed, until=until, max_bytes=MAX_ANSWER)
+        entries = _parse(answer.body, url).get("data")
+    except EndpointError:
         return []
+    listed_entries = entries if isinstance(entries, list) else []
+    names = [entry.get("id") for entry in listed_entries if isinstance(entry, dict)]
+    return [name for name in names if isinstance(name, str)]
