@@ -102,7 +102,7 @@ def find_shape(keys: Sequence[str], place: str, notes: Collection[str]) -> Shape
 
 
 def find_prompt_key(row: Any, place: str) -> str | None:
-    """Return the key of a prompt file's rows under which their texts stand; None for rows that are texts."""
+    """Return the key under which the rows of a prompt file have their texts; None where they are texts."""
     if isinstance(row, str):
         return None
     if isinstance(row, dict):
