@@ -19,7 +19,7 @@ from bake.cost import Estimate, estimate_cost
 from bake.direction import Direction, direction_bytes
 from bake.errors import BakeError, DirectionError, EndpointError
 from bake.extraction import OPTIMIZE, ExtractionOptions, extract
-from bake.formats import conversion, fit_direction, read_direction
+from bake.formats import conversion, fit_direction, read_direction, understanding
 from bake.formats.conversion import ConvertedDirection
 from bake.formats.objects import given_as_file
 from bake.model import read_config
@@ -247,8 +247,8 @@ def show_direction(
     others = {str(path): read_direction(path) for path in compare}
     if model is None:
         for shown in (given, *others.values()):
-            if "understood" in shown.metadata:
-                announce(f"direction understood as {shown.metadata['understood']}")
+            for sentence in understanding(shown):
+                announce(sentence)
         return given, Reading((), compare_directions(given, others))
     base = open_base(model, revision)
     fit = partial(

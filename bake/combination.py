@@ -83,7 +83,9 @@ def combine(
     metadata = {"method": "sum", "parts": names}
     if orthogonalize:
         metadata["orthogonalized"] = "in this order"
-    return Direction(vectors, given[0][2].site, metadata, lengths, parts)
+    absent = {layer for _, _, direction in given for layer in direction.absent}
+    site = given[0][2].site
+    return Direction(vectors, site, metadata, lengths, parts, tuple(sorted(absent)))
 
 
 def _check_alike(given: Sequence[tuple[str, float, Direction]]) -> None:

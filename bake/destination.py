@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bake.anatomy import Anatomy, SiteRoute
 from bake.anatomy.insertion import Insertion
 from bake.coefficients import band_layers, band_of, parse_band, parse_coefficients
-from bake.direction import Direction
+from bake.direction import ABSENT, Direction
 from bake.engines import describe_survivals
 from bake.errors import BakeError, DirectionError, UnsupportedError
 from bake.progress import announce
@@ -52,9 +52,10 @@ def check_direction(direction: Direction, layers: Sequence[int], anatomy: Anatom
     missing = [layer for layer in layers if own and layer not in own]
     if missing:
         band = band_of(own, anatomy.layer_count)
+        reason = f" ({ABSENT})" if missing[0] in direction.absent else ""
         raise DirectionError(
-            f"the direction has no vector for layer {missing[0]}; it has {list_numbers(own)}, of the "
-            f"model's {anatomy.layer_count} layers: choose these, "
+            f"the direction has no vector for layer {missing[0]}{reason}; it has {list_numbers(own)}, "
+            f"of the model's {anatomy.layer_count} layers: choose these, "
             + (f"--band {band}" if band else "by --coefficients, such as 6=0.5,8=1.0")
         )
 

@@ -9,7 +9,6 @@ read by `bake.formats`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError, DirectionError
 from bake.hidden_sizes import describe_width
+from bake.io.foreign_json import parse_json
 from bake.safetensors_file import (
+    Header,
     decode_tensor,
     encode_header,
     encode_tensor,
@@ -29,6 +30,7 @@ from bake.safetensors_file import (
 )
 from bake.sites import SITES, LayerStructure
 from bake.steering import submodule
+from bake.support.text import list_numbers, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,26 @@ if TYPE_CHECKING:
 
 _LAYER_KEY = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 DEFAULT_SITE = "mlp_out"
+# A vector this much shorter than the longest of its file, or of values that its dtype hardly resolves, is
+# what rounding leaves of zero: no layer of a model is a million times less than another.
+NOISE = 1e-6
+SUBNORMAL_STEPS = 4
+ABSENT = "zero, or rounding noise beside the other layers"
+# Bounds on a file's metadata. The figures are JSON, and have some hundred characters a layer.
+MAX_KEYS, MAX_KEY, MAX_TEXT, MAX_FIGURES = 64, 100, 2000, 1_000_000
+MAX_NAMES = 20_000  # of tensors or of metadata, in one file
+OWN_FIGURES = ("scale", "separation", "optimization")
+OWN_KEYS = (
+    *OWN_FIGURES,
+    "site",
+    "model",
+    "method",
+    "token",
+    "pairs",
+    "format",
+    "understood",
+    "parts",
+)
 SCALE_KEY = "scale"  # in metadata: {layer: length} of vectors that are stored as unit vectors
 
 
@@ -70,7 +92,8 @@ class Direction:
 
     lengths: ‖v_l‖ of the vectors as they were given, by the same keys; empty where they were unit
     vectors all along. Only `--keep-scale` asks for them, and a sum: `parts` are the directions that it
-    was made of, and its lengths say how much longer it is than one unit vector.
+    was made of, and its lengths say how much longer it is than one unit vector. absent: layers that
+    were left out, because there is nothing to point along: see `ABSENT`.
     """
 
     vectors: Mapping[int | None, torch.Tensor]
@@ -78,6 +101,7 @@ class Direction:
     metadata: Mapping[str, str] = field(default_factory=dict)
     lengths: Mapping[int | None, float] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    absent: tuple[int, ...] = ()
 
     @property
     def hidden_size(self) -> int:
@@ -92,8 +116,9 @@ class Direction:
             known = ", ".join(
                 str(index) for index in sorted(k for k in self.vectors if k is not None)
             )
+            reason = f" ({ABSENT})" if layer in self.absent else ""
             raise DirectionError(
-                f"the direction has no vector for layer {layer}; it has layers {known}"
+                f"the direction has no vector for layer {layer}{reason}; it has layers {known}"
             )
         return self.vectors[layer]
 
@@ -243,14 +268,14 @@ def own_scale(metadata: Mapping[str, str], path: Path) -> dict[int | None, float
     if SCALE_KEY not in metadata:
         return {}
     try:
+        said = parse_json(metadata[SCALE_KEY], SCALE_KEY, error=DirectionError)
         lengths = {
-            None if layer == "all" else int(layer): float(length)
-            for layer, length in json.loads(metadata[SCALE_KEY]).items()
+            None if layer == "all" else int(layer): float(length) for layer, length in said.items()
         }
         if not all(0 < length < math.inf for length in lengths.values()):
             raise ValueError("a length is a number above 0")
         return lengths
-    except (ValueError, AttributeError, TypeError, OverflowError):
+    except (DirectionError, ValueError, TypeError, OverflowError):
         raise DirectionError(
             f"{path}: its metadata {SCALE_KEY!r} is not lengths by layer; find the direction again"
         ) from None
@@ -261,8 +286,8 @@ def read_vectors(path: Path) -> tuple[dict[int | None, torch.Tensor], dict[str, 
 
     Raises DirectionError for what is no direction file; the vectors themselves are not looked at.
     """
+    header = open_header(path)
     try:
-        header = read_header(path, path.name)
         vectors: dict[int | None, torch.Tensor] = {}
         for entry in header.tensors:
             match = _LAYER_KEY.fullmatch(entry.name)
@@ -272,15 +297,57 @@ def read_vectors(path: Path) -> tuple[dict[int | None, torch.Tensor], dict[str, 
                     data, entry.dtype, entry.shape
                 )
     except CheckpointError as error:
-        reason = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
-        raise DirectionError(f"{path} is not a safetensors file of a direction: {reason}") from None
+        raise _no_direction(path, error) from None
     if not vectors:
         raise DirectionError(
             f"{path} holds no tensor named direction or direction.<layer>; is it a direction file?"
         )
     if None in vectors and len(vectors) > 1:
         raise DirectionError(f"{path} holds both one direction for all layers and some per layer")
-    return vectors, dict(header.metadata)
+    return vectors, bound_metadata(header.metadata, path.name)
+
+
+def open_header(path: Path) -> Header:
+    """Return the header of a safetensors file that should hold a direction.
+
+    Raises DirectionError where it is no sound one, or names far more than a direction has.
+    """
+    try:
+        header = read_header(path, path.name)
+    except CheckpointError as error:
+        raise _no_direction(path, error) from None
+    for count, kind in ((len(header.tensors), "tensors"), (len(header.metadata), "metadata keys")):
+        if count > MAX_NAMES:
+            raise DirectionError(
+                f"{path} is not a direction: it has {count} {kind}, where one has a few hundred"
+            )
+    return header
+
+
+def _no_direction(path: Path, error: CheckpointError) -> DirectionError:
+    reason = str(error).removeprefix(f"{path} is not a sound safetensors file: ")
+    return DirectionError(f"{path} is not a safetensors file of a direction: {reason}")
+
+
+def bound_metadata(metadata: Mapping[str, str], origin: str) -> dict[str, str]:
+    """Return what is kept of a file's metadata: what bake itself writes, and some of what others do.
+
+    Strings of strangers go into files and messages: at most MAX_KEYS of them, one line each, cut to
+    MAX_TEXT characters. Raises DirectionError for figures of bake's that are longer than it writes.
+    """
+    kept: dict[str, str] = {}
+    for key in sorted(metadata, key=lambda key: (key not in OWN_KEYS, key)):
+        text = metadata[key]
+        if key in OWN_FIGURES:
+            if len(text) > MAX_FIGURES:
+                raise DirectionError(
+                    f"{origin}: its metadata {key!r} has {len(text)} characters, more than bake writes; "
+                    f"find the direction again"
+                )
+            kept[key] = text
+        elif len(kept) < MAX_KEYS and len(key) <= MAX_KEY and key.isprintable():
+            kept[key] = one_line(text, MAX_TEXT)
+    return kept
 
 
 def normalise_all(
@@ -292,7 +359,8 @@ def normalise_all(
     """Return the direction of vectors of any length, which it remembers; `origin` is for messages.
 
     vectors: (hidden_size,) of any real dtype. Raises DirectionError, naming the vector, for a dtype
-    that is no real number's, a wrong shape, zeros, NaN, and for vectors of different widths.
+    that is no real number's, a wrong shape, NaN, nothing but zeros, and for vectors of different widths.
+    Layers that hold nothing (`find_absent`) are left out.
     """
     names = {
         layer: f"{origin}: direction" + (f".{layer}" if layer is not None else "")
@@ -300,12 +368,47 @@ def normalise_all(
     }
     for layer, vector in vectors.items():
         check_dtype(vector, names[layer])
-    units = {layer: normalise(vector, names[layer]) for layer, vector in vectors.items()}
+    absent = find_absent(vectors)
+    kept = {layer: vector for layer, vector in vectors.items() if layer not in absent}
+    units = {layer: normalise(vector, names[layer]) for layer, vector in kept.items()}
     widths = {int(vector.shape[0]) for vector in units.values()}
     if len(widths) > 1:
         raise DirectionError(f"{origin} holds vectors of different widths: {sorted(widths)}")
-    lengths = {layer: measure_length(vector, names[layer]) for layer, vector in vectors.items()}
-    return Direction(units, site, metadata, lengths)
+    lengths = {layer: measure_length(vector, names[layer]) for layer, vector in kept.items()}
+    return Direction(units, site, metadata, lengths, absent=absent)
+
+
+def find_absent(vectors: Mapping[int | None, torch.Tensor]) -> tuple[int, ...]:
+    """Return the layers whose vectors are zero or rounding noise beside the others, in order.
+
+    None of them where all vectors are zero, or hold what is refused anyway. The other layers' lengths
+    decide, and the dtype's resolution: float16 has four steps or less for values below 2.4e-7.
+    """
+    import torch
+
+    if len(vectors) < 2:
+        return ()
+    lengths = {layer: float(vector.double().norm()) for layer, vector in vectors.items()}
+    longest = max((length for length in lengths.values() if math.isfinite(length)), default=0.0)
+
+    def is_noise(layer: int, vector: torch.Tensor) -> bool:
+        smallest = torch.finfo(vector.dtype).smallest_normal * torch.finfo(vector.dtype).eps
+        coarse = SUBNORMAL_STEPS * smallest
+        largest = float(vector.double().abs().max()) if vector.numel() else 0.0
+        return lengths[layer] <= NOISE * longest or largest <= coarse
+
+    found = [
+        layer for layer, vector in vectors.items() if layer is not None and is_noise(layer, vector)
+    ]
+    return tuple(sorted(found)) if longest > 0 and len(found) < len(vectors) else ()
+
+
+def describe_absent(direction: Direction) -> str:
+    """Return a phrase on the layers that were left out; empty where none was."""
+    if not direction.absent:
+        return ""
+    several = "s" * (len(direction.absent) > 1)
+    return f"layer{several} {list_numbers(direction.absent)} left out ({ABSENT})"
 
 
 def check_dtype(vector: torch.Tensor, name: str) -> None:

@@ -16,6 +16,7 @@ from bake.contrast import METHODS as FITTED_METHODS
 from bake.contrast import check_method, fit_directions
 from bake.direction import SCALE_KEY, Direction, normalise
 from bake.errors import DirectionError
+from bake.io.foreign_json import parse_json
 from bake.model import LoadedModel
 from bake.optimization import KL_WEIGHT, STEPS, check_training, optimize_push
 from bake.pairs import (
@@ -161,7 +162,9 @@ def plain_values(direction: Direction) -> dict[str, Any]:
     for key in (KEY, SCALE_KEY, OPTIMIZATION_KEY):
         text = values["metadata"].pop(key, None)
         if text is not None:
-            values[key] = json.loads(text)
+            values[key] = parse_json(
+                text, f"the direction's {key}", error=DirectionError, kind=None
+            )
     return values
 
 

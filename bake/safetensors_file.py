@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bake.errors import CheckpointError
+from bake.io.foreign_json import parse_json
 from bake.io.git_lfs import check_data
 
 if TYPE_CHECKING:
@@ -227,20 +228,9 @@ def _broken(path: Path | str, problem: str) -> CheckpointError:
 
 
 def _parse_header(path: Path | str, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in fields if names.count(name) > 1)
-            raise _broken(path, f"its header names {twice} twice")
-        return fields
-
-    try:
-        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is not JSON ({str(error).splitlines()[0]})") from error
-    if not isinstance(fields, dict):
-        raise _broken(path, "its header is not a JSON object")
+    fields: dict[str, Any] = parse_json(
+        raw, f"{path} is not a sound safetensors file: its header", max_bytes=MAX_HEADER_BYTES
+    )
     return fields
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bake.activations import PairActivations
 from bake.direction import Direction
 from bake.errors import DirectionError
+from bake.io.foreign_json import parse_json
 from bake.sampling import bootstrap_interval
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def parse_separation(metadata: Mapping[str, str]) -> Separation | None:
     if text is None:
         return None
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(text, "it", error=DirectionError)
+    except DirectionError as error:
         raise DirectionError(f"the separation is not what bake writes: {error}") from None
     return Separation.from_dict(values)
 

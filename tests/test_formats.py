@@ -15,8 +15,9 @@ from bake.direction import Direction, direction_bytes, load_direction
 from bake.errors import BakeError, DirectionError
 from bake.formats import fit_direction, read_direction
 from bake.formats.gguf_writer import write_gguf
-from bake.formats.given import layer_number, name_layers
+from bake.formats.given import name_layers
 from bake.formats.objects import given_as_file, read_object
+from bake.formats.places import layer_number
 from bake.given_directions import open_direction
 from bake.hidden_sizes import describe_width, models_by_width
 from bake.recipe import Recipe

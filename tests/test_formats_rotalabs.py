@@ -78,13 +78,13 @@ def test_two_vectors_of_a_layer_are_refused(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("layer_9.json", b"{", "cannot be read"),
-        ("layer_9.json", b"\xff", "cannot be read"),
+        ("layer_9.json", b"{", "is not JSON"),
+        ("layer_9.json", b"\xff", "is not UTF-8 text"),
         ("layer_9.json", b"[" * 100_000, "cannot be read"),
-        ("layer_9.json", b" " * 1_000_001, "1000001 bytes long"),
-        ("layer_9.json", b"[]", "is no JSON object"),
+        ("layer_9.json", b" " * 1_000_001, "more than the 1000000 bytes allowed"),
+        ("layer_9.json", b"[]", "is not a JSON object but a JSON array"),
         ("layer_9.json", b"{}", "has no layer_index"),
-        ("layer_9.json", b'{"layer_index": -1}', "has no layer_index"),
+        ("layer_9.json", b'{"layer_index": -1}', "counts from the end"),
         ("layer_9.pt", b"no archive", "no archive of PyTorch"),
         ("layer_7.json", b'{"layer_index": 7}', "has no layer_7.pt beside it"),
         ("metadata.json", b'{"layers": [9, 14, 20]}', "lists layer 20 and has no layer_20.json"),

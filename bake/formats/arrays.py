@@ -12,11 +12,20 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import GivenVectors, from_mapping, from_tensor, shorten
+from bake.formats.declared import is_layer_list
+from bake.formats.given import (
+    Array,
+    GivenVectors,
+    Pick,
+    from_tensor,
+    gather,
+    shorten,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,22 +34,98 @@ if TYPE_CHECKING:
 NPY, NPZ = "numpy array (.npy)", "numpy arrays (.npz)"
 MAX_HEADER = 10_000  # numpy's own limit
 DEFLATE_RATIO = 1032  # the most that deflate can expand
+HEADROOM = 10_000  # bytes that an entry may have whatever it is packed into
+LARGE, BOMB_RATIO = 64_000_000, 50  # bytes, and how far numbers do not pack
+MAX_ARRAYS = 10_000
+SMALL = 80_000  # bytes of a text or a list of layers
 # What numpy's header parser raises for text that is no header.
 _BAD_HEADER = (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
 _BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
+_BAD_READ = (*_BAD_ARCHIVE, RuntimeError, KeyError, OverflowError, OSError, MemoryError)
 
 
-def read_npy(path: Path) -> GivenVectors:
+def read_npy(path: Path, pick: Pick | None = None) -> GivenVectors:
     """Read `.npy`: (hidden_size,) for all layers, or (layers, hidden_size), row l for layer l."""
     with path.open("rb") as stream:
         tensor = _read_array(stream, path.stat().st_size, path.name)
-    return GivenVectors(NPY, from_tensor(tensor, path.name))
+    vectors, notes = from_tensor(tensor, path.name, pick)
+    return GivenVectors(NPY, vectors, notes=notes)
 
 
-def read_npz(path: Path) -> GivenVectors:
-    """Read `.npz`: arrays named by layer (`12`, `layer_12`, `direction.12`), or one array."""
-    arrays = {name: read_npz_array(path, name) for name in npz_names(path)}
-    return GivenVectors(NPZ, from_mapping(arrays, path.name))
+def read_npz(path: Path, pick: Pick | None = None) -> GivenVectors:
+    """Read `.npz`: arrays named by layer (`12`, `layer_12`, `direction.12`), or one array.
+
+    Text and single numbers in it are what the file says of its vectors; a list of layers numbers rows.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except _BAD_ARCHIVE as error:
+        raise _broken(path.name, error) from None
+    with archive:
+        arrays, fields = _list_arrays(archive, path.name)
+        return gather(NPZ, arrays, fields, path.name, pick)
+
+
+def _list_arrays(archive: zipfile.ZipFile, file: str) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return the archive's arrays by name, from their headers alone, and its small values."""
+    entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+    if len(entries) > MAX_ARRAYS:
+        raise DirectionError(f"{file} holds {len(entries)} arrays; a direction has a few hundred")
+    arrays: dict[str, Array] = {}
+    fields: dict[str, Any] = {}
+    for entry in entries:
+        name = entry.filename.removesuffix(".npy")
+        origin = f"{file}: {shorten(name)}"
+        if name in arrays or name in fields:
+            raise DirectionError(f"{file} names an array {shorten(name)} twice; save it again")
+        shape, dtype = _read_shape(archive, entry, origin)
+        is_value = dtype.kind in "US" or math.prod(shape) == 1
+        if dtype.hasobject:
+            fields[name] = "Python objects"  # Whatever they say is not read.
+        elif is_value or (dtype.kind in "iu" and is_layer_list(name)):
+            fields[name] = _read_small(archive, entry, origin)
+            continue
+        arrays[name] = Array(shape, dtype.kind == "f", partial(_read_entry, archive, entry, origin))
+    return arrays, fields
+
+
+def _read_shape(
+    archive: zipfile.ZipFile, entry: zipfile.ZipInfo, origin: str
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        with archive.open(entry) as stream:
+            shape, _, dtype = _read_header(stream, origin)
+    except _BAD_READ as error:
+        raise _broken(origin, error) from None
+    return shape, dtype
+
+
+def _read_small(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, origin: str) -> Any:
+    """Return a text, a number or a short list of them as plain values."""
+    import numpy as np
+
+    if entry.file_size > SMALL:
+        return None  # No name of an operation or a place, and no list of layers.
+    try:
+        with archive.open(entry) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False).tolist()
+    except (*_BAD_READ, *_BAD_HEADER) as error:
+        raise _broken(origin, error) from None
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, origin: str) -> torch.Tensor:
+    """Read one array of an open archive."""
+    size, packed = entry.file_size, min(entry.compress_size, archive.start_dir)
+    if size > DEFLATE_RATIO * packed + HEADROOM or (size > LARGE and size > BOMB_RATIO * packed):
+        raise DirectionError(
+            f"{origin} claims {size} bytes and has {packed} packed, more than a direction's; save it "
+            f"again with numpy.savez"
+        )
+    try:
+        with archive.open(entry) as stream:
+            return _read_array(stream, size, origin)
+    except _BAD_READ as error:
+        raise _broken(origin, error) from None
 
 
 def npz_names(path: Path) -> list[str]:
@@ -59,12 +144,8 @@ def read_npz_array(path: Path, name: str) -> torch.Tensor:
     origin = f"{path.name}: {shorten(name)}"
     try:
         with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo(f"{name}.npy")
-            if entry.file_size > DEFLATE_RATIO * path.stat().st_size:
-                raise DirectionError(f"{origin} claims {entry.file_size} bytes, more than can be")
-            with archive.open(entry) as stream:
-                return _read_array(stream, entry.file_size, origin)
-    except (*_BAD_ARCHIVE, RuntimeError, KeyError, OverflowError, OSError) as error:
+            return _read_entry(archive, archive.getinfo(f"{name}.npy"), origin)
+    except _BAD_READ as error:
         raise _broken(origin, error) from None
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.direction import DEFAULT_SITE, Direction, direction_bytes
+from bake.direction import DEFAULT_SITE, Direction, direction_bytes, normalise_all
 from bake.errors import DirectionError
 from bake.formats import NATIVE, read_given
 from bake.formats.arrays import write_npy, write_npz
@@ -77,8 +77,9 @@ def convert(
     if layer_count is not None and layer_count < 1:
         raise DirectionError(f"--layers {layer_count} is no number of layers; give one from 1 on")
     given, origin = read_given(reference, layer_offset=layer_offset, hidden_size=hidden_size)
-    stored = {layer: vector.float() for layer, vector in given.vectors.items()}
-    direction = replace(given, vectors=stored).to_direction(origin, site and check_site(site))
+    direction = given.to_direction(origin, site and check_site(site))
+    stored = {layer: given.vectors[layer].float() for layer in direction.vectors}
+    normalise_all(stored, direction.site, {}, origin)  # Values that float32 holds.
     if hidden_size is not None:
         direction.select([], hidden_size)
     if layer_count is not None:

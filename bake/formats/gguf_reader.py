@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import MAX_LAYERS, GivenVectors, printable
+from bake.formats.declared import read_declared
+from bake.formats.given import GivenVectors, Pick, printable
+from bake.formats.places import MAX_LAYERS
 from bake.safetensors_file import decode_tensor, read_range
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ ARCHITECTURE = "controlvector"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_HEADER = 64_000_000  # of names and values; a control vector's has a few thousand bytes
 MAX_TENSORS = MAX_LAYERS
+MAX_VALUES = 10_000  # of metadata; a control vector has three, a model about forty
+MAX_STRINGS = 4_000_000  # in arrays; a model's vocabulary, which is told apart afterwards
 MAX_DIMENSIONS = 4  # of a ggml tensor
 DEFAULT_ALIGNMENT = 32
 STRING, ARRAY, INT32, UINT32 = 8, 9, 5, 4
@@ -75,17 +79,22 @@ class GgufFile:
     tensors: tuple[GgufTensor, ...]
 
 
-def read_gguf(path: Path) -> GivenVectors:
+def read_gguf(path: Path, pick: Pick | None = None) -> GivenVectors:
     """Read a control vector; N of `direction.N` is the 0-based layer to whose output it is added.
 
-    Raises DirectionError for a file that is broken, is no control vector, or holds quantized vectors.
+    Raises DirectionError for a file that is broken, is no control vector, holds quantized vectors, or says
+    that its vectors are not to be added to the layer's output.
     """
+    if pick is not None:
+        raise DirectionError(f"{path.name} has no positions; a control vector has one a layer")
     file = parse_gguf(path)
     architecture = file.metadata.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise DirectionError(
             f"{path.name} is a GGUF file of {str(architecture)[:60]!r} and no control vector"
         )
+    said = {key: value for key, value in file.metadata.items() if not key.startswith("general.")}
+    declared = read_declared(said, path.name, layer_output_only=True)
     vectors: dict[int | None, torch.Tensor] = {}
     for tensor in file.tensors:
         match = _NAME.fullmatch(tensor.name)
@@ -104,7 +113,7 @@ def read_gguf(path: Path) -> GivenVectors:
         f"{FORMAT} for {hint}" if hint else FORMAT,
         vectors,
         site="mlp_out",
-        notes=_explain(file, vectors),
+        notes=[*_explain(file, vectors), *declared.notes],
         metadata={"model_hint": hint} if hint else {},
     )
 
@@ -127,6 +136,9 @@ def _explain(file: GgufFile, vectors: Mapping[int | None, Any]) -> list[str]:
         )
     elif isinstance(count, int) and count != len(vectors):
         notes.append(f"its layer_count says {count}")
+    strength = file.metadata.get("glp.alpha_default")
+    if isinstance(strength, int | float) and strength != 1:
+        notes.append(f"its own strength glp.alpha_default = {strength:g} is not applied")
     return notes
 
 
@@ -165,8 +177,12 @@ def parse_gguf(path: Path) -> GgufFile:
         raise _broken(path, f"it claims {tensor_count} tensors")
     metadata: dict[str, Any] = {}
     kinds: dict[str, int] = {}
-    for _ in range(value_count):  # Every round takes bytes, so that a lying count ends with them.
+    if value_count > MAX_VALUES:
+        raise _broken(path, f"it claims {value_count} values")
+    for _ in range(value_count):
         key, kind = cursor.string(), cursor.number("I")
+        if key in kinds:
+            raise _broken(path, f"it has the key {key[:60]!r} twice")
         kinds[key], metadata[key] = kind, cursor.value(kind)
     entries = [_parse_tensor(cursor) for _ in range(tensor_count)]
     if len({name for name, *_ in entries}) < len(entries):
@@ -194,7 +210,7 @@ class _Cursor:
     """A position in a header; every step checks that the bytes are there."""
 
     def __init__(self, path: Path, data: bytes) -> None:
-        self.path, self.data, self.position = path, data, 0
+        self.path, self.data, self.position, self.strings = path, data, 0, 0
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.position:
@@ -229,6 +245,9 @@ class _Cursor:
             return None
         if inner != STRING:
             raise _broken(self.path, f"it has an array of the unknown type {inner}")
+        self.strings += count
+        if self.strings > MAX_STRINGS:
+            raise _broken(self.path, f"it has {self.strings} strings in arrays")
         for _ in range(count):
             self.take(self.number("Q"))
         return None

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from bake.direction import Direction, direction_bytes
 from bake.errors import DirectionError
-from bake.formats.given import GivenVectors, from_mapping, from_tensor, shorten
+from bake.formats.given import Array, GivenVectors, from_tensor, gather, shorten
+from bake.formats.places import parse_place
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,9 @@ SITES_BY_LAYER_TYPE = {
 }
 
 
+_PLAIN = (str, bool, int, float)
+
+
 def read_object(value: Any) -> GivenVectors:
     """Read an object of another library, {layer: vector}, or one array.
 
@@ -40,8 +44,9 @@ def read_object(value: Any) -> GivenVectors:
     if isinstance(getattr(value, "layer_activations", None), Mapping):
         return _read_steering_vector(value, name)
     if isinstance(value, Mapping):
-        return GivenVectors("a mapping", from_mapping(_as_tensors(value, name), name))
-    return GivenVectors(f"a {name}", from_tensor(_as_tensor(value, name), name))
+        return gather("a mapping", *_take_apart(value, name), name)
+    vectors, notes = from_tensor(_as_tensor(value, name), name)
+    return GivenVectors(f"a {name}", vectors, notes=notes)
 
 
 @contextmanager
@@ -80,17 +85,35 @@ def _read_steering_vector(value: Any, name: str) -> GivenVectors:
             f"the {name} is of layer type {shorten(layer_type)}; bake knows "
             f"{', '.join(SITES_BY_LAYER_TYPE)}"
         )
-    vectors = from_mapping(_as_tensors(value.layer_activations, name), name)
-    return GivenVectors(
+    arrays, fields = _take_apart(value.layer_activations, name)
+    own = {
+        key: entry
+        for key, entry in getattr(value, "__dict__", {}).items()
+        if isinstance(entry, _PLAIN) and key != "layer_type"
+    }
+    return gather(
         f"steering-vectors {name}",
-        vectors,
+        arrays,
+        {**fields, **own},
+        name,
         site=SITES_BY_LAYER_TYPE[layer_type],
         notes=[f"layer type {layer_type}"],
     )
 
 
-def _as_tensors(values: Mapping[Any, Any], name: str) -> dict[Any, torch.Tensor]:
-    return {key: _as_tensor(item, f"{name}: {shorten(key)}") for key, item in values.items()}
+def _take_apart(values: Mapping[Any, Any], name: str) -> tuple[dict[Any, Array], dict[Any, Any]]:
+    """Return a mapping's arrays, and the plain values that stand beside them."""
+    fields = {
+        key: item
+        for key, item in values.items()
+        if isinstance(item, _PLAIN) and parse_place(key) is None
+    }
+    arrays = {
+        key: Array.of(_as_tensor(item, f"{name}: {shorten(key)}"))
+        for key, item in values.items()
+        if key not in fields
+    }
+    return arrays, fields
 
 
 def _as_tensor(value: Any, name: str) -> torch.Tensor:

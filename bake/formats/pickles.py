@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
+from bake.formats.declared import is_layer_list
 from bake.formats.given import (
+    Array,
     GivenVectors,
-    from_mapping,
+    Pick,
     from_tensor,
-    layer_number,
+    gather,
     printable,
     shorten,
 )
+from bake.formats.places import MAX_LAYERS
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +53,21 @@ _ERRORS = (
 )
 
 
-def read_pt(path: Path) -> GivenVectors:
-    """Read a tensor, a list of them (one a layer), or a dictionary {layer: tensor}, also nested."""
+def read_pt(path: Path, pick: Pick | None = None) -> GivenVectors:
+    """Read a tensor, a list of them (one a layer), or a dictionary {layer: tensor}, also nested.
+
+    Strings and numbers beside the tensors are what the file says of them.
+    """
     value = load_tensors(path)
     size = path.stat().st_size
-    vectors, notes = _find_vectors(value, path.name)
-    for layer, vector in vectors.items():
+    given = _read_value(value, path.name, pick)
+    for layer, vector in given.vectors.items():
         if vector.numel() * vector.element_size() > size:
             raise DirectionError(
                 f"{path.name}: the vector of layer {layer} has {vector.numel()} values, more than the "
                 f"file holds; save it with .contiguous()"
             )
-    return GivenVectors(FORMAT, vectors, notes=notes)
+    return given
 
 
 def load_tensors(path: Path) -> Any:
@@ -158,36 +164,64 @@ def _contents(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else []
 
 
-def _find_vectors(
-    value: Any, origin: str, depth: int = DEPTH
-) -> tuple[dict[int | None, torch.Tensor], list[str]]:
+def _read_value(value: Any, origin: str, pick: Pick | None) -> GivenVectors:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return from_tensor(value.detach(), origin), []
-    if isinstance(value, (list, tuple)):
-        return _from_list(value, origin), ["a list, one vector a layer"]
-    if not isinstance(value, Mapping):
+        vectors, picked = from_tensor(value.detach(), origin, pick)
+        return GivenVectors(FORMAT, vectors, notes=picked)
+    notes: list[str] = []
+    fields: dict[Any, Any] = {}
+    for _ in range(DEPTH):
+        nest = _find_nest(value)
+        if nest is None:
+            break
+        fields |= _fields_of(value)
+        value, origin = value[nest], f"{origin}: {nest}"
+        notes.append(f"from its {nest}")
+    if isinstance(value, torch.Tensor):
+        value = {origin.rpartition(": ")[2]: value}
+    elif isinstance(value, (list, tuple)):
+        value = _from_list(value, origin)
+        notes.append("a list, one vector a layer")
+    elif not isinstance(value, Mapping):
         raise DirectionError(
             f"{origin} holds a {type(value).__name__}; save a tensor, or {{layer: tensor, …}}"
         )
-    for nest in NESTS:
-        if depth > 1 and isinstance(value.get(nest), (Mapping, torch.Tensor, list, tuple)):
-            vectors, notes = _find_vectors(value[nest], f"{origin}: {nest}", depth - 1)
-            return vectors, [f"from its {nest}", *notes]
-    tensors = {
-        key: item.detach()
+    fields |= _fields_of(value)
+    arrays = {
+        key: Array.of(item.detach())
         for key, item in value.items()
-        if isinstance(item, torch.Tensor) and item.ndim > 0
+        if isinstance(item, torch.Tensor) and key not in fields
     }
-    layer = layer_number(value.get("layer", value.get("layer_index")))
-    vectors = from_mapping(tensors, origin)
-    if None in vectors and layer is not None:
-        return {layer: vectors[None]}, []
-    return vectors, []
+    return gather(FORMAT, arrays, fields, origin, pick, notes=notes)
 
 
-def _from_list(value: list[Any] | tuple[Any, ...], origin: str) -> dict[int | None, torch.Tensor]:
+def _find_nest(value: Any) -> str | None:
+    """Return the key of a dictionary under which its vectors are; None where they are its own."""
+    import torch
+
+    if not isinstance(value, Mapping):
+        return None
+    kinds = (Mapping, torch.Tensor, list, tuple)
+    return next((nest for nest in NESTS if isinstance(value.get(nest), kinds)), None)
+
+
+def _fields_of(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return what a dictionary says beside its tensors; single numbers and lists of layers are said."""
+    import torch
+
+    found: dict[Any, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, torch.Tensor):
+            if item.ndim == 0 or (item.numel() < MAX_LAYERS and is_layer_list(key)):
+                found[key] = item.tolist()
+        elif isinstance(item, (str, int, float, bool, list, tuple, Mapping)) and key not in NESTS:
+            found[key] = list(item) if isinstance(item, tuple) else item
+    return found
+
+
+def _from_list(value: list[Any] | tuple[Any, ...], origin: str) -> dict[int, torch.Tensor]:
     import torch
 
     for index, item in enumerate(value):
@@ -196,4 +230,4 @@ def _from_list(value: list[Any] | tuple[Any, ...], origin: str) -> dict[int | No
                 f"{origin} holds a list whose entry {index} is a {shorten(type(item).__name__)}; save "
                 f"a list of tensors, one a layer"
             )
-    return from_mapping({index: item.detach() for index, item in enumerate(value)}, origin)
+    return {index: item.detach() for index, item in enumerate(value)}

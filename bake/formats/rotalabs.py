@@ -7,13 +7,17 @@ counted from 0: `mlp_out` here.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.formats.given import GivenVectors, from_tensor, layer_number, printable
+from bake.formats.declared import Declared, read_declared
+from bake.formats.given import GivenVectors, Pick, from_tensor, printable
 from bake.formats.pickles import load_tensors
+from bake.formats.places import layer_number
+from bake.io.foreign_json import read_json
+from bake.io.foreign_paths import check_links
+from bake.io.git_lfs import check_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -31,23 +35,38 @@ def is_rotalabs(path: Path) -> bool:
     return "layer_index" in _read_json(beside)
 
 
-def read_pair(path: Path) -> GivenVectors:
-    """Read one vector from its `.json` and `.pt`, whichever of the two is named."""
-    layer, vector, metadata = _read_vector(path.with_suffix(".json"))
-    return GivenVectors(FORMAT, {layer: vector}, site="mlp_out", metadata=metadata)
+def read_pair(path: Path, pick: Pick | None = None) -> GivenVectors:
+    """Read one vector from its `.json` and `.pt`, whichever of the two is named.
+
+    The one that is named may be a link, as any file that a user names; the other not out of the folder.
+    """
+    if pick is not None:
+        raise DirectionError(
+            f"{path.name} has no positions; rotalabs-steer saves one vector a file"
+        )
+    _check_links(path.parent, [path.with_suffix(".json"), path.with_suffix(".pt")], named=path)
+    layer, vector, declared, metadata = _read_vector(path.with_suffix(".json"))
+    site = declared.site or "mlp_out"
+    return GivenVectors(FORMAT, {layer: vector}, site, declared.notes, metadata)
 
 
 def read_folder(folder: Path) -> GivenVectors:
     """Read every vector of a folder. Raises DirectionError where two are of one layer, or none is."""
     described = sorted(folder.glob("layer_*.json"))
+    pairs = [name for path in described for name in (path, path.with_suffix(".pt"))]
+    _check_links(folder, [*pairs, folder / SET_FILE])
     if not described:
         raise DirectionError(
             f"{folder} holds no layer_N.json; a folder is read as rotalabs-steer's vectors"
         )
     vectors: dict[int | None, torch.Tensor] = {}
     metadata: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    sites = set()
     for path in described:
-        layer, vector, metadata = _read_vector(path)
+        layer, vector, declared, metadata = _read_vector(path)
+        sites.add(declared.site or "mlp_out")
+        notes |= dict.fromkeys(declared.notes)
         if layer in vectors:
             raise DirectionError(f"{folder.name} holds two vectors of layer {layer}; keep one")
         vectors[layer] = vector
@@ -57,8 +76,12 @@ def read_folder(folder: Path) -> GivenVectors:
             f"{folder.name} lists layer {missing[0]} and has no layer_{missing[0]}.json; copy the "
             f"folder again"
         )
+    if len(sites) > 1:
+        raise DirectionError(
+            f"{folder.name} holds vectors of several sites ({', '.join(sorted(sites))}); keep those of one"
+        )
     ordered = dict(sorted(vectors.items(), key=lambda item: item[0] or 0))
-    return GivenVectors(FORMAT, ordered, site="mlp_out", metadata=metadata)
+    return GivenVectors(FORMAT, ordered, sites.pop(), list(notes), metadata)
 
 
 def _listed_layers(folder: Path) -> list[int]:
@@ -70,20 +93,27 @@ def _listed_layers(folder: Path) -> list[int]:
     return [layer for layer in numbers if layer is not None]
 
 
-def _read_vector(described: Path) -> tuple[int, torch.Tensor, dict[str, str]]:
+def _check_links(folder: Path, paths: list[Path], named: Path | None = None) -> None:
+    names = [path.name for path in paths if path != named]
+    check_links(folder, names, error=DirectionError)
+
+
+def _read_vector(described: Path) -> tuple[int, torch.Tensor, Declared, dict[str, str]]:
     import torch
 
     values = _read_json(described)
+    declared = read_declared(values, described.name)
     layer = layer_number(values.get("layer_index"))
     if layer is None:
         raise DirectionError(f"{described.name} has no layer_index; it is not rotalabs-steer's")
     file = described.with_suffix(".pt")
     if not file.is_file():
         raise DirectionError(f"{described.name} has no {file.name} beside it; copy both")
+    check_pointer(file, DirectionError)
     tensor = load_tensors(file)
     if not isinstance(tensor, torch.Tensor):
         raise DirectionError(f"{file.name} holds a {type(tensor).__name__} and no tensor")
-    vector = from_tensor(tensor.detach(), file.name).get(None)
+    vector = from_tensor(tensor.detach(), file.name)[0].get(None)
     if vector is None or vector.numel() * vector.element_size() > file.stat().st_size:
         raise DirectionError(
             f"{file.name} has shape {tuple(tensor.shape)}; rotalabs-steer saves one vector a file"
@@ -93,17 +123,12 @@ def _read_vector(described: Path) -> tuple[int, torch.Tensor, dict[str, str]]:
         "method": values.get("extraction_method"),
         "behavior": values.get("behavior"),
     }
-    return layer, vector, {k: printable(v) for k, v in known.items() if isinstance(v, str) and v}
+    metadata = {k: printable(v) for k, v in known.items() if isinstance(v, str) and v}
+    return layer, vector, declared, metadata
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_DESCRIPTION:
-            raise ValueError(f"{path.stat().st_size} bytes long")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise DirectionError(f"{path.name} cannot be read ({reason}); save it again") from None
-    if not isinstance(values, dict):
-        raise DirectionError(f"{path.name} is no JSON object; it is not rotalabs-steer's")
+    values: dict[str, Any] = read_json(
+        path, error=DirectionError, remedy="save it again", max_bytes=MAX_DESCRIPTION
+    )
     return values
