@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bake.anatomy import Anatomy, examine
@@ -35,9 +36,9 @@ class Base:
             return identity
         return {**identity, "headers_sha256": self.checkpoint.headers_sha256}
 
-    @property
+    @cached_property
     def licence(self) -> dict[str, Any]:
-        """What the base's card says of its licence, see `bake.licences`."""
+        """What the base's card says of its licence, see `bake.licences`; announces once what is unreadable."""
         return read_licence(self.checkpoint.source, self.checkpoint.companions)
 
 

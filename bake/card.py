@@ -1,18 +1,21 @@
 """The story: the model card of a bake and its figures, from the values that the stages returned.
 
 Templates are Jinja files in `model_cards/`, rendered with StrictUndefined: a missing value is an error,
-never an empty place in a published card.
+never an empty place in a published card. What the values say is escaped by default: see
+`bake.support.markdown`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.direction import Direction, direction_bytes
-from bake.figures import FIGURES, alternative, draw_norms, draw_separation
+from bake.errors import CheckpointError
+from bake.figures import ALTERNATIVES, FIGURES, draw_norms, draw_separation
 from bake.front_matter import compose_front_matter
 from bake.io import left_out
 from bake.licences import card_lines
@@ -20,6 +23,18 @@ from bake.record import CARD_FILE, DIRECTION_FILE, count_added_layers
 from bake.resources import shipped
 from bake.separation import parse_separation
 from bake.sites import DESCRIPTIONS
+from bake.support.markdown import (
+    Markdown,
+    cell,
+    code,
+    finalize,
+    format_values,
+    identifier,
+    literal,
+    quoted,
+    sentence,
+)
+from bake.support.text import explain
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -38,29 +53,32 @@ METHOD_WORDS = {
 }
 
 
-def table_cell(text: str) -> str:
-    """Return text as one cell of a Markdown table: quoted, on one line, bars and tags escaped."""
-    quoted = json.dumps(text, ensure_ascii=False)
-    return quoted.replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")
-
-
-def completion_request(canary: Mapping[str, str]) -> str:
+def completion_request(canary: Mapping[str, Any]) -> Markdown:
     """Return the JSON that asks a server for a canary, fit to stand between single quotes of a shell."""
-    body = {"model": "NAME", "prompt": canary["prompt"], "max_tokens": 20, "temperature": 0}
-    return json.dumps(body, ensure_ascii=False).replace("'", "\\u0027")
+    prompt = quoted(canary["prompt"]).replace("'", "\\u0027")
+    return Markdown(f'{{"model": "NAME", "prompt": {prompt}, "max_tokens": 20, "temperature": 0}}')
 
 
-def figure(value: float | None, form: str, factor: float = 1.0) -> str:
+def figure(value: float | None, form: str, factor: float = 1.0) -> Markdown:
     """Return a figure as text, a dash for one that was not measured."""
-    return "–" if value is None else form % (factor * value)
+    return Markdown("–") if value is None else format_values(form, factor * value)
 
 
-def interval(values: Mapping[str, float | None] | None, form: str) -> str:
+def interval(values: Mapping[str, float | None] | None, form: str) -> Markdown:
     """Return a figure with its interval in brackets, a dash for one that was not measured."""
     if values is None:
-        return "–"
-    value, low, high = (figure(values[key], form) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+        return Markdown("–")
+    return Markdown("%s [%s, %s]") % tuple(
+        figure(values[key], form) for key in ("value", "low", "high")
+    )
+
+
+def picture(name: str) -> Markdown:
+    """Return a figure of bake's own as an image. Raises CheckpointError for any other name."""
+    stem = name.removeprefix(f"{FIGURES}/").removesuffix(".png")
+    if stem not in ALTERNATIVES or name != f"{FIGURES}/{stem}.png":
+        raise CheckpointError(f"bake.json names a figure {name!r}, which bake does not draw")
+    return Markdown(f"![{ALTERNATIVES[stem]}]({name})")
 
 
 def card_environment() -> Environment:
@@ -73,32 +91,46 @@ def card_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML; the values are numbers and names of our own.
+        autoescape=False,  # That would be HTML's; `finalize` escapes all that is not Markdown yet.
+        finalize=finalize,
     )
     environment.filters |= {
-        "alt": alternative,
-        "cell": table_cell,
+        "cell": cell,
+        "code": code,
         "figure": figure,
+        "format": format_values,
+        "identifier": identifier,
         "interval": interval,
+        "json": partial(json.dumps, sort_keys=True, ensure_ascii=False),
+        "literal": literal,
+        "picture": picture,
         "request": completion_request,
+        "sentence": sentence,
     }
     return environment
 
 
 def render_card(values: Mapping[str, Any]) -> str:
-    """Return the card's Markdown. `values` are the keys of `bake.json`, see the template."""
-    # Where a value is missing, the template says which.
-    head = compose_front_matter(values) if "base" in values and "auto_class" in values else None
-    return (
-        card_environment()
-        .get_template(CARD_TEMPLATE)
-        .render(
-            **values,
-            front_matter=head,
-            licence_lines=card_lines(values.get("licence") or {}),
-            left_out_lines=left_out.card_lines(values.get("left_out", ())),
-        )
-    )
+    """Return the card's Markdown. `values` are the keys of `bake.json`, see the template.
+
+    Texts in it are shown and never obeyed: whatever is no number is escaped. Raises CheckpointError
+    where a value is missing or not of its kind, which can only be in a `bake.json` of others.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        # Where a value is missing, the template says which.
+        head = compose_front_matter(values) if "base" in values and "auto_class" in values else ""
+        told = {
+            "front_matter": Markdown(head),
+            "licence_lines": card_lines(values.get("licence") or {}),
+            "left_out_lines": left_out.card_lines(values.get("left_out", ())),
+        }
+        return card_environment().get_template(CARD_TEMPLATE).render({**values, **told})
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"no card can be written from bake.json, for it is not as bake writes it: {explain(error)}"
+        ) from error
 
 
 def write_story(directory: Path, story: Mapping[str, Any], plan: Plan, decision: Decision) -> None:

@@ -3,11 +3,10 @@
 Every message is one line that names the thing, what was found, what was expected and the remedy.
 The command line prints the line and exits with `exit_code`; nothing else is caught anywhere. Software
 that bake quotes may quote a token or an address with a password in it, and files of others hold control
-characters: no message has either.
+characters: no message has either, and what it quotes is cut where it is long.
 """
 
-from bake.secrecy import without_secrets
-from bake.support.text import without_controls
+from bake.support.text import one_message
 
 
 class BakeError(Exception):
@@ -16,7 +15,7 @@ class BakeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(without_controls(without_secrets(message)).splitlines()))
+        super().__init__(one_message(message))
 
 
 class CheckpointError(BakeError):

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bake.errors import BakeError
+from bake.io.foreign_yaml import load_yaml
+from bake.support.text import one_line
 
 TAGS = ("steering", "activation-steering", "bake")
 RELATION = "finetune"
@@ -19,19 +21,16 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def read_front_matter(card: str) -> dict[str, Any]:
-    """Return a card's front matter; {} where it has none. Raises BakeError where it is no mapping."""
-    import yaml
+    """Return a card's front matter; {} where it has none.
 
+    Raises BakeError where it is no mapping, or not such YAML as `foreign_yaml` reads.
+    """
     block = _BLOCK.match(card)
     if block is None:
         return {}
-    try:
-        values = yaml.safe_load(block[1])
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise BakeError(f"the metadata of README.md is not YAML: {reason}") from None
+    values = load_yaml(block[1], "the metadata of README.md", error=BakeError, kind=None)
     if values is not None and not isinstance(values, dict):
-        raise BakeError(f"the metadata of README.md is not a mapping but {values!r}"[:200])
+        raise BakeError(f"the metadata of README.md is not a mapping but {one_line(values)!r}")
     return values or {}
 
 
@@ -39,17 +38,28 @@ def compose_front_matter(values: Mapping[str, Any]) -> str:
     """Return the YAML of a bake's card, without its fences; `values` are the keys of `bake.json`."""
     import yaml
 
-    licence = values.get("licence") or {}
     multimodal = values["auto_class"] == "AutoModelForImageTextToText"
     found: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
+        **_carried(values),
+        "tags": list(TAGS),
     }
-    if values["base"]["revision"]:
-        found |= {"base_model": values["base"]["id"], "base_model_relation": RELATION}
-    found |= {key: licence.get(key) for key in LICENCE_FIELDS} | {"tags": list(TAGS)}
-    known = {key: value for key, value in found.items() if value}
-    return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=1000))
+    return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _carried(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that come from the base: who it is, its licence, its languages; texts on one line."""
+    base, licence = recorded.get("base") or {}, recorded.get("licence") or {}
+    found: dict[str, Any] = {}
+    if base.get("revision"):
+        found |= {"base_model": one_line(base["id"]), "base_model_relation": RELATION}
+    for key in LICENCE_FIELDS:
+        value = licence.get(key)
+        if value:
+            entries = [one_line(entry) for entry in value] if isinstance(value, list) else None
+            found[key] = one_line(value) if entries is None else entries
+    return found
 
 
 def check_front_matter(card: str, recorded: Mapping[str, Any]) -> None:
@@ -58,15 +68,7 @@ def check_front_matter(card: str, recorded: Mapping[str, Any]) -> None:
     recorded: the bake's `bake.json`.
     """
     found = read_front_matter(card)
-    wanted: dict[str, Any] = {"library_name": "transformers"}
-    base = recorded.get("base") or {}
-    if base.get("revision"):
-        wanted |= {"base_model": base["id"], "base_model_relation": RELATION}
-    wanted |= {
-        key: value
-        for key, value in (recorded.get("licence") or {}).items()
-        if key in LICENCE_FIELDS and value
-    }
+    wanted = {"library_name": "transformers", **_carried(recorded)}
     for key, value in wanted.items():
         if found.get(key) != value:
             raise BakeError(

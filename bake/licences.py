@@ -17,8 +17,15 @@ from typing import Any
 
 from bake.errors import BakeError
 from bake.front_matter import read_front_matter
+from bake.io.foreign_json import read_bounded
+from bake.io.foreign_paths import check_links
+from bake.progress import announce
+from bake.support.markdown import Markdown, code, link
+from bake.support.text import one_line
 
 NOTICE_FILE = "NOTICE"
+MAX_CARD = 20_000_000  # bytes; cards with pictures or long tables in them stay below 2 MB
+MAX_ENTRIES = 200  # languages of one card; a hundred is a lot
 _FACTS = Path(__file__).with_name("licences.toml")
 _LICENCE_FILE = re.compile(r"licen[cs]e", re.IGNORECASE)
 _NOTICE_FILE = re.compile(r"notice", re.IGNORECASE)
@@ -48,58 +55,101 @@ def read_licence(directory: Path, companions: Collection[str]) -> dict[str, Any]
     """Return what `bake.json` records of a base's licence, from the front matter of its card.
 
     {"license", "license_name", "license_link", "language", "notice"}; None or [] where the card says
-    nothing. notice: the text of the file NOTICE that bake adds, None where the base has such a file
-    or its licence asks for none.
+    nothing. The first three are a list where the card names several. notice: the text of the file NOTICE
+    that bake adds, None where the base has such a file or its licences ask for none. Where the card
+    cannot be read, which is announced, "unreadable" says why, and the licence is not known.
     """
     try:
-        found = read_front_matter((directory / "README.md").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, BakeError):
-        found = {}  # A base whose card cannot be read names no licence, and publishing says so.
-    licence = {
-        "license": _first(found.get("license")),
-        "license_name": _first(found.get("license_name")),
-        "license_link": _first(found.get("license_link")),
-        "language": _texts(found.get("language")),
-    }
-    duties = duties_of(licence)
-    needed = duties is not None and not any(_NOTICE_FILE.match(name) for name in companions)
-    return {**licence, "notice": duties.notice if duties and needed else None}
+        found, unreadable = _read_card(directory), {}
+        licence: dict[str, Any] = {
+            key: _one_or_all(_texts(key, found.get(key)))
+            for key in ("license", "license_name", "license_link")
+        }
+        licence["language"] = _texts("language", found.get("language"))
+    except BakeError as error:
+        announce(f"the base's licence is not known, for its card cannot be read: {error}")
+        unreadable = {"unreadable": one_line(error)}
+        licence = dict.fromkeys(("license", "license_name", "license_link")) | {"language": []}
+    has_notice = any(_NOTICE_FILE.match(name) for name in companions)
+    notices = dict.fromkeys(duties.notice for _, duties in all_duties(licence))
+    notice = "\n".join(notices) if notices and not has_notice else None
+    return {**licence, "notice": notice, **unreadable}
 
 
-def duties_of(licence: Mapping[str, Any]) -> Duties | None:
-    """Return what a licence asks for, where it is in the table; a licence "other" goes by its name."""
-    identifier = str(licence.get("license") or "").lower()
-    if identifier == "other":
-        identifier = str(licence.get("license_name") or "").lower()
-    return known_duties().get(identifier)
+def _read_card(directory: Path) -> dict[str, Any]:
+    """Return the front matter of a base's card, {} where it has no card; raise BakeError."""
+    path, remedy = directory / "README.md", "mend it, or take it out of the base"
+    if not path.exists() and not path.is_symlink():
+        return {}
+    check_links(directory, [path.name])
+    try:
+        return read_front_matter(read_bounded(path, MAX_CARD, remedy=remedy).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BakeError(f"{path.name} is not UTF-8 text ({error.reason}): {remedy}") from None
+
+
+def all_duties(licence: Mapping[str, Any]) -> list[tuple[str, Duties]]:
+    """Return what each of a licence's names asks for, where it is in the table: [(name, duties)].
+
+    Of several licences each one's duties have to be met, so that the strictest rule holds whichever
+    of them is meant. A licence "other" goes by its name.
+    """
+    names: list[str] = []
+    for entry in _entries(licence.get("license")):
+        other = _entries(licence.get("license_name")) if entry.lower() == "other" else []
+        names += other or [entry]
+    known = known_duties()
+    return [(name, known[name.lower()]) for name in dict.fromkeys(names) if name.lower() in known]
 
 
 def write_notice(licence: Mapping[str, Any], directory: Path) -> None:
     """Write the NOTICE that the base lacks and its licence asks for."""
     if licence.get("notice"):
-        (directory / NOTICE_FILE).write_text(licence["notice"] + "\n", encoding="utf-8")
+        (directory / NOTICE_FILE).write_text(f"{licence['notice']}\n", encoding="utf-8")
 
 
-def card_lines(licence: Mapping[str, Any]) -> list[str]:
+def card_lines(licence: Mapping[str, Any]) -> list[Markdown]:
     """Return the card's paragraphs on the licence."""
-    name = licence.get("license_name") or licence.get("license")
-    link = licence.get("license_link")
-    if not name:
+    names = _entries(licence.get("license_name")) or _entries(licence.get("license"))
+    links = _entries(licence.get("license_link"))
+    if licence.get("unreadable"):
         return [
-            "The base model names no licence in its card; whatever holds for it holds here too."
+            Markdown(
+                "What licence the base model is under could not be read from its card; whatever holds for "
+                "it holds here too."
+            )
         ]
-    shown = f"[{name}]({link})" if link and "://" in str(link) else f"`{name}`"
-    lines = [f"The base model's licence, {shown}, applies to this model too."]
-    duties = duties_of(licence)
-    if duties is None:
-        return lines
-    if duties.phrase:
-        lines.insert(0, f"**{duties.phrase}**")
-    terms = f" Terms: {duties.terms}." if duties.terms else ""
-    lines.append(f"{duties.notice.rstrip('.')}.{terms}")
-    if duties.remark:
-        lines.append(duties.remark)
-    lines.append("The weights and `config.json` were modified by bake, as described above.")
+    if not names:
+        return [
+            Markdown(
+                "The base model names no licence in its card; whatever holds for it holds here too."
+            )
+        ]
+    shown = [
+        code(name) if place >= len(links) or "://" not in links[place] else link(name, links[place])
+        for place, name in enumerate(names)
+    ]
+    lines = [
+        Markdown("The base model's licence, %s, applies to this model too.") % shown[0]
+        if len(shown) == 1
+        else Markdown(
+            "The base model's licences, %s, apply to this model too; what each of them asks is met."
+        )
+        % Markdown(", ").join(shown)
+    ]
+    found = dict.fromkeys(duties for _, duties in all_duties(licence))
+    for duties in found:
+        if duties.phrase:
+            lines.insert(0, Markdown(f"**{duties.phrase}**"))
+    for duties in found:  # From bake's own table.
+        terms = f" Terms: {duties.terms}." if duties.terms else ""
+        lines.append(Markdown(f"{duties.notice.rstrip('.')}.{terms}"))
+        if duties.remark:
+            lines.append(Markdown(duties.remark))
+    if found:
+        lines.append(
+            Markdown("The weights and `config.json` were modified by bake, as described above.")
+        )
     return lines
 
 
@@ -120,14 +170,24 @@ def find_objections(
     asked.
     """
     found = []
-    if public and not licence.get("license"):
+    if public and licence.get("unreadable"):
+        found.append(
+            f"the card of {base} cannot be read, so its licence is unknown ({licence['unreadable']})"
+        )
+    elif public and not licence.get("license"):
         found.append(f"{base} names no licence")
     if public and base_access != "open":
         found.append(f"{base} is {base_access} on the Hub")
-    duties = duties_of(licence)
-    if duties is None:
-        return found
-    family = licence.get("license_name") or licence["license"]
+    for family, duties in all_duties(licence):
+        found += _unmet(family, duties, repo_id, files, card)
+    return found
+
+
+def _unmet(
+    family: str, duties: Duties, repo_id: str, files: Collection[str] | None, card: str
+) -> list[str]:
+    """Return what one licence asks for and a bake does not do."""
+    found = []
     name = repo_id.split("/")[-1]
     if duties.name and not _plain(name).startswith(_plain(duties.name)):
         found.append(f"{family} asks for a name that begins with {duties.name}, and this is {name}")
@@ -149,12 +209,24 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _first(value: Any) -> str | None:
-    texts = _texts(value)
-    return texts[0] if texts else None
+def _entries(value: Any) -> list[str]:
+    """Return a recorded field as a list: one text, or several."""
+    return [str(entry) for entry in (value if isinstance(value, list) else [value]) if entry]
 
 
-def _texts(value: Any) -> list[str]:
-    """A field as a list of texts; YAML reads Norwegian's code as False."""
+def _one_or_all(texts: list[str]) -> str | list[str] | None:
+    return texts if len(texts) > 1 else texts[0] if texts else None
+
+
+def _texts(key: str, value: Any) -> list[str]:
+    """Return a field of the front matter as texts of one line each; YAML reads Norwegian's code as False.
+
+    Raises BakeError for what is neither a text nor a list of texts.
+    """
     entries = value if isinstance(value, list) else [] if value is None else [value]
-    return ["no" if entry is False else str(entry) for entry in entries]
+    if any(isinstance(entry, dict | list) for entry in entries) or len(entries) > MAX_ENTRIES:
+        raise BakeError(
+            f"{key} in the metadata of README.md is neither a text nor a short list of texts: mend it"
+        )
+    texts = ["no" if entry is False else one_line(entry) for entry in entries if entry is not None]
+    return [text for text in texts if text]

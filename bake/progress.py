@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from bake.secrecy import without_secrets
-from bake.support.text import without_controls
+from bake.support.text import one_line, one_message
 
 T = TypeVar("T")
 
@@ -19,7 +18,9 @@ def track(items: Sequence[T], label: str) -> Iterable[T]:
     from tqdm import tqdm
 
     hidden = are_progress_bars_disabled() or not sys.stderr.isatty()
-    bar: Iterable[T] = tqdm(items, desc=label, disable=hidden, leave=False, file=sys.stderr)
+    bar: Iterable[T] = tqdm(
+        items, desc=one_line(label), disable=hidden, leave=False, file=sys.stderr
+    )
     return bar
 
 
@@ -32,7 +33,7 @@ def track_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
     hidden = are_progress_bars_disabled() or not sys.stderr.isatty()
     with tqdm(
         total=total,
-        desc=label,
+        desc=one_line(label),
         unit="B",
         unit_scale=True,
         disable=hidden,
@@ -48,4 +49,4 @@ def track_bytes(total: int, label: str) -> Iterator[Callable[[int], None]]:
 
 def announce(message: str) -> None:
     """Say something that the user should know while work goes on."""
-    print(f"bake: {without_controls(without_secrets(message))}", file=sys.stderr, flush=True)
+    print(f"bake: {one_message(message)}", file=sys.stderr, flush=True)

@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 import yaml
-from jinja2 import UndefinedError, meta
+from jinja2 import meta
 
 from bake.card import CARD_TEMPLATE, card_environment, render_card
+from bake.errors import CheckpointError
 from bake.resources import shipped
 
 VALUES = {
@@ -303,7 +304,7 @@ def test_canary_prompt_is_readable_and_keeps_the_table(text):
 def test_missing_value_is_an_error(key):
     incomplete = values()
     del incomplete[key]
-    with pytest.raises(UndefinedError, match=key):
+    with pytest.raises(CheckpointError, match=key):
         render_card(incomplete)
 
 
@@ -311,7 +312,7 @@ def test_missing_value_is_an_error(key):
 def test_missing_figure_of_the_proof_is_an_error(key):
     incomplete = values()
     del incomplete["equivalence"][key]
-    with pytest.raises(UndefinedError, match=key):
+    with pytest.raises(CheckpointError, match=key):
         render_card(incomplete)
 
 
@@ -319,7 +320,7 @@ def test_missing_figure_of_the_proof_is_an_error(key):
 def test_missing_figure_of_a_layer_is_an_error(key):
     incomplete = values()
     del incomplete["layers"][1][key]
-    with pytest.raises(UndefinedError, match=key):
+    with pytest.raises(CheckpointError, match=key):
         render_card(incomplete)
 
 

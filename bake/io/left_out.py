@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.io.own_code import is_code
-from bake.support.text import escape_markdown, one_line
+from bake.support.text import one_line
 
 MTP_FILES = ("*mtp*.safetensors", "*nextn*.safetensors")
 _WEIGHTS = (
@@ -97,11 +97,8 @@ def find_left_out(
 
 
 def card_lines(recorded: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the card's lines on what `bake.json` says was left out."""
-    return [
-        f"{escape_markdown(_shorten(entry['names']), 400)}: {escape_markdown(entry['reason'], 400)}."
-        for entry in recorded
-    ]
+    """Return the card's lines on what `bake.json` says was left out; the template escapes them."""
+    return [f"{_shorten(entry['names'])}: {entry['reason']}." for entry in recorded]
 
 
 def list_beside(directory: Path, known: Collection[str]) -> tuple[str, ...]:
