@@ -223,16 +223,20 @@ def _proving(base: Base) -> PassCost:
     batches = math.ceil(sum(texts) / max(1, LOGIT_BYTES // (4 * _vocabulary(base.checkpoint))))
     batched = 4  # base, hooked, baked as stored, baked with exact slots: in float32
     single = 3  # plain process, base, hooked: in the stored dtype, one text at a time
-    alone = 4  # texts run without padding
+    padded = 6  # hooked and baked: on the right, on the left, on the left without position ids
     continued = 3  # greedy continuations: reference, plain process, base in the stored dtype
     chosen = 2  # given continuations read in one forward a prompt
     forwards = (
-        batched * batches + single * len(few) + alone + continued * NEW_TOKENS + chosen * CANARIES
+        batched * batches
+        + (single + 1) * len(few)  # once more in float32, to compare padded batches with
+        + padded
+        + continued * NEW_TOKENS
+        + chosen * CANARIES
     )
     tokens = (
         batched * sum(texts)
-        + single * sum(few)
-        + sum(sorted(texts)[:alone])
+        + (single + 1) * sum(few)
+        + padded * len(few) * max(few)
         + (continued + chosen) * CANARIES * (CANARY_TOKENS + NEW_TOKENS)
     )
     return PassCost("prove", forwards, tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from bake.observation import (
     Reference,
     Report,
     StoredBase,
-    distance,
     run_baked,
     run_plain,
     run_reference,
@@ -34,6 +33,7 @@ from bake.observation import (
 )
 from bake.plan import Plan
 from bake.quantization import quantization_method
+from bake.support.padding import CAUSE, PaddingError, farthest
 
 if TYPE_CHECKING:
     from bake.coefficients import Push
@@ -75,6 +75,7 @@ class Equivalence:
     in nats and as a share of positions. experts_flipped: of a mixture of experts, the share of choices of
     experts (a token's, in a layer) that the stored push's rounding changes; same_experts_error: the
     relative error with the hooked model's choices held, which is what the tolerance is for there.
+    padding: {how a batch is padded: what that does at real tokens}, relative to the largest logit.
     """
 
     mechanism_error: float
@@ -90,7 +91,6 @@ class Equivalence:
     loading_info: Report
     greedy_equal: bool
     greedy_equal_stored: bool
-    padding_error: float
     kl: float
     top1_agreement: float
     prompts: int
@@ -99,6 +99,7 @@ class Equivalence:
     rounding_allowed: bool = False
     experts_flipped: float | None = None
     same_experts_error: float | None = None
+    padding: Mapping[str, PaddingError] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -113,9 +114,38 @@ class Equivalence:
         error = self.same_experts_error
         return self.relative_error if error is None else error
 
+    @property
+    def padding_error(self) -> float:
+        """The largest difference between the bake padded and alone, relative to the largest logit."""
+        return max((found.error for found in self.padding.values()), default=0.0)
+
+    @property
+    def padding_leak(self) -> float:
+        """How far the bake's padded batches are from the hooked base's, relative to the largest logit."""
+        return self._worst_padding.leak
+
+    @property
+    def padding_bound(self) -> float:
+        """How far they may be: as far as padding moves the base by itself."""
+        return max(PADDING_TOLERANCE, self._worst_padding.base_error)
+
+    @property
+    def _worst_padding(self) -> PaddingError:
+        return max(
+            self.padding.values(),
+            key=lambda found: found.leak,
+            default=PaddingError(error=0.0, base_error=0.0, leak=0.0),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`, the card and `--json`."""
-        return {**asdict(self), "passed": self.passed}
+        return {
+            **asdict(self),
+            "padding_error": self.padding_error,
+            "padding_leak": self.padding_leak,
+            "padding_bound": self.padding_bound,
+            "passed": self.passed,
+        }
 
     def raise_if_failed(self) -> None:
         """Raise EquivalenceError with every failure in one line."""
@@ -187,15 +217,15 @@ def _compare(
         tolerance=TOLERANCES[dtype][0 if plan.slots_are_new else 1],
         max_effect=reference.max_effect,
         effect=reference.max_effect / reference.deviation,
-        plain_effect=distance(plain.logits, stored_base.base)
-        / max(distance(stored_base.hooked, stored_base.base), 1e-12),
+        plain_effect=farthest(plain.logits, stored_base.base)
+        / max(farthest(stored_base.hooked, stored_base.base), 1e-12),
         scaled_by=reference.factor,
         slots_exact=_slots_exact(baked, plan),
         loading_info_clean=not any(_beyond(plain.report, reference.report).values()),
         loading_info=plain.report,
         greedy_equal=run.choices == reference.greedy,
         greedy_equal_stored=plain.continuations == stored_base.hooked_choices,
-        padding_error=run.padding_error,
+        padding=run.padding,
         kl=kl,
         top1_agreement=top1,
         prompts=len(exam.encoded),
@@ -242,9 +272,21 @@ def _find_failures(
         yield f"mechanism: greedy continuations of {NEW_TOKENS} tokens differ with exact slots"
     elif not result.judged_error <= result.tolerance and not result.rounding_allowed:
         yield _representation_failure(result, plan)
-    if not result.padding_error <= PADDING_TOLERANCE:
+    if result.mechanism_error <= MECHANISM_TOLERANCE:  # Else a wrong route leaks everywhere.
+        yield from _padding_failures(result)
+
+
+def _padding_failures(result: Equivalence) -> Iterator[str]:
+    """Yield the side on which padding reaches real tokens, beyond what it does to the base."""
+    leaks = {
+        name: found for name, found in result.padding.items() if found.is_beyond(PADDING_TOLERANCE)
+    }
+    if leaks:
+        name, found = max(leaks.items(), key=lambda item: item[1].leak)
         yield (
-            f"padded and unpadded batches differ by {result.padding_error:.1e} of the largest logit"
+            f"padded on the {name.partition(',')[0]}, hooked and baked differ by {found.leak:.1e} of "
+            f"the largest logit, where padding moves the base by {found.base_error:.1e}: {CAUSE}; "
+            f"choose another site"
         )
 
 
@@ -312,7 +354,7 @@ def _slots_exact(baked: Checkpoint, plan: Plan) -> bool:
 
 def _relative(found: Logits, hooked: Logits, base: Logits) -> float:
     """Return max|found − hooked| / max|hooked − base|."""
-    return distance(found, hooked) / distance(hooked, base)
+    return farthest(found, hooked) / farthest(hooked, base)
 
 
 def _agreement(found: Logits, expected: Logits) -> tuple[float, float]:

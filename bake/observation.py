@@ -33,6 +33,7 @@ from bake.routing import Choices, hold_choices, record_choices
 from bake.sites import LayerStructure
 from bake.steering import steered
 from bake.streaming import Placement, give_memory_back, hold
+from bake.support.padding import PaddingError, PaddingTrial, compare_padding, farthest, plan_trial
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,18 @@ class Exam:
 
 
 @dataclass(frozen=True)
+class PaddedReference:
+    """The scaled hooked base on texts of unlike length, its push at their tokens and not at padding.
+
+    alone: each text by itself; padded: {how the texts are padded: their logits}.
+    """
+
+    trial: PaddingTrial
+    alone: Logits
+    padded: Mapping[str, Logits]
+
+
+@dataclass(frozen=True)
 class Reference:
     """The base in float32. scaled: hooked with factor · push; max_effect: max|hooked − base|;
     deviation: the standard deviation of the base's logits; greedy: of the scaled hooked model; choices:
@@ -110,6 +123,7 @@ class Reference:
     greedy: Continuations
     report: Report
     choices: Choices
+    padding: PaddedReference
 
 
 @dataclass(frozen=True)
@@ -145,9 +159,9 @@ class BakedRun:
     """The baked directory in float32: what is stored, and every slot at exact old + factor · push.
 
     stored: slots at old + factor · (stored − old), which is what is stored where factor is 1. missing:
-    slots that the reloaded model does not have; then `exact` is what is stored. padding_error: padded
-    against single texts, relative to the largest logit. choices: most likely tokens along the
-    reference's greedy continuations. held: `stored` with the reference's experts; flipped: the share of
+    slots that the reloaded model does not have; then `exact` is what is stored. padding: what each way
+    of padding does with exact slots, relative to the largest logit. choices: most likely tokens along
+    the reference's greedy continuations. held: `stored` with the reference's experts; flipped: the share of
     choices that were others without; both None where the model has no routers, or others than the base.
     """
 
@@ -155,7 +169,7 @@ class BakedRun:
     exact: Logits
     choices: Continuations
     missing: tuple[str, ...]
-    padding_error: float
+    padding: Mapping[str, PaddingError]
     held: Logits | None = None
     flipped: float | None = None
 
@@ -168,7 +182,7 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
     base = exam.logits("base", loaded, batches)
     with steered(loaded.model, exam.structure, exam.site, vectors), record_choices() as choices:
         hooked = exam.logits("hooked", loaded, batches)
-    effect = distance(hooked, base)
+    effect = farthest(hooked, base)
     if not math.isfinite(effect) or effect == 0:
         found = "nothing" if effect == 0 else "the logits to values that are not finite"
         raise EquivalenceError(
@@ -183,9 +197,23 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
             with record_choices() as choices:
                 scaled = exam.logits("scaled", loaded, batches)
         greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
+    padding = _run_padded_reference(loaded, exam, factor)
     return Reference(
-        base, hooked, scaled, factor, effect, deviation, greedy, loaded.report, choices
+        base, hooked, scaled, factor, effect, deviation, greedy, loaded.report, choices, padding
     )
+
+
+def _run_padded_reference(loaded: LoadedModel, exam: Exam, factor: float) -> PaddedReference:
+    trial = plan_trial(loaded.model, [text.ids for text in exam.few])
+    vectors = exam.push.vectors
+    with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor):
+        alone = exam.logits("hooked, alone", loaded, trial.alone)
+    padded = {}
+    for name, batch in trial.padded.items():
+        mask = batch.attention_mask
+        with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor, mask=mask):
+            padded[name] = exam.logits(f"hooked, padded {name}", loaded, [batch])
+    return PaddedReference(trial, alone, padded)
 
 
 def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) -> StoredBase:
@@ -238,10 +266,9 @@ def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> 
     batches = exam.batches(loaded)
     factor = reference.factor
     stored = exam.logits("baked", loaded, batches)
-    padding_error = _padding_error(loaded, exam.encoded, stored)
     missing = tuple(edit.parameter for edit in plan.slot_edits if not _has(loaded, edit.parameter))
     if missing:
-        return BakedRun(stored, stored, [], missing, padding_error)
+        return BakedRun(stored, stored, [], missing, {})
     if factor != 1.0:
         rounded = _by_parameter(plan, lambda e: e.old + factor * (e.stored.double() - e.old))
         hold(loaded.model, loaded.weights, rounded)
@@ -257,7 +284,8 @@ def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> 
     hold(loaded.model, loaded.weights, exact)
     logits = exam.logits("baked, exact slots", loaded, batches)
     choices = choose_greedily(loaded, exam.canaries, reference.greedy)
-    return BakedRun(stored, logits, choices, missing, padding_error, held, flipped)
+    padding = _padding_errors(loaded, exam, reference.padding)
+    return BakedRun(stored, logits, choices, missing, padding, held, flipped)
 
 
 def _by_parameter(plan: Plan, value: Callable[[SlotEdit], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -283,13 +311,20 @@ def _has(loaded: LoadedModel, name: str) -> bool:
     return True
 
 
-def _padding_error(loaded: LoadedModel, encoded: Sequence[Encoded], padded: Logits) -> float:
-    """Compare four texts run alone with the same texts run in padded batches."""
-    chosen = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))[:4]
-    alone = compute_logits(loaded, make_batches([encoded[i] for i in chosen], batch_tokens=1))
-    together = [padded[index] for index in chosen]
-    largest = max(float(logits.abs().max()) for logits in together)
-    return distance(alone, together) / max(largest, 1e-12)
+def _padding_errors(
+    loaded: LoadedModel, exam: Exam, reference: PaddedReference
+) -> Mapping[str, PaddingError]:
+    """Run the reference's padded batches and compare; figures are relative to the largest logit."""
+    largest = max(float(logits.abs().max()) for logits in reference.alone)
+    return {
+        name: compare_padding(
+            reference.alone,
+            reference.padded[name],
+            exam.logits(f"baked, padded {name}", loaded, [batch]),
+            max(largest, 1e-12),
+        )
+        for name, batch in reference.trial.padded.items()
+    }
 
 
 def standard_deviation(logits: Logits) -> float:
@@ -297,8 +332,3 @@ def standard_deviation(logits: Logits) -> float:
     count = sum(text.numel() for text in logits)
     mean = sum(float(text.double().sum()) for text in logits) / count
     return math.sqrt(sum(float((text.double() - mean).square().sum()) for text in logits) / count)
-
-
-def distance(left: Logits, right: Logits) -> float:
-    """Return the largest absolute difference over all texts, positions and tokens."""
-    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))

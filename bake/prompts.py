@@ -49,21 +49,25 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A padded batch: every tensor is (texts, positions); `indices` are the texts' places in the set."""
+    """A padded batch: every tensor is (texts, positions); `indices` are the texts' places in the set.
+
+    position_ids: None leaves them to the model.
+    """
 
     indices: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     content_mask: torch.Tensor
 
     def inputs(self, device: Any = "cpu") -> dict[str, torch.Tensor]:
         """Return the keyword arguments of a model's forward."""
-        return {
-            "input_ids": self.input_ids.to(device),
-            "attention_mask": self.attention_mask.to(device),
-            "position_ids": self.position_ids.to(device),
+        tensors = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
         }
+        return {name: values.to(device) for name, values in tensors.items() if values is not None}
 
 
 def read_prompts(name: str | Path) -> list[str]:

@@ -35,16 +35,18 @@ def steered(
     push: Mapping[int, torch.Tensor],
     *,
     factor: float = 1.0,
+    mask: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Add factor · push[l] at `site` of every layer l in `push` while the context is open.
 
-    push: {0-based layer: (hidden_size,) float tensor}. Applies at every position of every forward.
+    push: {0-based layer: (hidden_size,) float tensor}. Applies at every position of every forward, or
+    with a mask, (texts, positions), where that is 1.
     """
     with ExitStack() as hooks:
         for layer, vector in push.items():
             location, scale = addition_location(site, structure.at(layer))
             module = submodule(model, structure, layer, location.module)
-            handle = register(module, location, _adder(vector * (factor * scale)))
+            handle = register(module, location, _adder(vector * (factor * scale), mask))
             hooks.callback(handle.remove)
         yield
 
@@ -84,8 +86,30 @@ def check_activation(activation: torch.Tensor, input_ids: torch.Tensor, hidden_s
         )
 
 
-def _adder(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda activation: activation + vector.to(activation.device, activation.dtype)
+def _adder(
+    vector: torch.Tensor, mask: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def add(activation: torch.Tensor) -> torch.Tensor:
+        added = vector.to(activation.device, activation.dtype)
+        if mask is not None:
+            added = _place(mask.to(activation.device, activation.dtype), activation) * added
+        return activation + added
+
+    return add
+
+
+def _place(mask: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+    """Shape a mask (texts, positions) so that it multiplies an activation (…, hidden_size).
+
+    Some blocks are given several streams a token, some positions first, some all tokens in one row.
+    """
+    for laid_out in (mask, mask.T, mask.reshape(-1), mask.reshape(1, -1)):
+        if activation.shape[: laid_out.ndim] == laid_out.shape:
+            return laid_out.reshape(*laid_out.shape, *[1] * (activation.ndim - laid_out.ndim))
+    raise UnsupportedError(
+        f"an activation of shape {tuple(activation.shape)} does not show which of its places are the "
+        f"texts' tokens {tuple(mask.shape)}"
+    )
 
 
 def register(

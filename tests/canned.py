@@ -27,7 +27,6 @@ def passed(*arguments: Any, **options: Any) -> Equivalence:
         loading_info=REPORT,
         greedy_equal=True,
         greedy_equal_stored=True,
-        padding_error=0.0,
         kl=0.0,
         top1_agreement=1.0,
         prompts=16,

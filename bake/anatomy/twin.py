@@ -8,9 +8,9 @@ of many gigabytes that reloads as the base model.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,11 @@ from bake.anatomy.tables import LAYERS, VOCABULARY
 from bake.anatomy.wrappers import prepare_wrapper
 from bake.errors import UnsupportedError
 from bake.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
+from bake.model import LoadedModel, compute_logits
 from bake.quantization import without_quantization
 from bake.sites import LayerStructure, Slot
 from bake.steering import steered
+from bake.support.padding import CAUSE, PaddingError, compare_padding, plan_trial
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 
     from bake.anatomy.rewriting import Rewriter, Rewritten
     from bake.checkpoint import Checkpoint
+    from bake.prompts import TokenBatch
+
+    # From a mask (texts, positions), None for everywhere, to the hooks that add the push there.
+    Hooks = Callable[[torch.Tensor | None], AbstractContextManager[None]]
 
 MAX_PARAMETERS = 5_000_000
 # Relative to the largest logit, float32. A rewritten twin may multiply apart what was one matrix, and
@@ -72,6 +78,7 @@ class TwinVerdict:
     zero_push_error: max|Δlogit| / max|logit| with every new bias zero. push_error: max|baked − hooked|
     / max|hooked − base|. effect: max|hooked − base| in units of the logits' standard deviation.
     greedy_equal: whether the reloaded twin continues the first text with the same tokens as the hooked.
+    padding: {how batches are padded: what that does at real tokens, relative to the effect}.
     """
 
     zero_push_error: float
@@ -79,6 +86,14 @@ class TwinVerdict:
     effect: float
     reload_clean: bool
     greedy_equal: bool
+    padding: Mapping[str, PaddingError] = field(default_factory=dict)
+
+    @property
+    def leaks(self) -> Mapping[str, PaddingError]:
+        """The ways of padding that reach real tokens more than the base's own does."""
+        return {
+            name: found for name, found in self.padding.items() if found.is_beyond(PUSH_TOLERANCE)
+        }
 
     @property
     def passed(self) -> bool:
@@ -89,6 +104,7 @@ class TwinVerdict:
             and self.effect > 1e-3
             and self.reload_clean
             and self.greedy_equal
+            and not self.leaks
         )
 
     @property
@@ -104,6 +120,12 @@ class TwinVerdict:
             return "on the twin the hook has no effect"
         if self.push_error <= PUSH_TOLERANCE and not self.greedy_equal:
             return "on the twin greedy continuations differ from the hook's"
+        if self.push_error <= PUSH_TOLERANCE:
+            name, found = max(self.leaks.items(), key=lambda item: item[1].leak)
+            side = name.partition(",")[0]
+            return (
+                f"{CAUSE} (padded on the {side}, the twin moves by {found.leak:.1e} of the effect)"
+            )
         return f"on the twin the baked push differs from the hook by {self.push_error:.1e} of its effect"
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,14 +210,12 @@ class Twin:
 
         generator = torch.Generator().manual_seed(7)
         push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in slots}
-        hooked = self.run(self.model, steered(self.model, structure, site, push))
-
         flagged = self.with_flags(flags)
         unpushed, clean_before = self._reload(flagged)
         fold(flagged, slots, push)
         baked, clean_after = self._reload(flagged)
-        hook = steered(self.model, structure, site, push)
-        return self._judge(unpushed, baked, hooked, clean_before and clean_after, hook)
+        hooks = self._hooks(structure, site, push)
+        return self._judge(unpushed, baked, clean_before and clean_after, hooks)
 
     def prove_rewriting(
         self, structure: LayerStructure, site: str, rewriter: Rewriter, layers: Sequence[int]
@@ -210,7 +230,6 @@ class Twin:
 
         generator = torch.Generator().manual_seed(7)
         push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in layers}
-        hooked = self.run(self.model, steered(self.model, structure, site, push))
         with tempfile.TemporaryDirectory() as directory:
             with quiet_transformers():
                 self.model.save_pretrained(Path(directory) / "twin")  # type: ignore[operator]
@@ -222,32 +241,57 @@ class Twin:
                 _write_rewritten(checkpoint, rewritten, vectors, target)
                 results.append(self._load(target))
         (unpushed, clean_before), (baked, clean_after) = results
-        hook = steered(self.model, structure, site, push)
-        return self._judge(unpushed, baked, hooked, clean_before and clean_after, hook)
+        hooks = self._hooks(structure, site, push)
+        return self._judge(unpushed, baked, clean_before and clean_after, hooks)
+
+    def _hooks(
+        self, structure: LayerStructure, site: str, push: Mapping[int, torch.Tensor]
+    ) -> Hooks:
+        return lambda mask: steered(self.model, structure, site, push, mask=mask)
 
     def _judge(
-        self,
-        unpushed: nn.Module,
-        baked: nn.Module,
-        hooked: torch.Tensor,
-        clean: bool,
-        hook: AbstractContextManager[None],
+        self, unpushed: nn.Module, baked: nn.Module, clean: bool, hooks: Hooks
     ) -> TwinVerdict:
-        """Compare the reloaded models with the base and with the hooked logits."""
+        """Compare the reloaded models with the base and with the hooked twin."""
         import torch
 
+        hooked = self.run(self.model, hooks(None))
         effect = _largest(hooked - self.logits)
         push_error = _largest(self.run(baked) - hooked) / max(effect, 1e-12)
-        equal = push_error <= PUSH_TOLERANCE and torch.equal(
-            self.continue_greedily(baked), self.continue_greedily(self.model, hook)
-        )
+        exact = push_error <= PUSH_TOLERANCE
         return TwinVerdict(
             zero_push_error=_largest(self.run(unpushed) - self.logits) / _largest(self.logits),
             push_error=push_error,
             effect=effect / self.logits.std().item(),
             reload_clean=clean,
-            greedy_equal=equal,
+            greedy_equal=exact
+            and torch.equal(
+                self.continue_greedily(baked), self.continue_greedily(self.model, hooks(None))
+            ),
+            padding=self._judge_padding(baked, hooks, effect) if exact else {},
         )
+
+    def _judge_padding(
+        self, baked: nn.Module, hooks: Hooks, effect: float
+    ) -> Mapping[str, PaddingError]:
+        """Run texts of unlike length padded and alone; see `PaddingError`, relative to the effect.
+
+        Nothing is found of an architecture that takes no padded batch.
+        """
+        trial = plan_trial(self.model, self.input_ids.tolist())
+        try:
+            with hooks(None):
+                alone = _logits_of(self.model, trial.alone)
+            hooked = {}
+            for name, batch in trial.padded.items():
+                with hooks(batch.attention_mask):
+                    hooked[name] = _logits_of(self.model, [batch])
+        except (*TWIN_ERRORS, UnsupportedError):
+            return {}
+        return {
+            name: compare_padding(alone, hooked[name], _logits_of(baked, [batch]), effect)
+            for name, batch in trial.padded.items()
+        }
 
     @cached_property
     def round_trips(self) -> bool:
@@ -334,6 +378,13 @@ def _write_rewritten(
     edits = tuple(place_push(rewritten, fold_push(rewritten, push)))
     write_weights(checkpoint, edits, target)
     write_config(checkpoint, rewritten.config_changes, target)
+
+
+def _logits_of(model: nn.Module, batches: Sequence[TokenBatch]) -> list[torch.Tensor]:
+    """Return the logits of every text of the batches at its real tokens."""
+    import torch
+
+    return compute_logits(LoadedModel(model, {}, torch.device("cpu")), batches)
 
 
 def _largest(values: torch.Tensor) -> float:

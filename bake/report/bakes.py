@@ -124,6 +124,7 @@ def describe_equivalence(found: Equivalence) -> str:
         ("mechanism (exact slots, float32)", f"{found.mechanism_error:.1e}", "1e-04"),
         *_as_stored(found),
         ("representation of the push", f"{found.representation_error:.1e}", ""),
+        ("padded batches", f"{found.padding_leak:.1e}", f"{found.padding_bound:.0e}"),
         ("KL in the stored dtype (nats)", f"{found.kl:.1e}", ""),
         ("same most likely token", f"{found.top1_agreement:.1%}", ""),
         ("effect (standard deviations)", f"{found.effect:.2g}", ""),
