@@ -49,7 +49,7 @@ def compose_front_matter(values: Mapping[str, Any]) -> str:
 
 
 def _carried(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that come from the base: who it is, its licence, its languages; texts on one line."""
+    """Return the fields that come from the base, texts on one line: who it is, its licence, languages."""
     base, licence = recorded.get("base") or {}, recorded.get("licence") or {}
     found: dict[str, Any] = {}
     if base.get("revision"):
