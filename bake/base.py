@@ -38,7 +38,7 @@ class Base:
 
     @cached_property
     def licence(self) -> dict[str, Any]:
-        """What the base's card says of its licence, see `bake.licences`; what is unreadable is announced."""
+        """What the base's card says of its licence, see `bake.licences`; unreadable, it is announced."""
         return read_licence(self.checkpoint.source, self.checkpoint.companions)
 
 
