@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,11 +82,20 @@ def inspect(model: str, *, revision: str | None = None) -> Anatomy:
     return anatomy if in_place else anatomy.with_insertion()
 
 
-def inspect_all() -> list[CatalogueEntry]:
-    """Say of every architecture of the installed transformers what `inspect` says of a model."""
+def inspect_all(
+    show: Callable[[Sequence[CatalogueEntry]], None] | None = None,
+) -> list[CatalogueEntry]:
+    """Say of every architecture of the installed transformers what `inspect` says of a model.
+
+    show: called with each architecture's entries as soon as they are found.
+    """
     names = list_model_types()
-    examined = zip(track(names, "architectures"), examine_all(names), strict=True)
-    return [entry for _, entries in examined for entry in entries]
+    found: list[CatalogueEntry] = []
+    for _, entries in zip(track(names, "architectures"), examine_all(names), strict=True):
+        found += entries
+        if show is not None:
+            show(entries)
+    return found
 
 
 def calibrate(

@@ -31,9 +31,15 @@ def print_result(parsed: argparse.Namespace, values: dict[str, Any], text: str) 
     if not is_main():
         return
     measured = {"timings": {"total": time.monotonic() - STARTED}, "peak_memory": peak_memory()}
-    answer = json.dumps({**measured, **values}, indent=2) if parsed.json else without_controls(text)
+    print_text(json.dumps({**measured, **values}, indent=2) if parsed.json else text)
+
+
+def print_text(text: str) -> None:
+    """Print a result, or a part of one that is there already, on stdout. Raises as `print_result`."""
+    if not is_main():
+        return
     try:
-        print(answer, flush=True)
+        print(without_controls(text), flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

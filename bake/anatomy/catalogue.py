@@ -1,12 +1,14 @@
 """Every architecture of the installed transformers: which sites are exact, by which route, why not else.
 
-Each is examined on its default configuration, in one of a few processes, with a limit on its time:
-190 constructors written by as many hands include some that never come back.
+Each is examined on its default configuration, in one of a few processes, with a limit on the processor
+time that it takes, which a busy machine does not change: 190 constructors written by as many hands include
+some that never come back.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PROCESSES, TIME_LIMIT = 2, 60.0
+PATIENCE = (
+    20  # times the limit, by the clock: for a process that waits for something and never comes back
+)
 
 
 @dataclass(frozen=True)
@@ -140,34 +145,30 @@ def examine_all(
 ) -> Iterator[list[CatalogueEntry]]:
     """Yield the entries of each architecture as they are found, in the order of `model_types`.
 
-    time_limit: seconds for one architecture; then its process is ended and it is refused.
+    time_limit: seconds of processor time for one architecture; then its process ends and it is refused.
     """
     waiting = list(list_model_types() if model_types is None else model_types)
     order, done = list(waiting), dict[str, list[CatalogueEntry]]()
-    workers = [_Worker() for _ in range(min(processes, len(waiting)))]
+    workers = [_Worker(time_limit) for _ in range(min(processes, len(waiting)))]
     position = 0
     try:
         while position < len(order):
             for index, worker in enumerate(workers):
                 if worker.model_type is None and waiting:
                     worker.start(waiting.pop(0))
-                elif worker.model_type is not None and worker.remaining(time_limit) <= 0:
-                    name = worker.model_type
-                    done[name] = _refuse(
-                        name, f"{name}: not examined within {time_limit:g} seconds"
-                    )
-                    worker.stop()
-                    workers[index] = _Worker()
+                elif worker.model_type is not None and worker.remaining <= 0:
+                    done[worker.model_type] = worker.give_up(worker.model_type)
+                    workers[index] = _Worker(time_limit)
             busy = {
                 worker.connection: worker for worker in workers if worker.model_type is not None
             }
-            patience = min((w.remaining(time_limit) for w in busy.values()), default=0.0)
+            patience = min((w.remaining for w in busy.values()), default=0.0)
             for connection in wait(list(busy), timeout=max(0.0, patience)):
                 worker = busy[connection]  # type: ignore[index]
                 name = str(worker.model_type)
                 done[name] = worker.receive()
                 if worker.model_type is None and not worker.process.is_alive():
-                    workers[workers.index(worker)] = _Worker()
+                    workers[workers.index(worker)] = _Worker(time_limit)
             while position < len(order) and order[position] in done:
                 yield done[order[position]]
                 position += 1
@@ -179,11 +180,14 @@ def examine_all(
 class _Worker:
     """A process that examines one architecture at a time, and can be ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, time_limit: float) -> None:
+        self.time_limit = time_limit
         # A fresh interpreter: forking a process that has used torch's threads can hang.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process: BaseProcess = context.Process(
+            target=_work, args=(theirs, time_limit), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.model_type: str | None = None
@@ -193,14 +197,23 @@ class _Worker:
         self.model_type, self._started = model_type, monotonic()
         self.connection.send(model_type)
 
-    def remaining(self, time_limit: float) -> float:
-        return time_limit - (monotonic() - self._started)
+    @property
+    def remaining(self) -> float:
+        """Seconds by the clock until nobody waits for it any more."""
+        return PATIENCE * self.time_limit - (monotonic() - self._started)
+
+    def give_up(self, name: str) -> list[CatalogueEntry]:
+        self.stop()
+        return _refuse(name, f"{name}: not examined within {self.time_limit:g} seconds")
 
     def receive(self) -> list[CatalogueEntry]:
         name, self.model_type = str(self.model_type), None
         try:
             found: list[CatalogueEntry] = self.connection.recv()
         except EOFError:
+            self.process.join()
+            if self.process.exitcode == -signal.SIGPROF:
+                return self.give_up(name)
             self.stop()
             return _refuse(name, f"{name}: its process ended while it was examined")
         return found
@@ -211,8 +224,8 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection) -> None:
-    """Examine what is asked for until the other end is closed."""
+def _work(connection: Connection, time_limit: float) -> None:
+    """Examine what is asked for until the other end is closed, or one takes too long."""
     import warnings
 
     import torch
@@ -224,8 +237,11 @@ def _work(connection: Connection) -> None:
             model_type = connection.recv()
         except EOFError:
             return
+        # Its default action ends the process, whatever that does.
+        signal.setitimer(signal.ITIMER_PROF, time_limit)
         try:
             found = examine_model_type(model_type)
         except Exception as error:  # Reported as such: one architecture must not end the catalogue.
             found = _refuse(model_type, f"{model_type}: {type(error).__name__}: {error}")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send(found)

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bake.anatomy.tables import LAYERS, SIZES
+from bake.anatomy.tables import LAYER_COUNTS, LAYERS, SIZES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,15 +59,40 @@ def _without_numbers(name: str) -> str:
 def _per_layer_entries(config: PreTrainedConfig, count: int) -> Mapping[str, Sequence[Hashable]]:
     """Return the lists of a config that have one plain entry a layer, sizes left out."""
     values = config.get_text_config(decoder=True).to_dict()
+    fixed = find_fixed_lists(values, count)
     return {
         key: value
         for key, value in values.items()
         if isinstance(value, list | tuple)
         and len(value) == count
         and key not in SIZES
+        and key not in fixed
         # Other whole numbers are indices of layers, of which there may be as many.
         and all(isinstance(entry, str | float | None) or entry in (0, 1) for entry in value)
     }
+
+
+def find_fixed_lists(values: Mapping[str, Any], count: int) -> frozenset[str]:
+    """Return the lists of a config that would be as long with another number of layers.
+
+    values: the config's, with its model type. count: its layers. Falcon-H1 has five multipliers, whatever
+    its depth, and five layers are no reason to cut them. What its class does not make by itself is taken
+    for a list of layers.
+    """
+    from transformers import CONFIG_MAPPING
+
+    key = next((name for name in LAYER_COUNTS if values.get(name)), None)
+    if key is None or values.get("model_type") not in CONFIG_MAPPING:
+        return frozenset()
+    try:
+        deeper = CONFIG_MAPPING[values["model_type"]](**{key: count + 1}).to_dict()
+    except Exception:  # Whatever a third-party constructor raises, it tells nothing.
+        return frozenset()
+    return frozenset(
+        name
+        for name, value in deeper.items()
+        if isinstance(value, list | tuple) and len(value) == count
+    )
 
 
 def choose_layers_to_keep(kinds: Sequence[LayerKind]) -> list[list[int]]:

@@ -8,10 +8,12 @@ sizes is data, in `bake.anatomy.tables`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from bake.anatomy.layers import find_fixed_lists
 from bake.anatomy.tables import (
     CHOICES,
     HEAD_SIZE,
@@ -22,6 +24,7 @@ from bake.anatomy.tables import (
     LAYERS,
     PREFIX_COUNTS,
     ROTARY_FACTORS,
+    ROTARY_PARTS,
     SIZES,
     SUFFIX_COUNTS,
     TOKENS,
@@ -84,6 +87,11 @@ class _Shrinking:
         """How many decoder layers the real model has."""
         return next((self.given[k] for k in LAYER_COUNTS if self.given.get(k)), None)
 
+    @cached_property
+    def fixed_lists(self) -> Collection[str]:
+        """Lists that have as many entries as there are layers by chance."""
+        return find_fixed_lists(self.given, self.layers or 0)
+
     @property
     def heads(self) -> int | None:
         return next(
@@ -106,6 +114,8 @@ class _Shrinking:
             return self._small_dict(key, value)
         if isinstance(value, list | tuple):
             return self._small_list(key, list(value))
+        if key in ROTARY_PARTS:
+            return value and max(1, round(value * HEAD_SIZE / 2)) * 2 / HEAD_SIZE
         if isinstance(value, float):
             return 0.0 if key.endswith(("dropout", "_pdrop", "dropout_prob")) else value
         return self._small_size(key, value) if isinstance(value, int) else value
@@ -132,7 +142,7 @@ class _Shrinking:
             return [index for index, layer in enumerate(self.keep) if layer in value]
         if key in ROTARY_FACTORS:
             return value[: max(1, len(value) * HEAD_SIZE // self._head_size())]
-        if len(value) == self.layers:
+        if len(value) == self.layers and key not in self.fixed_lists:
             value = [value[layer] for layer in self.keep]
         return [self._small(key, entry) for entry in value]
 

@@ -114,6 +114,8 @@ LAYER_INDICES = (
     "cross_attention_layers",
     "mlp_only_layers",
 )
+# Which part of a head is turned; of a twin's small one at least one pair of dimensions.
+ROTARY_PARTS = ("partial_rotary_factor", "rotary_pct", "rotary_percent")
 # Lists with one factor for each pair of rotary dimensions.
 ROTARY_FACTORS = ("short_factor", "long_factor")
 

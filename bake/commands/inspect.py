@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from bake.results import print_result
+from bake.results import print_result, print_text
 
 
 def add(commands: Any) -> None:
@@ -32,9 +32,10 @@ def run(parsed: argparse.Namespace) -> int:
     from bake import api, report
 
     if parsed.all:
-        entries = api.inspect_all()
+        show = None if parsed.json else lambda found: print_text(report.describe_entries(found))
+        entries = api.inspect_all(show)
         values = {"architectures": [entry.to_dict() for entry in entries]}
-        print_result(parsed, values, report.describe_catalogue(entries))
+        print_result(parsed, values, "\n" + report.describe_totals(entries))
         return 0
     anatomy = api.inspect(parsed.model, revision=parsed.revision)
     print_result(parsed, anatomy.to_dict(), report.describe_anatomy(anatomy))

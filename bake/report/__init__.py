@@ -1,6 +1,6 @@
 """What a person reads on the terminal: tables and summaries of the values that the stages returned."""
 
-from bake.report.architectures import describe_anatomy, describe_catalogue
+from bake.report.architectures import describe_anatomy, describe_entries, describe_totals
 from bake.report.bakes import (
     describe_equivalence,
     describe_estimate,
@@ -19,8 +19,8 @@ from bake.report.tables import format_table
 
 __all__ = [
     "describe_anatomy",
-    "describe_catalogue",
     "describe_direction",
+    "describe_entries",
     "describe_equivalence",
     "describe_estimate",
     "describe_export",
@@ -30,5 +30,6 @@ __all__ = [
     "describe_set",
     "describe_sets",
     "describe_thin",
+    "describe_totals",
     "format_table",
 ]

@@ -76,15 +76,21 @@ def _cost_of(route: SiteRoute) -> str:
     return f"adds {route.added_values:,} values, no compute to speak of"
 
 
-def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
-    """Return the table of `bake inspect --all`, with totals for each site."""
-    rows = []
+def describe_entries(entries: Sequence[CatalogueEntry]) -> str:
+    """Return the lines of `bake inspect --all` on one architecture: a route each, or a refusal."""
+    lines = []
     for entry in entries:
+        start = f"{entry.model_type:<28}  {entry.site:<8}"
         for route in entry.routes:
             how = f"{route.route} ({' + '.join(route.flags)})" if route.flags else route.route
-            rows.append((entry.model_type, entry.site, how, ", ".join(route.slots), route.layers))
+            lines.append(f"{start}  {how}: {', '.join(route.slots)}, {route.layers} layers")
         if entry.refusal is not None:
-            rows.append((entry.model_type, entry.site, "no", _shortened(entry.refusal), ""))
+            lines.append(f"{start}  no: {_shortened(entry.refusal)}")
+    return "\n".join(lines)
+
+
+def describe_totals(entries: Sequence[CatalogueEntry]) -> str:
+    """Return the table that ends `bake inspect --all`: at each site, architectures by their first route."""
     totals = []
     for site in SITES:
         here = [entry for entry in entries if entry.site == site]
@@ -92,16 +98,7 @@ def describe_catalogue(entries: Sequence[CatalogueEntry]) -> str:
         totals.append(
             (site, *(str(first.count(name)) for name in ("native", "flag", "host", "none")))
         )
-    return "\n\n".join(
-        [
-            format_table(
-                ("model type", "site", "route", "slots, or the reason", "layers"),
-                rows,
-                text_columns=4,
-            ),
-            format_table(("site", "native", "by a flag", "by a host", "none"), totals),
-        ]
-    )
+    return format_table(("site", "native", "by a flag", "by a host", "none"), totals)
 
 
 def _shortened(reason: str, length: int = 90) -> str:
