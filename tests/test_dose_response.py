@@ -1,6 +1,8 @@
 """Sweeps: the arms of a design, the window, chance, and going on after a break."""
 
+import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -27,6 +29,7 @@ from bake.dose_response import (
 from bake.dose_response.attribution import attribute
 from bake.dose_response.controls import random_direction
 from bake.dose_response.store import MEASUREMENTS_FILE, Store
+from bake.errors import OutputError
 from bake.pairs import ContrastPair
 
 FLAT = Variant(law="flat")
@@ -211,12 +214,12 @@ def sweep(open_tiny):
     prompts = ["Water boils at one hundred degrees."]
 
     def run(folder=None, fingerprint="one"):
-        store = Store(folder, fingerprint) if folder else None
-        keep = {"keep": store.keep} if store else {}
-        norms = measure_sites(*given, {"mlp_out": range(LAYERS)}, prompts, **keep)
-        kept = {"each": store.each} if store else {}
-        *_, found = run_sweep(*given, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS, **kept)
-        return found.to_dict()
+        with Store(folder, fingerprint) if folder else nullcontext() as store:
+            keep = {"keep": store.keep} if store else {}
+            norms = measure_sites(*given, {"mlp_out": range(LAYERS)}, prompts, **keep)
+            kept = {"each": store.each} if store else {}
+            found = run_sweep(*given, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS, **kept)
+            return list(found)[-1].to_dict()
 
     return run
 
@@ -266,6 +269,66 @@ def test_another_sweep_is_measured_anew(sweep, forwards, tmp_path):
 def test_a_file_that_is_no_log_is_begun_anew(sweep, tmp_path):
     (tmp_path / MEASUREMENTS_FILE).write_text("[1, 2]\nnonsense\n")
     assert sweep(tmp_path) == sweep()
+
+
+def test_one_sweep_at_a_time_writes_a_log(sweep, tmp_path):
+    with (
+        Store(tmp_path, "one"),
+        pytest.raises(OutputError, match="another sweep is writing into"),
+    ):
+        sweep(tmp_path)
+    assert sweep(tmp_path) == sweep()
+
+
+def repeated(lines):
+    return [*lines, lines[-1]]
+
+
+def skipped(lines):
+    return [*lines[:-2], lines[-1]]
+
+
+def without_a_number(lines):
+    return [*lines[:-1], lines[-1].replace(b'"index"', b'"place"')]
+
+
+def no_json(lines):
+    return [*lines[:2], b"{\n", *lines[2:]]
+
+
+def nested(lines):
+    return [*lines, b"[" * 100_000 + b"\n"]
+
+
+@pytest.mark.parametrize("spoil", [repeated, skipped, without_a_number, no_json, nested])
+def test_measurements_that_do_not_follow_each_other_are_refused(sweep, tmp_path, spoil):
+    sweep(tmp_path)
+    log = tmp_path / MEASUREMENTS_FILE
+    spoilt = b"".join(spoil(log.read_bytes().splitlines(keepends=True)))
+    log.write_bytes(spoilt)
+    with pytest.raises(OutputError, match=r"measurements\.jsonl:\d+ is not the measurement that"):
+        sweep(tmp_path)
+    assert log.read_bytes() == spoilt
+
+
+def test_more_measurements_than_texts_are_refused(sweep, tmp_path):
+    sweep(tmp_path)
+    log = tmp_path / MEASUREMENTS_FILE
+    last = json.loads(log.read_bytes().splitlines()[-1])
+    with log.open("a") as file:
+        file.write(json.dumps({**last, "index": last["index"] + 1}) + "\n")
+    with pytest.raises(OutputError, match="remove the file, and the sweep begins anew"):
+        sweep(tmp_path)
+
+
+def test_a_log_that_is_a_link_is_not_written_through(sweep, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine\n")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / MEASUREMENTS_FILE).symlink_to(victim)
+    with pytest.raises(OutputError, match="cannot be written"):
+        sweep(tmp_path / "sweep")
+    assert victim.read_text() == "mine\n"
 
 
 def test_what_is_found_grows_with_the_measurements(open_tiny):

@@ -59,32 +59,38 @@ def sweep(options: TrialOptions) -> Trial:
         announce(note)
     design = make_design(options, base.anatomy, direction)
     output = prepare_directory(Path(options.output))
-    store = Store(output, fingerprint_of(base, direction, design, texts, prompts))
-    tokenizer = load_tokenizer(base.checkpoint.directory)
-    template = describe_template(tokenizer, texts.pairs, texts.chat_template)
-    with clock.stage("load"):
-        loaded = load_base(base.checkpoint, placement)
-    given = loaded, base.anatomy.structure, tokenizer
-    layer_count = base.anatomy.layer_count
-    with clock.stage("calibrate"):
-        sites = pushable_layers(base.anatomy, [variant.site for variant in design.variants])
-        norms = measure_sites(*given, sites, prompts, store.keep)
-    with clock.stage("sweep"):
-        swept = run_sweep(
-            *given, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
-        )
-        for found in swept:
-            trial = Trial(output, base, direction, found, texts, template)
-            write_report(trial, complete=False)
-    if options.by_layer:
-        with clock.stage("by layer"):
-            attribution = attribute(
-                *given, direction, design.variants[0], texts, norms, layer_count, each=store.each
+    with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
+        tokenizer = load_tokenizer(base.checkpoint.directory)
+        template = describe_template(tokenizer, texts.pairs, texts.chat_template)
+        with clock.stage("load"):
+            loaded = load_base(base.checkpoint, placement)
+        given = loaded, base.anatomy.structure, tokenizer
+        layer_count = base.anatomy.layer_count
+        with clock.stage("calibrate"):
+            sites = pushable_layers(base.anatomy, [variant.site for variant in design.variants])
+            norms = measure_sites(*given, sites, prompts, store.keep)
+        with clock.stage("sweep"):
+            swept = run_sweep(
+                *given, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
             )
-        trial = replace(trial, attribution=attribution)
-    with clock.stage("report"):
-        write_pictures(trial, html=options.html)
-        write_report(trial, complete=True)
+            for found in swept:
+                trial = Trial(output, base, direction, found, texts, template)
+                write_report(trial, complete=False)
+        if options.by_layer:
+            with clock.stage("by layer"):
+                attribution = attribute(
+                    *given,
+                    direction,
+                    design.variants[0],
+                    texts,
+                    norms,
+                    layer_count,
+                    each=store.each,
+                )
+            trial = replace(trial, attribution=attribution)
+        with clock.stage("report"):
+            write_pictures(trial, html=options.html)
+            write_report(trial, complete=True)
     return replace(trial, timings=clock.seconds, peak_memory=peak_memory())
 
 
@@ -100,6 +106,7 @@ def fingerprint_of(
     stats = [(path.name, path.stat()) for path in sorted(source.iterdir()) if path.is_file()]
     values = {
         "bake": __version__,
+        "log": 2,  # Its lines have numbers.
         "base": base.to_dict(),
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "direction": {str(layer): vector.tolist() for layer, vector in direction.vectors.items()},
