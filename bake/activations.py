@@ -37,12 +37,14 @@ SHARING_BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 class PairActivations:
     """What a site holds for pairs, row i for pair i: {layer: (pairs, hidden_size)}, float32, CPU.
 
-    norms: {layer: (2 · pairs,)}, the mean L2 norm of the tokens that were read, text by text.
+    norms: {layer: (2 · pairs,)}, the mean L2 norm of the tokens that were read, text by text. alike: a
+    number for every pair, the same for pairs of the same texts; empty where no two are.
     """
 
     positive: dict[int, torch.Tensor]
     negative: dict[int, torch.Tensor]
     norms: dict[int, torch.Tensor]
+    alike: tuple[int, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -68,7 +70,16 @@ class PairActivations:
             {layer: values[rows] for layer, values in self.positive.items()},
             {layer: values[rows] for layer, values in self.negative.items()},
             {layer: values[texts] for layer, values in self.norms.items()},
+            tuple(self.alike[index] for index in indices) if self.alike else (),
         )
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The pairs, those of the same texts together, which never stand on both sides of a split."""
+        found: dict[int, list[int]] = {}
+        for index in range(self.count):
+            found.setdefault(self.alike[index] if self.alike else index, []).append(index)
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,18 @@ def read_activations(
         {layer: values[0::2] for layer, values in found.items()},
         {layer: values[1::2] for layer, values in found.items()},
         {layer: torch.as_tensor(values) for layer, values in norms.items()},
+        _number_alike(pairs),
     )
+
+
+def _number_alike(pairs: Sequence[EncodedPair]) -> tuple[int, ...]:
+    """Number the pairs by their tokens; () where no two are alike."""
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    numbers = [
+        first.setdefault(tuple(text.ids for text in pair.texts), number)
+        for number, pair in enumerate(pairs)
+    ]
+    return tuple(numbers) if len(first) < len(pairs) else ()
 
 
 def _batch_tokens(loaded: LoadedModel) -> int:

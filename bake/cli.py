@@ -7,7 +7,9 @@ Results on stdout, progress and logs on stderr. Nothing heavy is imported until 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from bake import __version__
@@ -67,10 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 1 a known error, 2 usage, 3 not equivalent.
 
-    130 where it was interrupted, 141 where whoever read the output has gone, as in `bake … | head`.
+    130 where it was interrupted, 143 where it was told to end, 141 where whoever read the output has
+    gone, as in `bake … | head`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
+    interrupt_when_ended()
     try:
         try:
             return _run(words)
@@ -92,9 +96,29 @@ def _run(words: Sequence[str]) -> int:
     except BakeError as error:
         print(f"bake: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("bake: interrupted; no output is half written", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.signal if isinstance(interrupt, Ended) else signal.SIGINT)
+
+
+class Ended(KeyboardInterrupt):
+    """A request to end, as `kill` and a closed terminal send it: everything is cleaned up as for Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+def interrupt_when_ended() -> None:
+    """Make SIGTERM and SIGHUP interrupt this process, where they are not ignored as under `nohup`."""
+
+    def end(number: int, _: object) -> None:
+        raise Ended(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ dtype cannot hold the push.
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.checkpoint import Checkpoint
@@ -33,6 +31,7 @@ from bake.observation import (
 )
 from bake.plan import Plan
 from bake.quantization import quantization_method
+from bake.scratch import temporary_directory
 from bake.support.padding import CAUSE, PaddingError, farthest
 
 if TYPE_CHECKING:
@@ -175,13 +174,13 @@ def prove_equivalence(
     """
     dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     texts = tuple(encoded)[:MAX_PROMPTS]
-    with tempfile.TemporaryDirectory(prefix="bake-proof-") as folder:
+    with temporary_directory("bake-proof-") as folder:
         exam = Exam(
             structure,
             plan.route.site,
             push,
             texts,
-            Path(folder),
+            folder,
             placement=placement,
             published=published,
         )

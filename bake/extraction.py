@@ -24,6 +24,7 @@ from bake.pairs import (
     ContrastPair,
     describe_template,
     encode_pairs,
+    leave_out_known,
     read_pairs,
 )
 from bake.progress import announce
@@ -110,7 +111,10 @@ def extract(
 
     encoded = encode(pairs)
     found = read(encoded)
-    held_out = read(encode(read_pairs(options.held_out))) if options.held_out else None
+    held_out = None
+    if options.held_out:
+        fresh = leave_out_known(read_pairs(options.held_out), pairs, str(options.held_out))
+        held_out = read(encode(fresh))
     extra: dict[str, str] = {}
     if options.method == OPTIMIZE:
         optimised = optimize_push(

@@ -8,7 +8,6 @@ the baked directory in float32, as stored and with its slots held at exact value
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from bake.plan import Plan
 from bake.progress import track
 from bake.prompts import Encoded, TokenBatch, make_batches
 from bake.routing import Choices, hold_choices, record_choices
+from bake.scratch import temporary_directory
 from bake.sites import LayerStructure
 from bake.steering import steered
 from bake.streaming import Placement, give_memory_back, hold
@@ -234,8 +234,7 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
     from safetensors.torch import load_file
 
     give_memory_back()  # Two processes need memory now.
-    with tempfile.TemporaryDirectory(prefix="bake-plain-") as scratch:
-        folder = Path(scratch)
+    with temporary_directory("bake-plain-") as folder:
         request = {
             "directory": exam.published[0] if exam.published else str(directory.resolve()),
             "revision": exam.published[1] if exam.published else None,

@@ -104,11 +104,15 @@ def optimize_push(
     """
     import torch
 
-    _check(loaded, pairs, neutral, steps, kl_weight)
+    _check(loaded, len(read.groups), neutral, steps, kl_weight)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    count = max(1, round(LEFT_OUT * len(pairs)))
-    left_out, kept = sorted(order[:count]), sorted(order[count:])
+    groups = read.groups  # Pairs of the same texts are trained on, or left out, together.
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    count = max(1, round(LEFT_OUT * len(groups)))
+    left_out, kept = (
+        sorted(index for place in places for index in groups[place])
+        for places in (order[:count], order[count:])
+    )
     device, size = loaded.device, math.sqrt(loaded.hidden_size)
     units = fit_directions(read.select(kept), "mean")
     scales = {layer: float(read.norms[layer].mean()) / size for layer in read.layers}
@@ -177,7 +181,7 @@ def measure_effect(
 
 def _check(
     loaded: LoadedModel,
-    pairs: Sequence[EncodedPair],
+    pairs: int,
     neutral: Sequence[Encoded],
     steps: int,
     kl_weight: float,
@@ -187,10 +191,10 @@ def _check(
             "--method optimize needs the whole model in memory, for the way back through it: leave "
             "--device-map and --max-memory out, or take --method mean"
         )
-    if len(pairs) < LEAST_PAIRS:
+    if pairs < LEAST_PAIRS:
         raise DirectionError(
             f"--method optimize needs {LEAST_PAIRS} pairs, some of them to know when to stop, and there "
-            f"are {len(pairs)}; give more, or take --method mean"
+            f"are {pairs} different ones; give more, or take --method mean"
         )
     check_training(steps, kl_weight)
     if not any(any(text.content) for text in neutral):

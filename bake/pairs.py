@@ -114,6 +114,29 @@ def read_pairs(name: str | Path) -> list[ContrastPair]:
     return pairs
 
 
+def leave_out_known(
+    held_out: Sequence[ContrastPair], pairs: Sequence[ContrastPair], name: str
+) -> list[ContrastPair]:
+    """Return the held-out pairs that are not among `pairs`, and announce the others.
+
+    name: the held-out file's, for messages. Raises DirectionError where none is left.
+    """
+    known = {pair.key for pair in pairs}
+    fresh = [pair for pair in held_out if pair.key not in known]
+    count = len(held_out) - len(fresh)
+    if not fresh:
+        raise DirectionError(
+            f"every pair of {name} is among those that the direction is found from; give others as "
+            "held-out pairs"
+        )
+    if count:
+        announce(
+            f"{name}: {count} of {len(held_out)} pairs are among those that the direction is found from, "
+            "and are left out"
+        )
+    return fresh
+
+
 def _read_rows(path: Path) -> Iterable[Row]:
     if path.suffix.lower() != ".csv":
         return read_rows(path)

@@ -13,6 +13,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -46,10 +47,10 @@ def make_work_directory(parent: Path, prefix: str, *, mode: int = 0o777) -> tupl
 def clear_dead_runs(parent: Path, prefix: str, remove: Callable[[Path], None]) -> None:
     """Call `remove` for every work directory whose run is dead; its lock is held meanwhile."""
     for work in sorted(parent.iterdir()):
-        if not work.name.startswith(prefix) or work.is_symlink() or not work.is_dir():
+        if not work.name.startswith(prefix) or not _is_own_directory(work):
             continue
         try:
-            lock = os.open(work / "lock", os.O_RDWR)
+            lock = os.open(work / "lock", os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
             # No lock yet, or no longer: empty if it is ours at all, and rmdir removes nothing else.
             with suppress(OSError):
@@ -79,6 +80,19 @@ def scratch_directory(beside: Path, prefix: str) -> Iterator[Path]:
     parent = beside.resolve().parent
     if not os.access(parent, os.W_OK):
         parent = Path(tempfile.gettempdir())
+    with _scratch(parent, prefix) as folder:
+        yield folder
+
+
+@contextmanager
+def temporary_directory(prefix: str) -> Iterator[Path]:
+    """Yield an empty directory where temporary files go, removed as `scratch_directory`'s is."""
+    with _scratch(Path(tempfile.gettempdir()), prefix) as folder:
+        yield folder
+
+
+@contextmanager
+def _scratch(parent: Path, prefix: str) -> Iterator[Path]:
     clear_dead_runs(parent, prefix, remove_scratch)
     work, lock = make_work_directory(parent, prefix, mode=0o700)
     try:
@@ -93,6 +107,15 @@ def remove_scratch(work: Path) -> None:
     """Remove a work directory that holds nothing but `model/` and the lock, the lock last."""
     shutil.rmtree(work / "model", ignore_errors=True)
     remove_lock(work)
+
+
+def _is_own_directory(path: Path) -> bool:
+    """Whether it is a directory and no link to one, and of this user; others may write in /tmp."""
+    try:
+        status = path.lstat()
+    except OSError:  # It has gone.
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def try_lock(descriptor: int) -> bool | None:

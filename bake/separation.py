@@ -169,17 +169,18 @@ def measure_separation(
     """Measure how well directions {layer: (hidden_size,)} found from `read` tell other pairs apart.
 
     fit: how they were found; without it there are no folds and no stability. Returns None where there
-    are neither held-out pairs nor enough pairs to divide.
+    are neither held-out pairs nor enough pairs to divide. Pairs of the same texts are never divided.
     """
+    enough = len(read.groups) >= LEAST_PAIRS
     if held_out is not None:
         scores = _score(read, held_out, vectors)
         pairs, folds = held_out.count, 0
-    elif fit is not None and read.count >= LEAST_PAIRS:
-        pairs, folds = read.count, min(FOLDS, read.count)
+    elif fit is not None and enough:
+        pairs, folds = read.count, min(FOLDS, len(read.groups))
         scores = _score_folds(read, fit, folds, seed)
     else:
         return None
-    halves = _halves(read, fit, seed) if fit is not None and read.count >= LEAST_PAIRS else None
+    halves = _halves(read, fit, seed) if fit is not None and enough else None
     layers = []
     for layer, following in zip(read.layers, [*read.layers[1:], None], strict=True):
         ordered, sides = scores[layer]
@@ -226,12 +227,11 @@ def _score_folds(
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     import torch
 
-    order = _shuffled(read.count, seed)
+    parts = _divide(read, folds, seed)
     ordered = {layer: torch.zeros(read.count, dtype=torch.bool) for layer in read.layers}
     sides = {layer: torch.zeros(read.count, 2, dtype=torch.bool) for layer in read.layers}
-    for fold in range(folds):
-        held = order[fold::folds]
-        others = read.select([index for index in order if index not in set(held)])
+    for fold, held in enumerate(parts):
+        others = read.select([i for part in parts[:fold] + parts[fold + 1 :] for i in part])
         try:
             vectors = fit(others)
         except DirectionError:
@@ -245,17 +245,20 @@ def _score_folds(
 def _halves(
     read: PairActivations, fit: Fit, seed: int
 ) -> tuple[Mapping[int, torch.Tensor], Mapping[int, torch.Tensor]] | None:
-    order = _shuffled(read.count, seed)
+    one, other = _divide(read, 2, seed)
     try:
-        return fit(read.select(order[0::2])), fit(read.select(order[1::2]))
+        return fit(read.select(one)), fit(read.select(other))
     except DirectionError:
         return None
 
 
-def _shuffled(count: int, seed: int) -> list[int]:
+def _divide(read: PairActivations, parts: int, seed: int) -> list[list[int]]:
+    """Deal the pairs out at random; those of the same texts stay together."""
     import numpy as np
 
-    return [int(index) for index in np.random.default_rng(seed).permutation(count)]
+    groups = read.groups
+    order = [groups[int(place)] for place in np.random.default_rng(seed).permutation(len(groups))]
+    return [[index for group in order[part::parts] for index in group] for part in range(parts)]
 
 
 def _interval(ordered: torch.Tensor, seed: int) -> tuple[float, float]:

@@ -62,9 +62,29 @@ def test_one_layers_direction_serves_all(open_tiny, tmp_path):
     assert [entry.layer for entry in read_separation(one).layers] == [3]
 
 
-def test_held_out_pairs_are_measured_on(open_tiny, pairs_file):
-    found = read_separation(find(open_tiny("llama"), held_out=str(pairs_file)))
+OTHERS = [{**pair, "prompt": "Then: " + pair["prompt"]} for pair in PAIRS]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_held_out_pairs_are_measured_on(open_tiny, tmp_path):
+    held_out = write_rows(tmp_path / "pairs.jsonl", OTHERS)
+    found = read_separation(find(open_tiny("llama"), held_out=held_out))
     assert (found.pairs, found.folds) == (4, 0)
+
+
+def test_held_out_pairs_that_are_known_are_left_out(open_tiny, pairs_file, tmp_path, capsys):
+    shouted = {key: text.upper() for key, text in PAIRS[0].items()}
+    held_out = write_rows(tmp_path / "mixed.jsonl", [*OTHERS, PAIRS[1], shouted])
+    assert read_separation(find(open_tiny("llama"), held_out=held_out)).pairs == 4
+    assert (
+        "2 of 6 pairs are among those that the direction is found from" in capsys.readouterr().err
+    )
+    with pytest.raises(BakeError, match=r"every pair of .* is among those"):
+        find(open_tiny("llama"), held_out=str(pairs_file))
 
 
 @pytest.mark.parametrize(
@@ -102,13 +122,11 @@ def test_shipped_model_separates_held_out_pairs():
 def test_a_direction_that_does_not_separate_is_announced(open_tiny, tmp_path, capsys):
     """Held-out pairs of which every second one is labelled the other way round: chance by design."""
     swapped = [
-        {**pair, "positive": pair["negative"], "negative": pair["positive"]} for pair in PAIRS
+        {**pair, "positive": pair["negative"], "negative": pair["positive"]} for pair in OTHERS
     ]
-    for name, rows in (("fair", PAIRS), ("mixed", PAIRS + swapped)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    find(open_tiny("llama"), held_out=str(tmp_path / "fair"))
+    find(open_tiny("llama"), [1], held_out=write_rows(tmp_path / "fair", OTHERS))
     assert capsys.readouterr().err == ""
-    find(open_tiny("llama"), held_out=str(tmp_path / "mixed"))
+    find(open_tiny("llama"), held_out=write_rows(tmp_path / "mixed", OTHERS + swapped))
     assert "does not separate 8 held-out pairs in any layer" in capsys.readouterr().err
 
 

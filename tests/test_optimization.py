@@ -22,7 +22,14 @@ from bake.resources import DEMO_MODEL
 from bake.separation import read_separation
 from bake.steering import steered
 
-CONTRAST = [ContrastPair(**pair) for pair in PAIRS] * 2
+CONTRAST = [
+    ContrastPair(**{**pair, "prompt": before + pair["prompt"]})
+    for before in ("", "Then: ")
+    for pair in PAIRS
+]
+ALIKE = [
+    replace(CONTRAST[1], prompt=f"{who} said it was ") for who in ("She", "He", "I", "We", "They")
+]
 LAYERS = [1, 3]
 SEED = 5_000_000  # of fresh text; bake/demo/train.py has those of the model's own
 
@@ -87,8 +94,8 @@ def test_effect_is_the_likelihood_that_a_plain_run_gives(load_tiny, monkeypatch,
 
 @pytest.mark.parametrize("site", ["mlp_out", "attn_out", "attn_in"])
 def test_training_improves_on_the_start_at_every_site(open_tiny, site):
-    """Copies of one pair, so that what is learned is what the pairs left out ask for."""
-    tiny, pairs = open_tiny("llama"), [CONTRAST[1]] * 5
+    """One pair in other words, so that what is learned is what the pairs left out ask for."""
+    tiny, pairs = open_tiny("llama"), ALIKE
     start = optimise(tiny, site, pairs, steps=1, kl_weight=0.0)
     found = optimise(tiny, site, pairs, steps=10, kl_weight=0.0)
     assert sorted(found.vectors) == LAYERS
@@ -114,7 +121,8 @@ def test_same_seed_same_vectors_and_the_model_as_it_was(load_tiny):
 
 def test_a_heavier_penalty_keeps_closer_to_the_base(open_tiny):
     light, heavy = (
-        optimise(open_tiny("llama"), steps=10, kl_weight=weight) for weight in (0.0, 30.0)
+        optimise(open_tiny("llama"), pairs=ALIKE, steps=10, kl_weight=weight)
+        for weight in (0.0, 30.0)
     )
     assert heavy.after.divergence < light.after.divergence
     assert heavy.after.margin < light.after.margin
@@ -134,6 +142,7 @@ def test_early_stopping_keeps_the_best_step(open_tiny, monkeypatch):
     ("options", "message"),
     [
         ({"pairs": CONTRAST[:4]}, "needs 5 pairs, .* there are 4"),
+        ({"pairs": CONTRAST[:4] * 2}, "needs 5 pairs, .* there are 4 different ones"),
         ({"steps": 0}, "0 steps with a KL weight of 0.3: give at least one step"),
         ({"kl_weight": -1.0}, "a weight of 0 or more"),
         ({"kl_weight": math.nan}, "a weight of 0 or more"),

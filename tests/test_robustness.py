@@ -7,12 +7,14 @@ nothing is left, and what a killed run could not clear away the next one does.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ from bake.api import calibrate
 from bake.checkpoint import open_checkpoint
 from bake.cli import main
 from bake.hashing import hash_files
+from bake.scratch import temporary_directory
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20  # at random calls; half of them while an old output is replaced
@@ -172,6 +175,68 @@ def test_killed_at_any_moment_the_output_is_absent_or_complete(
     # Otherwise nothing was tested: runs that died while writing, before the output appeared and after.
     assert seen["left"] >= KILLS // 2, seen
     assert all(seen.values()), seen
+
+
+# An export that stops in its proof, says so and waits.
+STOPPED = """
+import sys, time
+import bake.equivalence
+from bake.cli import main
+
+def stop(*_):
+    print("in the proof", flush=True)
+    time.sleep(60)
+
+bake.equivalence.run_plain = stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def stopped_export(make_model, direction, tmp_path):
+    """Return a function signal → exit code and message of an export that was sent it in its proof."""
+    (tmp_path / "temporary").mkdir()
+
+    def run(number: int) -> tuple[int, str]:
+        command = ["export", make_model(TinyModel()), "--direction", direction]
+        with subprocess.Popen(
+            [sys.executable, "-c", STOPPED, *map(str, command), "-o", tmp_path / "results" / "out"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        ) as process:
+            assert process.stdout.readline() == "in the proof\n"
+            assert [path.name for path in (tmp_path / "temporary").iterdir()]
+            process.send_signal(number)
+            _, message = process.communicate()
+        return process.returncode, message
+
+    (tmp_path / "results").mkdir()
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_export_that_is_told_to_end_leaves_nothing(stopped_export, tmp_path, number):
+    code, message = stopped_export(number)
+    assert code == 128 + number
+    assert message.splitlines()[-1] == "bake: interrupted; no output is half written"
+    assert not list((tmp_path / "results").iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_what_a_killed_proof_left_is_cleared_by_the_next(
+    stopped_export, make_model, direction, tmp_path, monkeypatch
+):
+    stopped_export(signal.SIGKILL)
+    left = [path.name for path in (tmp_path / "temporary").iterdir()]
+    assert any(name.startswith("bake-proof-") for name in left)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with temporary_directory("bake-proof-") as alive:
+        options = ("--direction", direction, "-o", tmp_path / "results" / "out")
+        assert main(["export", *map(str, [make_model(TinyModel()), *options])]) == 0
+        assert [path.name for path in (tmp_path / "temporary").iterdir()] == [alive.parent.name]
 
 
 # ---------------------------------------------------------------- places that cannot be written

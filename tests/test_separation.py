@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,20 @@ def test_too_few_pairs_say_nothing():
     read = planted(8.0, count=3)
     assert measure_separation(read, fit(read), fit=fit) is None
     assert measure_separation(read, fit(read), fit=fit, held_out=read).layers[0].stability is None
+
+
+def test_pairs_of_the_same_texts_never_stand_on_both_sides_of_a_split():
+    """Noise in a wide space: whoever has seen a pair tells it apart, and nobody else does."""
+    once = planted(0.0, count=20, width=256)
+    rows = [*range(20)] * 4
+    repeated = once.select(rows)
+    seen = measure_separation(repeated, fit(repeated), fit=fit).layers[0]
+    assert seen.threshold_accuracy > 0.9
+    known = replace(repeated, alike=tuple(rows))
+    fair = measure_separation(known, fit(known), fit=fit).layers[0]
+    assert fair.threshold_accuracy < 0.7
+    assert abs(fair.stability) < 0.3 < seen.stability
+    assert measure_separation(known.select([0, 20, 40, 60]), fit(known), fit=fit) is None
 
 
 def test_folds_without_a_direction_separate_nothing():

@@ -7,7 +7,6 @@ of many gigabytes that reloads as the base model.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from bake.errors import UnsupportedError
 from bake.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
 from bake.model import LoadedModel, compute_logits
 from bake.quantization import without_quantization
+from bake.scratch import temporary_directory
 from bake.sites import LayerStructure, Slot
 from bake.steering import steered
 from bake.support.padding import CAUSE, PaddingError, compare_padding, plan_trial
@@ -230,14 +230,14 @@ class Twin:
 
         generator = torch.Generator().manual_seed(7)
         push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in layers}
-        with tempfile.TemporaryDirectory() as directory:
+        with temporary_directory("bake-twin-") as directory:
             with quiet_transformers():
-                self.model.save_pretrained(Path(directory) / "twin")  # type: ignore[operator]
-            checkpoint = open_checkpoint(str(Path(directory) / "twin"))
+                self.model.save_pretrained(directory / "twin")  # type: ignore[operator]
+            checkpoint = open_checkpoint(str(directory / "twin"))
             rewritten = rewriter.rewrite(checkpoint, self.config, layers)
             results = []
             for name, vectors in (("unpushed", {}), ("pushed", push)):
-                target = Path(directory) / name
+                target = directory / name
                 _write_rewritten(checkpoint, rewritten, vectors, target)
                 results.append(self._load(target))
         (unpushed, clean_before), (baked, clean_after) = results
@@ -307,10 +307,10 @@ class Twin:
         return int(self.config.get_text_config().hidden_size)
 
     def _reload(self, model: nn.Module) -> tuple[nn.Module, bool]:
-        with tempfile.TemporaryDirectory() as directory:
+        with temporary_directory("bake-twin-") as directory:
             with quiet_transformers():
-                model.save_pretrained(Path(directory))  # type: ignore[operator]
-            return self._load(Path(directory))
+                model.save_pretrained(directory)  # type: ignore[operator]
+            return self._load(directory)
 
     def _load(self, directory: Path) -> tuple[nn.Module, bool]:
         """Return what transformers loads, and whether it loads without a remark."""

@@ -8,7 +8,6 @@ checkpoints, not hooked models.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from bake.sampling import (
     sample_continuations,
     score_continuations,
 )
+from bake.scratch import temporary_directory
 from bake.timing import Stopwatch, peak_memory
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def _workplace(output: Path | None) -> Iterator[Path]:
     if output is not None:
         yield output
         return
-    with tempfile.TemporaryDirectory(prefix="bake-demo-") as folder:
-        yield Path(folder)
+    with temporary_directory("bake-demo-") as folder:
+        yield folder
 
 
 def measure(

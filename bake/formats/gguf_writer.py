@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.errors import DirectionError
 from bake.formats.gguf_reader import ARCHITECTURE
+from bake.scratch import temporary_directory
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +28,8 @@ def write_gguf(vectors: Mapping[int, torch.Tensor], model_hint: str) -> bytes:
         ) from None
     if not vectors or min(vectors) < 1:
         raise DirectionError("a control vector has layers from 1 on; llama.cpp takes none for 0")
-    with tempfile.TemporaryDirectory(prefix="bake-gguf-") as folder:
-        path = Path(folder) / "vectors.gguf"  # The package writes to paths only.
+    with temporary_directory("bake-gguf-") as folder:
+        path = folder / "vectors.gguf"  # The package writes to paths only.
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
         # uint32, as repeng has it: cvector-generator's int32 is how its other numbering is recognised.

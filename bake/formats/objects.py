@@ -6,7 +6,6 @@ that library's.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +16,7 @@ from bake.direction import Direction, direction_bytes
 from bake.errors import DirectionError
 from bake.formats.given import Array, GivenVectors, from_tensor, gather, shorten
 from bake.formats.places import parse_place
+from bake.scratch import temporary_directory
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,8 @@ def given_as_file(value: Any) -> Iterator[str | list[str] | None]:
         return
     if not isinstance(value, Direction):
         value = read_object(value).to_direction(type(value).__name__)
-    with tempfile.TemporaryDirectory(prefix="bake-direction-") as folder:
-        path = Path(folder) / "direction.safetensors"
+    with temporary_directory("bake-direction-") as folder:
+        path = folder / "direction.safetensors"
         path.write_bytes(direction_bytes(with_lengths(value)))
         yield str(path)
 

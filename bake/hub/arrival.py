@@ -6,9 +6,7 @@ say so.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from bake.card import words_of
 from bake.checkpoint import find_bake
@@ -17,6 +15,7 @@ from bake.hub.manifest import file_names
 from bake.hub.publication import Publication, publish
 from bake.progress import announce
 from bake.record import read_result
+from bake.scratch import temporary_directory
 from bake.streaming import Placement
 from bake.verification import verify
 
@@ -46,8 +45,7 @@ def verify_published(
     if publication.proven:
         return publication
     recorded = read_result(directory)
-    with tempfile.TemporaryDirectory(prefix="bake-published-") as folder:
-        whole = Path(folder)
+    with temporary_directory("bake-published-") as whole:
         for name in file_names(directory):
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
             (whole / name).symlink_to((directory / name).resolve())

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -25,6 +23,7 @@ from bake.config_text import edit_json
 from bake.errors import UnsupportedError
 from bake.io.pretrained import load_config
 from bake.loading import build_on_meta
+from bake.scratch import temporary_directory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,9 +121,9 @@ def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterato
 
 def _build(config_text: str) -> nn.Module:
     """Build the model that a config.json describes, on the meta device, as transformers reads it."""
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(config_text, encoding="utf-8")
-        return build_on_meta(load_config(Path(directory)))
+    with temporary_directory("bake-twin-") as directory:
+        (directory / "config.json").write_text(config_text, encoding="utf-8")
+        return build_on_meta(load_config(directory))
 
 
 def _as_spelled(key: str, values: Mapping[str, Any]) -> str:
