@@ -104,10 +104,13 @@ def check_endpoint(url: str, model: str, directory: Path) -> EndpointCheck:
 
 
 def read_canary(directory: Path) -> dict[str, str]:
-    """Return {"prompt", "baked", "base"}; raise EndpointError where the bake has no canary."""
-    from bake.record import read_result
+    """Return {"prompt", "baked", "base"}; raise EndpointError where the bake has no canary.
 
-    canary = read_result(directory)["equivalence"].get("canary")
+    No more of `bake.json` is read or has to be there. Raises CheckpointError where it has another shape.
+    """
+    from bake.record import read_part
+
+    canary = read_part(directory, "equivalence").get("canary")
     if not canary:
         raise EndpointError(
             f"{directory} has no canary: base and bake continue every equivalence prompt alike, or it "

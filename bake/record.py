@@ -118,6 +118,20 @@ def encode_result(result: Mapping[str, Any]) -> str:
 
 def read_result(directory: Path) -> dict[str, Any]:
     """Read `bake.json`; raise CheckpointError where there is none or it is not ours."""
+    result = _read(directory)
+    check_record(result, directory / RESULT_FILE, needed=_NEEDED)
+    return result
+
+
+def read_part(directory: Path, key: str) -> dict[str, Any]:
+    """Read one object of `bake.json`, whatever the others are; raise CheckpointError as `read_result`."""
+    result = _read(directory)
+    part = {name: result[name] for name in ("version", key) if name in result}
+    check_record(part, directory / RESULT_FILE, needed=("version", key))
+    return dict(part[key])
+
+
+def _read(directory: Path) -> dict[str, Any]:
     path = directory / RESULT_FILE
     if not directory.is_dir():
         raise CheckpointError(f"no directory {directory}; give one that bake export wrote")
@@ -125,7 +139,6 @@ def read_result(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no bake.json, so bake did not make it")
     check_links(directory, (RESULT_FILE, DIRECTION_FILE))
     result: dict[str, Any] = read_json(path)
-    check_record(result, path, needed=_NEEDED)
     return result
 
 

@@ -340,6 +340,7 @@ def test_template_asks_for_nothing_else():
         "revision",
         "thin",
         "front_matter",
+        "left_out_lines",
         "licence_lines",
     }
 

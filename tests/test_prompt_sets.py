@@ -15,8 +15,9 @@ from bake import prompt_sets, report
 from bake.cli import main
 from bake.contrast import read_pairs
 from bake.errors import PromptError
-from bake.prompts import read_jsonl, read_prompts
+from bake.prompts import read_prompts
 from bake.resources import DEMO_MODEL, shipped, shipped_sets
+from bake.texts.rows import read_rows
 
 CALIBRATION = shipped("calibration")
 PROMPTS = sorted(shipped_sets("prompts"))
@@ -84,7 +85,7 @@ def test_chat_requests_have_a_request_s_length():
 
 
 def test_languages_and_scripts_are_many():
-    rows = [row for _, row in read_jsonl(CALIBRATION / "prompts" / "multilingual.jsonl")]
+    rows = [row for _, row in read_rows(CALIBRATION / "prompts" / "multilingual.jsonl")]
     letters = {letter for row in rows for letter in row["text"] if letter.isalpha()}
     scripts = {unicodedata.name(letter).split()[0] for letter in letters}
     assert len({row["language"] for row in rows}) >= 16
@@ -93,7 +94,7 @@ def test_languages_and_scripts_are_many():
 
 
 def test_programming_languages_are_many():
-    rows = [row for _, row in read_jsonl(CALIBRATION / "prompts" / "code.jsonl")]
+    rows = [row for _, row in read_rows(CALIBRATION / "prompts" / "code.jsonl")]
     assert len({row["language"] for row in rows}) >= 16
 
 
@@ -102,7 +103,7 @@ def test_files_are_clean_utf_8_with_one_object_a_line(path):
     content = path.read_bytes().decode("utf-8")
     assert content.endswith("\n")
     assert "\r" not in content
-    texts = [value for _, row in read_jsonl(path) for value in row.values()]
+    texts = [value for _, row in read_rows(path) for value in row.values()]
     allowed = "\n\t" if path.stem == "code" else ""
     for text in texts:
         assert unicodedata.normalize("NFC", text) == text

@@ -15,10 +15,10 @@ from bake.prompts import (
     encode,
     load_tokenizer,
     make_batches,
-    read_jsonl,
     read_prompts,
     without_prefix,
 )
+from bake.texts.rows import read_rows
 
 
 def write(path, text):
@@ -48,7 +48,7 @@ def test_plain_text_prompts_are_one_a_line(tmp_path):
 
 def test_blank_lines_of_jsonl_are_skipped_and_keep_their_numbers(tmp_path):
     path = write(tmp_path / "p.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')
-    assert list(read_jsonl(path)) == [(1, {"text": "a"}), (3, {"text": "b"})]
+    assert read_rows(path) == [("p.jsonl:1", {"text": "a"}), ("p.jsonl:3", {"text": "b"})]
 
 
 @pytest.mark.parametrize("name", ["neutral", "equivalence", "openings"])

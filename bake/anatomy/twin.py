@@ -120,7 +120,7 @@ class TwinVerdict:
             return "on the twin the hook has no effect"
         if self.push_error <= PUSH_TOLERANCE and not self.greedy_equal:
             return "on the twin greedy continuations differ from the hook's"
-        if self.push_error <= PUSH_TOLERANCE:
+        if self.leaks:
             name, found = max(self.leaks.items(), key=lambda item: item[1].leak)
             side = name.partition(",")[0]
             return (

@@ -21,6 +21,11 @@ MAX_LINE = 10_000_000  # of a line of JSONL
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _REMEDY = "mend the line"
 
+# Keys of one row whose values may be lists of objects: conversations.
+_OF_A_ROW = frozenset(
+    ("messages", "conversations", "prompt", "positive", "negative", "chosen", "rejected")
+)
+
 Row = tuple[str, Any]  # Where it stands ("pairs.jsonl:3"), and what it is.
 
 
@@ -117,12 +122,14 @@ def _has_line_objects(text: str) -> bool:
 
 
 def _open(value: dict[str, Any], path: Path) -> list[Any]:
-    """Return the rows of a JSON object: its columns, or its one list of rows, "train" before others."""
+    """Return the rows of a JSON object: its columns, its one list of rows ("train" before others), or it."""
     lists = {key: entry for key, entry in value.items() if isinstance(entry, list) and entry}
     columns = {key: each for key, each in lists.items() if all(isinstance(x, str) for x in each)}
     lengths = {len(each) for each in columns.values()}
     if len(columns) > 1 and len(lengths) == 1:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if value.keys() & _OF_A_ROW:
+        return [value]
     of_rows = [key for key, each in lists.items() if all(isinstance(entry, dict) for entry in each)]
     chosen = of_rows[0] if len(of_rows) == 1 else "train" if "train" in of_rows else None
     if chosen is None:
