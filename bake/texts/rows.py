@@ -122,7 +122,7 @@ def _has_line_objects(text: str) -> bool:
 
 
 def _open(value: dict[str, Any], path: Path) -> list[Any]:
-    """Return the rows of a JSON object: its columns, its one list of rows ("train" before others), or it."""
+    """Return the rows of a JSON object: its columns, its one list of rows, or itself."""
     lists = {key: entry for key, entry in value.items() if isinstance(entry, list) and entry}
     columns = {key: each for key, each in lists.items() if all(isinstance(x, str) for x in each)}
     lengths = {len(each) for each in columns.values()}
