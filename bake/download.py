@@ -8,7 +8,6 @@ load, never other copies of them; pickled weights only where there are no safete
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from bake.companions import CHAT_TEMPLATES, NOT_CARRIED
 from bake.errors import CheckpointError
+from bake.io.foreign_json import read_json
 from bake.io.hub_cache import COMMIT_SHA
 from bake.io.left_out import MTP_FILES
 from bake.weight_files import (
@@ -149,10 +149,10 @@ def _fetch_listed(model_id: str, revision: str | None, directory: Path, weights:
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object at `path`, or {}: `checkpoint` says what is wrong with the file."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values: dict[str, Any] = read_json(path)
+    except CheckpointError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return values
 
 
 def _fetch(

@@ -6,9 +6,9 @@ coefficients, else it is refused before anything is written.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ from bake.dose_response import compare_laws
 from bake.dose_response.store import REPORT_FILE
 from bake.errors import BakeError
 from bake.figures import FIGURES
+from bake.io.foreign_json import read_json
+from bake.io.foreign_paths import check_links
+from bake.support.text import explain
 
 if TYPE_CHECKING:
     from bake.coefficients import Push
@@ -36,6 +39,28 @@ class Evidence:
 
     def check(self, base: Mapping[str, Any], site: str, push: Push) -> None:
         """Raise BakeError naming what the sweep was made for, where it is not this bake."""
+        with self._well_formed():
+            self._check(base, site, push)
+
+    def summarise(self, multiplier: float) -> dict[str, Any]:
+        """Return what `bake.json` and the card hold: the curve, chance, the window, samples at m.
+
+        Raises BakeError where the report has not what bake sweep writes.
+        """
+        with self._well_formed():
+            return self._summarise(multiplier)
+
+    @contextmanager
+    def _well_formed(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BakeError(
+                f"{self.directory / REPORT_FILE} is not as bake sweep writes it ({explain(error)}); run "
+                "bake sweep again"
+            ) from None
+
+    def _check(self, base: Mapping[str, Any], site: str, push: Push) -> None:
         first = self.report["design"]["variants"][0]
         found = {
             "base": (self.report["base"]["id"], self.report["base"]["revision"]),
@@ -66,8 +91,7 @@ class Evidence:
                     f"this bake pushes it by {here:.4g}; calibrate both on the same prompts"
                 )
 
-    def summarise(self, multiplier: float) -> dict[str, Any]:
-        """Return what `bake.json` and the card hold: the curve, chance, the window, samples at m."""
+    def _summarise(self, multiplier: float) -> dict[str, Any]:
         report = self.report
         curve = [
             p for p in report["points"] if p["kind"] in ("base", "direction") and not p["variant"]
@@ -117,16 +141,15 @@ class Evidence:
 def read_evidence(directory: Path) -> Evidence:
     """Read a sweep's report; raise BakeError where there is none, or it is not a report."""
     path = directory / REPORT_FILE
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise BakeError(
-            f"--sweep {directory} holds no {REPORT_FILE} that can be read; give the directory that "
-            f"bake sweep wrote"
-        ) from None
+    check_links(
+        directory, [REPORT_FILE, *(f"{FIGURES}/{name}" for name in CARRIED)], error=BakeError
+    )
+    report = read_json(path, error=BakeError, remedy="give the directory that bake sweep wrote")
     needed = ("base", "direction", "design", "coefficients", "points", "windows", "texts")
-    missing = [key for key in needed if not isinstance(report, dict) or key not in report]
-    if missing or report.get("version") != 1 or "sha256" not in report["direction"]:
+    missing = [key for key in needed if key not in report]
+    direction = report.get("direction")
+    known = isinstance(direction, dict) and "sha256" in direction
+    if missing or report.get("version") != 1 or not known:
         raise BakeError(f"{path} is not a report of bake sweep, version 1; run bake sweep again")
     if not report.get("complete"):
         raise BakeError(f"--sweep {directory} is not finished: run the same bake sweep again")

@@ -7,6 +7,7 @@ activations (arXiv 2402.17762) that would inflate the mean 2-13 times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,18 +91,30 @@ class ActivationNorms:
     def from_dict(values: dict[str, Any]) -> ActivationNorms:
         """Read what `to_dict` wrote; raise BakeError where it is something else."""
         try:
-            return ActivationNorms(
-                site=values["site"],
-                statistic=values["statistic"],
+            found = ActivationNorms(
+                site=str(values["site"]),
+                statistic=str(values["statistic"]),
                 hidden_size=int(values["hidden_size"]),
                 prompts=int(values["prompts"]),
-                layers=tuple(LayerNorms(**entry) for entry in values["layers"]),
+                layers=tuple(_read_layer(entry) for entry in values["layers"]),
                 texts=dict(values["texts"]) if values.get("texts") else None,
             )
-        except (KeyError, TypeError, ValueError) as error:
+            if found.statistic not in STATISTICS or not found.layers:
+                raise ValueError(f"statistic {found.statistic!r} of {len(found.layers)} layers")
+            return found
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BakeError(
                 f"the calibration is not what bake calibrate writes: {error!r}"
             ) from None
+
+
+def _read_layer(values: Mapping[str, Any]) -> LayerNorms:
+    """Read one layer's figures; raise ValueError or TypeError for what cannot be one's."""
+    layer, tokens, dropped = (int(values[key]) for key in ("layer", "tokens", "dropped"))
+    mean, median, spread = (float(values[key]) for key in ("mean", "median", "spread"))
+    if min(layer, tokens, dropped, mean, median, spread) < 0 or not max(mean, median) < math.inf:
+        raise ValueError(f"layer {layer} has a figure that no norm can have")
+    return LayerNorms(layer, mean, median, spread, tokens, dropped)
 
 
 def measure_norms(

@@ -15,6 +15,7 @@ from bake.copying import SHARDS
 from bake.engines import check_engine
 from bake.errors import BakeError
 from bake.extraction import OPTIMIZE
+from bake.io.foreign_yaml import read_yaml
 from bake.norms import STATISTICS
 from bake.optimization import KL_WEIGHT, STEPS
 from bake.plan import FLOAT_DTYPES
@@ -234,17 +235,7 @@ def read_recipe(
 
     Raises BakeError for a file that is no mapping, an unknown key, or a missing model or output.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise BakeError(f"the recipe {path} cannot be read: {reason}") from None
-    if not isinstance(values, dict):
-        raise BakeError(
-            f"the recipe {path} is not a mapping of options; write lines such as model: org/name"
-        )
+    values = read_yaml(path, error=BakeError, remedy="write lines such as model: org/name")
     known = {field.name for field in fields(Recipe)}
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:

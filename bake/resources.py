@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bake.io.foreign_paths import expand_user
+
 _PACKAGE = Path(__file__).parent
 DEMO_NAME = "bake-demo"
 DEMO_MODEL = _PACKAGE / "demo" / "model"
@@ -41,7 +43,7 @@ def shipped_sets(kind: str) -> dict[str, Path]:
 
 def find_set(name: str, kind: str) -> Path | None:
     """Return the file that a user's NAME means: a path that exists, else a shipped set, else None."""
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_file():
         return path
     return shipped_sets(kind).get(name)
@@ -56,7 +58,7 @@ def find_model(name: str) -> str:
 
 def find_direction(name: str) -> Path:
     """Return the file that a user's --direction means; `bake-demo` is the direction that ships."""
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if name == DEMO_NAME and not path.exists():
         return DEMO_DIRECTION
     return path

@@ -6,7 +6,6 @@ layer that is pushed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import BakeError
+from bake.io.foreign_json import read_json
+from bake.io.foreign_paths import expand_user
 from bake.norms import ActivationNorms, LayerNorms
 
 
 def read_calibration(path: Path) -> dict[str, Any]:
     """Return what a calibration file holds; raise BakeError where it is none."""
-    try:
-        values = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise BakeError(f"the calibration {path} cannot be read: {reason}") from None
-    if not isinstance(values, dict):
-        raise BakeError(f"the calibration {path} is not what bake calibrate writes")
+    values: dict[str, Any] = read_json(
+        expand_user(path), error=BakeError, remedy="measure it with bake calibrate"
+    )
     return values
 
 
@@ -43,7 +40,10 @@ def read_norms(
     Raises BakeError, in one line, for a file that cannot be read or was measured on something else.
     """
     values = read_calibration(path)
-    norms = ActivationNorms.from_dict(values)
+    try:
+        norms = ActivationNorms.from_dict(values)
+    except BakeError as error:
+        raise BakeError(f"{path}: {error}; measure it with bake calibrate") from None
     measured_on = values.get("base")
     if not isinstance(measured_on, dict):
         raise BakeError(f"the calibration {path} does not say on which base it was measured")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bake.checkpoint import Checkpoint
 from bake.edits import Drop, Edit, Merge, Rename, Transform
+from bake.io.foreign_json import read_json
 from bake.tokenization import TOKENIZER_CONFIG
 from bake.writer import find_companion_code, removed_keys
 
@@ -63,7 +63,7 @@ def _lost(edits: Sequence[Edit]) -> Iterator[str]:
 
 def _tokenizer_class(checkpoint: Checkpoint) -> list[Any]:
     path = checkpoint.directory / TOKENIZER_CONFIG
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_json(path) if path.is_file() else {}
     return _lookup(values, "tokenizer_class")
 
 

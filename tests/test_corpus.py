@@ -20,7 +20,7 @@ from bake.cli import main
 
 CORPUS = Path(__file__).parent / "corpus"
 KNOWN = {
-    *("name", "model", "config", "remove", "files", "links", "bake", "record", "build"),
+    *("name", "model", "config", "remove", "files", "links", "bake", "record", "build", "inputs"),
     *("command", "exit", "says", "writes"),
 }
 
@@ -84,8 +84,9 @@ def test_a_foreign_file_gives_its_line(
         original = make(wanted) if case.get("bake") else make(architecture=wanted)
         shutil.copytree(original, places[kind])
         edit(places[kind], case, places)
+    places["INPUT"].mkdir()
+    write_files(places["INPUT"], case.get("inputs", {}))
     if "build" in case:
-        places["INPUT"].mkdir()
         builder(area, case["build"])(places["INPUT"])
     command = [replace(word, places) for word in case["command"]]
     before = {name: snapshot(path) for name, path in places.items() if name != "OUT"}
@@ -128,14 +129,18 @@ def edit(directory: Path, case: Mapping[str, Any], places: Mapping[str, Path]) -
             for dotted, value in case[key].items():
                 put(values, dotted.split("."), value)
             (directory / file).write_text(json.dumps(values), encoding="utf-8")
-    for name, content in case.get("files", {}).items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text(text, encoding="utf-8")
+    write_files(directory, case.get("files", {}))
     for name, target in case.get("links", {}).items():
         (directory / name).unlink(missing_ok=True)
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).symlink_to(replace(target, places))
+
+
+def write_files(directory: Path, files: Mapping[str, Any]) -> None:
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def put(values: Any, keys: list[str], value: Any) -> None:

@@ -75,20 +75,20 @@ def test_file_that_is_no_mapping_is_refused(tmp_path, text):
 
 
 def test_broken_yaml_is_one_line(tmp_path):
-    with pytest.raises(BakeError, match=r"recipe\.yaml cannot be read") as caught:
+    with pytest.raises(BakeError, match=r"recipe\.yaml is not YAML") as caught:
         read_recipe(write(tmp_path, "model: [a\noutput: }\n"), {})
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file_is_one_line(tmp_path):
-    with pytest.raises(BakeError, match=r"nowhere\.yaml cannot be read: .*No such file"):
+    with pytest.raises(BakeError, match=r"nowhere\.yaml cannot be read .*No such file"):
         read_recipe(tmp_path / "nowhere.yaml", {})
 
 
 def test_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"model: \xff\xfe\n")
-    with pytest.raises(BakeError, match=r"recipe\.yaml cannot be read"):
+    with pytest.raises(BakeError, match=r"recipe\.yaml is not UTF-8 text"):
         read_recipe(path, {})
 
 

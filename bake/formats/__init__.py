@@ -35,6 +35,7 @@ from bake.formats import (
 )
 from bake.formats.declared import read_declared
 from bake.formats.given import GivenVectors, Pick, shift_layers
+from bake.io.foreign_paths import expand_user
 from bake.io.git_lfs import check_pointer
 from bake.resources import find_direction
 from bake.sites import check_site
@@ -181,7 +182,7 @@ def _position(reference: Any) -> tuple[Path, int] | None:
     if not isinstance(reference, (str, Path)) or _exists(reference) or _decoder(reference):
         return None
     match = _POSITION.fullmatch(str(reference))
-    return (Path(match["file"]).expanduser(), int(match["position"])) if match else None
+    return (expand_user(match["file"]), int(match["position"])) if match else None
 
 
 def _exists(reference: str | Path) -> bool:

@@ -18,6 +18,7 @@ from bake.errors import CheckpointError, DirectionError
 from bake.formats.arrays import npz_names, read_npz_array
 from bake.formats.given import GivenVectors
 from bake.formats.pickles import load_tensors
+from bake.io.foreign_paths import expand_user
 from bake.safetensors_file import DTYPES, decode_tensor, read_header, read_range
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def parse_reference(reference: str) -> DecoderReference | None:
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         return None
-    return DecoderReference(Path(match["file"]).expanduser(), match["tensor"], int(match["index"]))
+    return DecoderReference(expand_user(match["file"]), match["tensor"], int(match["index"]))
 
 
 def read_decoder(reference: DecoderReference, hidden_size: int | None = None) -> GivenVectors:

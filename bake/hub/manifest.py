@@ -7,7 +7,6 @@ them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from bake.errors import HubError
 from bake.hashing import hash_files, list_files
 from bake.hub.errors import one_line
+from bake.io.foreign_json import read_json
 
 REQUIRED_FILES = ("config.json", "bake.json", "README.md")
 
@@ -69,7 +69,7 @@ def read_manifest(directory: Path, *, unproven_allowed: bool = False) -> Manifes
             )
     remedy = f"run `bake verify {directory}`, or `bake export` again"
     try:
-        record = json.loads((directory / "bake.json").read_text(encoding="utf-8"))
+        record = read_json(directory / "bake.json", error=HubError, remedy=remedy)
         recorded = {name: (file["size"], file["sha256"]) for name, file in record["files"].items()}
         passed = record["equivalence"]["passed"]
         honest = record["equivalence"].get("verified") is False

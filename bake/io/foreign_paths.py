@@ -115,6 +115,14 @@ def leads_out(directory: Path, name: str, allowed: Collection[Path] = ()) -> boo
     return not _is_blob_of(target, home)
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return a path with its `~` written out; as it is where nobody of that name has a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def check_links(
     directory: Path,
     names: Iterable[str],
