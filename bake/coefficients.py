@@ -33,6 +33,7 @@ LAWS: dict[str, Law] = {
 }
 DEFAULT_LAW = "inverse-sqrt-d"
 EXPLICIT_LAW = "explicit"
+LARGEST = 3.4e38  # what float32 holds
 OWN_LENGTH_LAW = "own-length"  # α_l = m·‖v_l‖: the given vectors as long as they are (--keep-scale)
 
 
@@ -82,6 +83,18 @@ class Push:
             for entry in self.layers
         }
 
+    @property
+    def warning(self) -> str | None:
+        """A sentence on a push that is longer than what it is added to; None for any other."""
+        worst = max(self.layers, key=lambda entry: entry.relative_influence)
+        if worst.relative_influence <= 1:
+            return None
+        return (
+            f"at m = {self.multiplier:g} the push is {worst.relative_influence:.3g} times as long as the "
+            f"activations of layer {worst.layer} (α = {worst.coefficient:.3g}, norm "
+            f"{worst.activation_norm:.3g}), so little of what the model works out is left: try a smaller m"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`."""
         given = {}
@@ -104,7 +117,17 @@ class Push:
         layers = tuple(
             replace(entry, coefficient=multiplier * unit[entry.layer]) for entry in self.layers
         )
+        _check_finite(multiplier, layers)
         return replace(self, multiplier=multiplier, layers=layers)
+
+
+def _check_finite(multiplier: float, layers: Sequence[LayerPush]) -> None:
+    for entry in layers:
+        if not abs(entry.coefficient) <= LARGEST:
+            raise BakeError(
+                f"multiplier {multiplier:g} pushes layer {entry.layer} by {entry.coefficient:g}, more than "
+                "a float32 can hold; give one nearer to 1"
+            )
 
 
 def band_layers(layer_count: int, band: tuple[float, float] = DEFAULT_BAND) -> range:
@@ -229,6 +252,7 @@ def compute_push(
     )
     if not any(entry.coefficient for entry in layers):
         raise BakeError("every coefficient is 0, which steers nothing; give at least one other")
+    _check_finite(multiplier, layers)
     return Push(
         law=law,
         multiplier=multiplier,

@@ -274,6 +274,8 @@ def decide(
                 )
             announce(choice.describe())
     push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
+    if push.warning:
+        announce(push.warning)
     if inputs.evidence is not None:
         inputs.evidence.check(base.to_dict(), destination.site, push)
     return Decision(push, norms, direction, choice, inputs.evidence)

@@ -19,7 +19,7 @@ from bake.coefficients import Push
 from bake.disk_names import DiskNames
 from bake.edits import REMOVED, Add, Edit, Patch, Transform
 from bake.engines import Outline
-from bake.errors import CheckpointError, UnsupportedError
+from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.folding import SlotEdit, fold_push, place_push
 from bake.loading import build_on_meta
 from bake.quantization import quantization_method
@@ -104,6 +104,7 @@ def make_plan(
         code = FLOAT_DTYPES[dtype] if dtype else None
         rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
         folded = fold_push(rewritten, push.vectors)
+        _check_finite(push, folded)
         edits = tuple(place_push(rewritten, folded))
         changes = _effective(
             checkpoint.config, {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
@@ -116,6 +117,7 @@ def make_plan(
         for layer in sorted(vectors)
         for slot in route.slots_of(layer)
     ]
+    _check_finite(push, slot_edits)
     stored = {edit.name: edit for edit in slot_edits}
     made: list[Edit] = []
     for parameter, shape in route.new_parameters.items():
@@ -188,6 +190,16 @@ def _check_request(checkpoint: Checkpoint, route: SiteRoute, dtype: str | None) 
             f"({route.rewriter.name}) rewrites weights; choose a --site with a slot in place, or bake "
             f"the unquantised base"
         )
+
+
+def _check_finite(push: Push, edits: Sequence[SlotEdit]) -> None:
+    for edit in edits:
+        if not edit.stored.isfinite().all():
+            dtype = str(edit.stored.dtype).removeprefix("torch.")
+            raise BakeError(
+                f"multiplier {push.multiplier:g} is more than {edit.name} can hold in {dtype}; give one "
+                f"nearer to 1"
+            )
 
 
 def _dtype_beside(checkpoint: Checkpoint, weight: str) -> str:

@@ -24,6 +24,7 @@ from bake.errors import BakeError, CheckpointError
 from bake.io.foreign_paths import resolve_name
 from bake.layout import ORIGINALS_FILE
 from bake.licences import NOTICE_FILE
+from bake.progress import announce
 from bake.record import RESULT_FILE, read_result, rebuild_push
 from bake.safetensors_file import TensorEntry, encode_header, encode_tensor, read_header
 from bake.sites import Slot
@@ -245,6 +246,8 @@ def rescale(directory: Path, multiplier: float, *, revision: str | None = None) 
         recorded = read_record(directory)
         checkpoint = open_checkpoint(str(directory))
         strength = plan_strength(checkpoint, recorded, multiplier)
+        if strength.push.warning:
+            announce(strength.push.warning)
         patched = _patch_shards(checkpoint, strength, staging)
         extra = _write_extra_shards(checkpoint, recorded, strength, staging)
         draw_figures(staging, strength.push, recorded["site"], recorded["direction"]["metadata"])

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from bake.errors import OutputError
+from bake.io.foreign_paths import check_writable_name
 
 
 def check_file(path: Path) -> None:
     """Raise OutputError where no file can be written at `path`, before the work for it is done."""
+    check_writable_name(path, error=OutputError)
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give the path of a file")
     above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -25,7 +27,9 @@ def write_file(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
+        partial.unlink(missing_ok=True)  # Whoever made it, it may be a link.
+        with partial.open("xb") as file:
+            file.write(data)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

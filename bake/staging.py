@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bake.copying import copy_file, exchange, sync
 from bake.errors import OutputError
-from bake.io.foreign_paths import expand_user
+from bake.io.foreign_paths import check_writable_name, expand_user
 from bake.progress import announce
 from bake.scratch import clear_dead_runs, make_work_directory, remove_lock, try_lock
 
@@ -60,7 +60,7 @@ def check_output(output: Path, *, overwrite: bool, base_directory: Path | None =
     would lie in each other, or where the place cannot be written.
     """
     try:
-        return _check(output, expand_user(output).resolve(), overwrite, base_directory)
+        return _check(output, _resolve(output), overwrite, base_directory)
     except (OSError, RuntimeError) as error:  # no such user's home, a loop of links, a long name
         raise OutputError(
             f"{output} cannot be written: {getattr(error, 'strerror', None) or error}; "
@@ -102,7 +102,7 @@ def changed_directory(directory: Path) -> Iterator[Path]:
     it was. A link to the directory is followed. Raises OutputError where there is none, where another
     run is changing it, or where it cannot be written.
     """
-    resolved = expand_user(directory).resolve()
+    resolved = _resolve(directory)
     remedy = "it is as it was. Make room, or copy the directory to where you may write."
     with _place_errors_named(directory, resolved, remedy):
         if resolved.parent.is_dir() and os.access(resolved.parent, os.W_OK):
@@ -230,6 +230,12 @@ def _work_directory(resolved: Path) -> Iterator[Path]:
             _remove(work, resolved)
         finally:
             os.close(lock)
+
+
+def _resolve(output: Path) -> Path:
+    path = expand_user(output)
+    check_writable_name(path, error=OutputError)
+    return path.resolve()
 
 
 def _check(output: Path, resolved: Path, overwrite: bool, base_directory: Path | None) -> Path:

@@ -97,6 +97,8 @@ def export_thin(recipe: Recipe) -> ThinExport:
     assert norms is not None  # Recipe.check has seen to it.
     hidden_size, multiplier = base.anatomy.hidden_size, float(recipe.multiplier)
     push = decide_push(recipe, destination, hidden_size, direction, norms, multiplier)
+    if push.warning:
+        announce(push.warning)
     if evidence is not None:
         evidence.check(base.to_dict(), destination.site, push)
     decision = Decision(push, norms, direction, evidence=evidence)

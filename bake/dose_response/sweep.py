@@ -25,6 +25,7 @@ from bake.dose_response.summary import summarise
 from bake.dose_response.window import find_windows
 from bake.model import LoadedModel
 from bake.norms import measure_norms
+from bake.progress import announce
 from bake.prompts import batch_prompts
 from bake.sites import LayerStructure
 
@@ -79,6 +80,9 @@ def run_sweep(
     given = loaded, structure, tokenizer
     first = design.variants[0]
     push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
+    strongest = push.at(max(design.multipliers, key=abs))
+    if strongest.warning:
+        announce(strongest.warning)
     measured: dict[str, Measurements] = {}
 
     def account() -> DoseResponse:

@@ -119,6 +119,8 @@ def read_bounded(
             data = stream.read(max_bytes + 1)
     except OSError as problem:
         raise error(f"{path} cannot be read ({problem.strerror or problem}): {remedy}") from None
+    except ValueError:
+        raise error(f"{path} is no file's name (it holds a NUL character): {remedy}") from None
     if len(data) > max_bytes:
         raise error(f"{path} has more than the {max_bytes} bytes allowed: {remedy}")
     return data

@@ -123,6 +123,20 @@ def expand_user(path: str | Path) -> Path:
         return Path(path)
 
 
+def check_writable_name(path: Path, *, error: type[BakeError]) -> None:
+    """Raise `error` for a path that no file can have, or that other programs could not open."""
+    text = str(path)
+    remedy = "give another output path"
+    if text.startswith("~"):
+        raise error(f"{path} names the home of a user that is not known here: {remedy}")
+    if "\0" in text:
+        raise error(f"{path} is no file's name (it holds a NUL character): {remedy}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise error(
+            f"{path} is not UTF-8, so that tokenizers could not be loaded from there: {remedy}"
+        )
+
+
 def check_links(
     directory: Path,
     names: Iterable[str],
