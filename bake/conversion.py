@@ -36,6 +36,7 @@ from bake.safetensors_file import (
     spec_of,
 )
 from bake.scratch import clear_dead_runs, make_work_directory, remove_scratch
+from bake.support.text import explain_briefly
 from bake.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
 
 if TYPE_CHECKING:
@@ -147,8 +148,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
             ) from None
         raise _broken(path, "its pickle is damaged, or no state dict") from None
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise _broken(path, reason[:120]) from None
+        raise _broken(path, explain_briefly(error)) from None
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
             f"{path} holds no tensors by name: give a checkpoint that save_pretrained wrote."

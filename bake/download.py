@@ -19,6 +19,7 @@ from bake.errors import CheckpointError
 from bake.io.foreign_json import read_json
 from bake.io.hub_cache import COMMIT_SHA
 from bake.io.left_out import MTP_FILES
+from bake.support.text import explain_briefly
 from bake.weight_files import (
     INDEX_FILE,
     PICKLED_FILE,
@@ -213,5 +214,4 @@ def _explain(error: Exception, model_id: str, revision: str | None) -> str:
             )
         case hub_errors.HfHubHTTPError() if error.response.status_code == 401:
             return f"the Hub does not accept the Hugging Face token: {login}"
-    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return f"the download failed ({reason}): try again, what has arrived is kept"
+    return f"the download failed ({explain_briefly(error)}): try again, what has arrived is kept"

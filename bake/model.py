@@ -19,7 +19,7 @@ from bake.io.pretrained import load_config
 from bake.loading import load_pretrained
 from bake.prompts import TokenBatch, position_limit
 from bake.streaming import CheckpointWeights, Placement, stream_model
-from bake.support.text import one_line
+from bake.support.text import explain_briefly
 
 if TYPE_CHECKING:
     import torch
@@ -100,9 +100,8 @@ def _load_errors_named(directory: Path) -> Iterator[None]:
     except BakeError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"transformers cannot load {directory.name}: {one_line(reason)}"
+            f"transformers cannot load {directory.name}: {explain_briefly(error)}"
         ) from None
 
 

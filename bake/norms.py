@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError, PromptError
@@ -19,6 +19,7 @@ from bake.progress import track
 from bake.prompts import TokenBatch
 from bake.sites import LayerStructure
 from bake.steering import captured, check_activation, submodule
+from bake.support.text import explain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,17 +105,18 @@ class ActivationNorms:
             return found
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BakeError(
-                f"the calibration is not what bake calibrate writes: {error!r}"
+                f"the calibration is not what bake calibrate writes: {explain(error)}"
             ) from None
 
 
 def _read_layer(values: Mapping[str, Any]) -> LayerNorms:
-    """Read one layer's figures; raise ValueError or TypeError for what cannot be one's."""
-    layer, tokens, dropped = (int(values[key]) for key in ("layer", "tokens", "dropped"))
-    mean, median, spread = (float(values[key]) for key in ("mean", "median", "spread"))
-    if min(layer, tokens, dropped, mean, median, spread) < 0 or not max(mean, median) < math.inf:
-        raise ValueError(f"layer {layer} has a figure that no norm can have")
-    return LayerNorms(layer, mean, median, spread, tokens, dropped)
+    """Read one layer's figures; raise ValueError or KeyError for what cannot be one's."""
+    found = {field.name: values[field.name] for field in fields(LayerNorms)}
+    for name, value in found.items():
+        kinds = (int,) if name in ("layer", "tokens", "dropped") else (int, float)
+        if type(value) not in kinds or not 0 <= value < math.inf:
+            raise ValueError(f"{name} = {value!r} in layer {found['layer']!r}")
+    return LayerNorms(**found)
 
 
 def measure_norms(

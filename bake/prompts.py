@@ -21,7 +21,7 @@ from bake.errors import BakeError, CheckpointError, PromptError
 from bake.io import pretrained
 from bake.progress import announce
 from bake.resources import find_set, shipped_sets
-from bake.support.text import one_line
+from bake.support.text import explain_briefly, one_line
 from bake.texts.rows import read_rows, read_text
 from bake.texts.shapes import read_prompt_rows
 
@@ -131,10 +131,9 @@ def _failures_of(what: str, name: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Somebody wants to stop.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{name} {what} ({one_line(reason)}); bake needs it to run prompts: put the tokenizer's own "
-            "files into the directory"
+            f"{name} {what} ({explain_briefly(error)}); bake needs it to run prompts: put the "
+            "tokenizer's own files into the directory"
         ) from None
 
 

@@ -6,7 +6,6 @@ layer that is pushed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from bake.errors import BakeError
 from bake.io.foreign_json import read_json
 from bake.io.foreign_paths import expand_user
-from bake.norms import ActivationNorms, LayerNorms
+from bake.norms import ActivationNorms
 
 
 def read_calibration(path: Path) -> dict[str, Any]:
@@ -68,12 +67,4 @@ def read_norms(
     for layer in layers:
         if layer not in by_layer:
             raise BakeError(f"the calibration {path} has no norm of layer {layer}; {remedy}")
-        _check_numbers(path, by_layer[layer])
     return replace(norms, layers=tuple(by_layer[layer] for layer in layers))
-
-
-def _check_numbers(path: Path, entry: LayerNorms) -> None:
-    for name, value in entry.to_dict().items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0:
-            raise BakeError(f"the calibration {path} has {name} = {value!r} in layer {entry.layer}")

@@ -278,7 +278,7 @@ class TestBadInput:
         for options, words in (
             (("--pairs", "no-such-set"), "no pairs file or set 'no-such-set'"),
             (("--pairs", self.pairs, "--held-out", "no-such-set"), "no pairs file or set"),
-            (("--pairs", self.pairs, "--calibration", latin), "the calibration"),
+            (("--pairs", self.pairs, "--calibration", latin), "measure it with bake calibrate"),
             (("--pairs", self.pairs, "--prompts", latin), "as UTF-8"),
             (("--pairs", self.pairs, "--seed", "-1"), "seed -1 is out of range"),
             (("--pairs", self.pairs, "--method", "optimize", "--steps", "0"), "0 steps"),

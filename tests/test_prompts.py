@@ -256,9 +256,8 @@ def test_an_added_token_beyond_the_embedding_is_said_and_its_text_refused(llama,
 def test_a_broken_tokenizer_is_one_line(llama, tmp_path, content):
     directory = copy_model(llama, tmp_path)
     (directory / "tokenizer.json").write_text(content)
-    with pytest.raises(
-        CheckpointError, match="has no tokenizer that transformers can load"
-    ) as caught:
+    says = r"has no tokenizer that transformers can load|tokenizer\.json (is not|cannot be read)"
+    with pytest.raises(CheckpointError, match=says) as caught:
         load_tokenizer(directory)
     assert "\n" not in str(caught.value)
 

@@ -277,8 +277,6 @@ def test_a_strength_that_the_dtype_cannot_hold_is_refused(tmp_path):
     export(str(base), output=bake, direction=torch.arange(HIDDEN).float())
     rescale(bake, multiplier=1e30)  # That much still fits.
     before = hash_files(bake)
-    with pytest.raises(
-        BakeError, match=r"multiplier 1e\+39 is more than .* can hold in torch.float"
-    ):
+    with pytest.raises(BakeError, match=r"multiplier 1e\+39 .* more than a float32 can hold"):
         rescale(bake, multiplier=1e39)
     assert hash_files(bake) == before

@@ -179,7 +179,10 @@ def test_killed_at_any_moment_the_output_is_absent_or_complete(
 
 # An export that stops in its proof, says so and waits.
 STOPPED = """
-import sys, time
+import signal, sys, time
+for number in (signal.SIGTERM, signal.SIGHUP):  # Where the tests run under nohup, they ignore these.
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import bake.equivalence
 from bake.cli import main
 

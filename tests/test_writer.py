@@ -651,7 +651,7 @@ def test_outputs_that_are_refused_before_any_work(tmp_path, monkeypatch):
         (tmp_path / "photos", True, "neither a bake's output nor a checkpoint"),
         (tmp_path / "project", True, "neither a bake's output nor a checkpoint"),
         (tmp_path / "photos", False, "exists already"),
-        (Path("~no-such-user/output"), False, "home directory"),
+        (Path("~no-such-user/output"), False, "home of a user that is not known"),
         (tmp_path / ("long" * 100), False, "too long"),
     ]
     for output, overwrite, problem in cases:

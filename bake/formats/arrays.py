@@ -26,6 +26,7 @@ from bake.formats.given import (
     gather,
     shorten,
 )
+from bake.support.text import explain_briefly
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,5 +227,6 @@ def _read_header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool,
 def _broken(origin: str, error: BaseException) -> DirectionError:
     if isinstance(error, DirectionError):
         return error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
-    return DirectionError(f"{origin} is no sound numpy file ({reason}); save it again")
+    return DirectionError(
+        f"{origin} is no sound numpy file ({explain_briefly(error)}); save it again"
+    )

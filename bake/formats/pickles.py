@@ -28,6 +28,7 @@ from bake.formats.given import (
     shorten,
 )
 from bake.formats.places import MAX_LAYERS
+from bake.support.text import explain_briefly
 
 if TYPE_CHECKING:
     import torch
@@ -86,9 +87,8 @@ def load_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise _refuse_code(path, str(error)) from None
     except _ERRORS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(".")
         raise DirectionError(
-            f"{path.name} is no sound PyTorch file ({reason}); save it again"
+            f"{path.name} is no sound PyTorch file ({explain_briefly(error)}); save it again"
         ) from None
     for tensor in _tensors_in(value):
         _check_storage(tensor, sizes, path.name)
@@ -126,9 +126,8 @@ def _check_archive(path: Path) -> set[int]:
                 raise zipfile.BadZipFile("a checksum does not match")
             return {entry.file_size for entry in entries}
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, LookupError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DirectionError(
-            f"{path.name} is no sound PyTorch file ({reason}); save it again"
+            f"{path.name} is no sound PyTorch file ({explain_briefly(error)}); save it again"
         ) from None
     except NotImplementedError:
         raise DirectionError(f"{path.name} is no sound PyTorch file; save it again") from None

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 _DTYPE = re.compile(r"auto|(torch\.)?(bfloat|float|int|uint)\d+\w*")
 SHOWN = 60  # characters of a value
+# Above these no model is, and building one, without its weights, takes minutes or all memory. The deepest
+# published models have fewer than 200 layers, the widest vocabularies a few million entries.
+BOUNDS: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(r"(\w+_)?(n_|num_)?layers?|depths?"), 1000),
+    (re.compile(r"(n|num|\w+_num)_(\w+_)?experts|num_labels"), 100_000),
+    (re.compile(r"(\w+_)?(size|dim|rank|heads?|positions|embd|inner|model|ff)"), 2**31 - 1),
+)
 Check = Callable[[Any], bool]
 
 
@@ -73,8 +80,11 @@ KINDS: Mapping[str, tuple[Check, str]] = {
 def check_config(values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
     """Raise CheckpointError, naming the key, where a config's values are of the wrong kind.
 
-    values: the object in `path`, or one nested in it at the dotted `prefix`.
+    values: the object in `path`, or one nested in it at the dotted `prefix`. Sizes that no model has are
+    refused too, before anything is built.
     """
+    if not prefix:
+        _check_bounds(values, path, prefix)
     for key, value in values.items():
         check, expected = KINDS.get(key, (None, ""))
         if check is not None and value is not None and not check(value):
@@ -84,6 +94,19 @@ def check_config(values: Mapping[str, Any], path: Path, prefix: str = "") -> Non
             )
         if isinstance(value, dict) and key in _OF_TEXT:
             check_config(value, path, f"{prefix}{key}.")
+
+
+def _check_bounds(values: Mapping[str, Any], path: Path, prefix: str) -> None:
+    """Raise CheckpointError where a number of a config, or of what is nested in it, is beyond measure."""
+    for key, value in values.items():
+        most = next((most for pattern, most in BOUNDS if pattern.fullmatch(key)), None)
+        if most is not None and type(value) in (int, float) and value > most:
+            raise CheckpointError(
+                f"{path}: {prefix}{key} is {_shown(value)}, above the {most} that bake takes: download or "
+                f"save it again"
+            )
+        if isinstance(value, dict):
+            _check_bounds(value, path, f"{prefix}{key}.")
 
 
 @contextmanager

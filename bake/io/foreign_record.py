@@ -15,6 +15,7 @@ from typing import Any
 from bake.errors import BakeError, CheckpointError
 from bake.io.foreign_paths import check_names
 
+VERSION = 1
 MAX_LAYER = 100_000
 MAX_WIDTH = 10_000_000
 MAX_BYTES = 1 << 60
@@ -41,6 +42,9 @@ def check_record(
     source: the file, for the message. Names of files are checked as `foreign_paths.check_names` does.
     """
     remedy = "make it again with bake export, or get the whole bake again"
+    version = record.get("version")
+    if type(version) is int and version > VERSION:
+        raise error(f"{source} is of version {version}, which a newer bake wrote: update bake")
     missing = [key for key in needed if key not in record]
     if missing:
         raise error(f"{source} is not a bake.json of version 1: it has no {missing[0]}; {remedy}")
@@ -194,7 +198,7 @@ _SLOT = _fields(
 )
 
 _RECORD: dict[str, Check] = {
-    "version": _one_of(1),
+    "version": _one_of(VERSION),
     "bake_version": _text,
     "base": _fields({"id": _text}, {"revision": _optional_text, "headers_sha256": _optional_text}),
     "licence": _or_null(_fields({}, {"notice": _optional_text})),

@@ -9,7 +9,7 @@ kernels of the Hub, an adapter beside the weights, another config file, weights 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# What transformers reads beside the config, each an object.
+_TOKENIZER_FILES = "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"
+_GENERATION_CONFIG = "generation_config.json"
 # Where peft is installed, transformers applies an adapter that lies beside the weights; this is where it
 # looks instead.
 _NO_ADAPTER = {"subfolder": "no-adapter"}
@@ -43,6 +46,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
     path = directory / "config.json"
     values = read_json(path)
     _check_config(values, path)
+    _read_where_present(directory, (_GENERATION_CONFIG,))
     with unasked():
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     _check_model_class(values, config, path)
@@ -73,6 +77,7 @@ def load_tokenizer(directory: Path) -> Any:
         options["config"] = load_config(directory)
     if (directory / TOKENIZER_CONFIG).is_file():
         values = read_json(directory / TOKENIZER_CONFIG)
+    _read_where_present(directory, _TOKENIZER_FILES)
     _check_tokenizer(values, options.get("config"), directory)
     with unasked():
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
@@ -132,6 +137,13 @@ def _check_config(values: Mapping[str, Any], path: Path) -> None:
             f"not follow: make the one that holds config.json, and take that key out"
         )
     check_quantization(values, identify(path.parent)[0], path.parent)
+
+
+def _read_where_present(directory: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError for a file that is there and no sound JSON object, as transformers may not."""
+    for name in names:
+        if (directory / name).is_file():
+            read_json(directory / name)
 
 
 def _check_model_class(values: Mapping[str, Any], config: PreTrainedConfig, path: Path) -> None:

@@ -14,7 +14,6 @@ from urllib.parse import quote, urlsplit
 
 from markupsafe import Markup
 
-from bake.errors import BakeError
 from bake.secrecy import without_secrets
 from bake.support.text import escape_markdown, one_line, steers
 
@@ -68,9 +67,9 @@ def literal(text: object) -> Markdown:
 
 
 def identifier(text: object) -> Markdown:
-    """Return a name for a block of Python. Raises BakeError for what is no name but more code."""
+    """Return a name for a block of Python. Raises ValueError for what is no name but more code."""
     if not _IDENTIFIER.fullmatch(str(text)):
-        raise BakeError(f"{one_line(quoted(text))} is no name of a Python class")
+        raise ValueError(f"{one_line(quoted(text))} is no name of a Python class")
     return Markdown(text)
 
 

@@ -74,8 +74,19 @@ def one_message(text: str, limit: int = MAX_MESSAGE) -> str:
 
 
 def explain(error: object, limit: int = MAX_SHOWN) -> str:
-    """Return what other software says of an error as one line, without secrets; its type if nothing."""
-    return one_line(without_secrets(str(error)), limit) or type(error).__name__
+    """Return what other software says of an error, without secrets; its type if nothing.
+
+    A KeyError says no more than the key, so that its type goes before it.
+    """
+    said = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+    return one_line(without_secrets(said), limit) or type(error).__name__
+
+
+def explain_briefly(error: object) -> str:
+    """Return the first line of what other software says of an error, as `explain` does."""
+    lines = str(error).strip().splitlines()
+    said = error if isinstance(error, KeyError) or not lines else lines[0].rstrip(".")
+    return explain(said)
 
 
 def escape_markdown(text: object, limit: int = MAX_SHOWN) -> str:
