@@ -25,8 +25,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One worker a core; `python -m pytest` alone runs everything in one process.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # Every architecture of transformers; not part of `make test`, because it takes minutes.
 test-architectures: $(READY)
