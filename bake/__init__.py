@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from bake.version import __version__
+
 __all__ = [
+    "__version__",
     "calibrate",
     "convert_direction",
     "diff",

@@ -2,6 +2,6 @@
 
 import sys
 
-from bake.cli import main
+from bake.cli.main import main
 
 sys.exit(main())

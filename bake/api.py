@@ -9,49 +9,50 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import pipeline, thin
 from bake.anatomy import Anatomy, examine
+from bake.anatomy.base import load_base, open_base
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
-from bake.base import load_base, open_base
-from bake.checkpoint import find_bake, is_path, open_description
-from bake.coefficients import band_layers, parse_band
-from bake.cost import Estimate, estimate_cost
-from bake.direction import Direction, direction_bytes
+from bake.checkpoint.checkpoint import find_bake, is_path, open_description
+from bake.directions.direction import Direction, direction_bytes
+from bake.directions.extract import OPTIMIZE, ExtractionOptions, extract
+from bake.directions.formats import conversion, fit_direction, read_direction, understanding
+from bake.directions.formats.conversion import ConvertedDirection
+from bake.directions.formats.objects import given_as_file
+from bake.directions.logit_lens import TOKENS, Reading, compare_directions, read_tokens
+from bake.directions.optimize import KL_WEIGHT, STEPS
 from bake.errors import BakeError, DirectionError, EndpointError
-from bake.extraction import OPTIMIZE, ExtractionOptions, extract
-from bake.formats import conversion, fit_direction, read_direction, understanding
-from bake.formats.conversion import ConvertedDirection
-from bake.formats.objects import given_as_file
-from bake.model import read_config
-from bake.norms import ActivationNorms, measure_norms
-from bake.optimization import KL_WEIGHT, STEPS
-from bake.pairs import read_pairs
-from bake.processes import divide, is_main
-from bake.progress import announce, track
-from bake.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
-from bake.recipe import DEFAULT_BAND, make_recipe
-from bake.resources import find_model
+from bake.io.atomic import check_file, write_file
+from bake.io.shipped import find_model
+from bake.lifecycle.verify import Verification
+from bake.lifecycle.verify import verify as verify_directory
+from bake.models.forward import read_config
+from bake.models.streaming import choose_placement
+from bake.pipeline import export as pipeline
+from bake.pipeline import thin
+from bake.pipeline.estimate import Estimate, estimate_cost
+from bake.pipeline.recipe import DEFAULT_BAND, make_recipe
 from bake.sites import check_site, layers_with
-from bake.small_files import check_file, write_file
-from bake.streaming import choose_placement
-from bake.unembedding import TOKENS, Reading, compare_directions, read_tokens
-from bake.verification import Verification
-from bake.verification import verify as verify_directory
+from bake.strength.coefficients import band_layers, parse_band
+from bake.strength.norms import ActivationNorms, measure_norms
+from bake.support.processes import divide, is_main
+from bake.support.progress import announce, track
+from bake.texts.pairs import read_pairs
+from bake.texts.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
 
 if TYPE_CHECKING:
-    from bake.compare import Difference
-    from bake.endpoint import EndpointCheck
+    from bake.engines.endpoint import EndpointCheck
     from bake.hub import Publication
-    from bake.hub.strengths import Ladder
-    from bake.reproduction import Reproduction
-    from bake.restoration import Rescaled, Undone
-    from bake.trial import Trial
+    from bake.lifecycle.branches import Ladder
+    from bake.lifecycle.diff import Difference
+    from bake.lifecycle.reproduce import Reproduction
+    from bake.lifecycle.rescale import Rescaled, Undone
+    from bake.sweeps.results import Trial
 
 
 def export(model: str, *, output: str | Path, **options: Any) -> pipeline.Export | thin.ThinExport:
     """Bake a direction into `model` and write the checkpoint to `output`.
 
-    options: the fields of `bake.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
+    options: the fields of `bake.pipeline.recipe.Recipe`, such as direction, pairs, multiplier, band, site.
     direction: a path, `FILE:TENSOR[INDEX]`, or an object: a `Direction`, a steering-vectors
     `SteeringVector`, {layer: vector}, a tensor or an array.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
@@ -156,9 +157,9 @@ def extract_direction(
     """Find one direction per layer from contrast pairs; write them to `output` if it is given.
 
     layers: 0-based; None means all of them, and for the method "optimize", which trains them together,
-    the default band. The other options are those of `bake.extraction.ExtractionOptions`. How well the
+    the default band. The other options are those of `ExtractionOptions`. How well the
     direction separates pairs that it was not found from is in its metadata:
-    `bake.separation.read_separation(direction)`.
+    `bake.directions.separation.read_separation(direction)`.
     """
     options = ExtractionOptions(
         method=method,
@@ -306,29 +307,29 @@ def verify_endpoint(
 
     directory: a baked directory, or a Hub id, of which only bake.json is fetched.
     """
-    from bake.download import download_record
-    from bake.endpoint import check_endpoint
+    from bake.checkpoint.download import download_record
+    from bake.engines.endpoint import check_endpoint
+    from bake.pipeline.record import read_canary
 
     if not model:
         raise EndpointError("--endpoint needs --model NAME, what the server calls the model")
     path = Path(directory)
     if not path.is_dir() and not is_path(str(directory)):
         path = download_record(str(directory), revision)
-    return check_endpoint(url, model, path)
+    return check_endpoint(url, model, read_canary(path))
 
 
 def sweep(model: str, *, direction: Any, output: str | Path, **options: Any) -> Trial:
     """Measure what a direction does at each strength, and what it costs; write report and figures.
 
-    direction: as for `export`. options: the fields of `bake.trial.TrialOptions`, such as multipliers,
+    direction: as for `export`. options: the fields of `TrialOptions`, such as multipliers,
     pairs, words, html.
     """
-    from bake import trial
+    from bake.sweeps.options import TrialOptions
+    from bake.sweeps.run import sweep
 
     with given_as_file(direction) as path:
-        return trial.sweep(
-            trial.TrialOptions(model=model, direction=str(path), output=str(output), **options)
-        )
+        return sweep(TrialOptions(model=model, direction=str(path), output=str(output), **options))
 
 
 def publish(
@@ -348,7 +349,7 @@ def publish(
 
     What the base's repository has already is copied there. revision: a branch, made where there is
     none. create_pr: open a pull request instead of committing. accept_licence: the caller has the right
-    to publish where bake cannot see it, see `bake.licences`. verify_remote: download what was published
+    to publish where bake cannot see it, see `licences`. verify_remote: download what was published
     and prove it, loaded by its id. strengths: multipliers, each for a branch of its own (m0.5, m1.5),
     proven before they are sent. base: path or Hub id for these proofs; as bake.json names it where it is
     left out.
@@ -372,13 +373,13 @@ def publish(
         "accept_licence": accept_licence,
     }
     if strengths:
-        from bake.hub.strengths import publish_strengths
+        from bake.lifecycle.branches import publish_strengths
 
         return publish_strengths(Path(directory), repo_id, strengths, base=base, **options)
     found = hub.publish(Path(directory), repo_id, revision=revision, create_pr=create_pr, **options)
     if not verify_remote:
         return found
-    from bake.hub.arrival import verify_published
+    from bake.lifecycle.published import verify_published
 
     return verify_published(found, base=base, revision=revision, accept_licence=accept_licence)
 
@@ -391,7 +392,7 @@ def diff(
     revision: str | None = None,
 ) -> Difference:
     """Say which tensors, config keys and files of two checkpoints differ, and by how much."""
-    from bake import compare
+    from bake.lifecycle import diff as compare
 
     return compare.diff(str(base), str(baked), base_revision=base_revision, revision=revision)
 
@@ -404,14 +405,14 @@ def reproduce(
     calibrate: str | bool = False,
 ) -> Reproduction:
     """Build a bake again from its bake.json and its base, and compare every file."""
-    from bake import reproduction
+    from bake.lifecycle import reproduce as reproduction
 
     return reproduction.reproduce(str(model), base=base, revision=revision, calibrate=calibrate)
 
 
 def rescale(directory: str | Path, *, multiplier: float) -> Rescaled:
     """Give a baked directory another strength, in place."""
-    from bake import restoration
+    from bake.lifecycle import rescale as restoration
 
     return restoration.rescale(Path(directory), multiplier)
 
@@ -420,7 +421,7 @@ def undo(
     model: str | Path, *, output: str | Path, overwrite: bool = False, revision: str | None = None
 ) -> Undone:
     """Write the base of a bake, from the bake alone."""
-    from bake import restoration
+    from bake.lifecycle import rescale as restoration
 
     return restoration.undo(str(model), Path(output), overwrite=overwrite, revision=revision)
 

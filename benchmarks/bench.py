@@ -57,7 +57,7 @@ def write_direction(path: Path) -> Path:
     """Write one random direction of the base's width."""
     import torch
 
-    from bake.direction import Direction, direction_bytes, normalise
+    from bake.directions.direction import Direction, direction_bytes, normalise
 
     vector = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
     path.write_bytes(direction_bytes(Direction({None: normalise(vector, "random")}, "mlp_out")))
@@ -67,12 +67,12 @@ def write_direction(path: Path) -> Path:
 def bench_write(work: Path, base: Path, runs: int) -> dict[str, float]:
     """(a) The write stage, hashing apart, in this process; so is the baseline's."""
     from bake.anatomy import examine
-    from bake.checkpoint import open_checkpoint
-    from bake.coefficients import band_layers, compute_push
-    from bake.direction import load_direction
-    from bake.model import read_config
-    from bake.plan import make_plan
-    from bake.writer import copy_companions, write_config, write_weights
+    from bake.checkpoint.checkpoint import open_checkpoint
+    from bake.strength.coefficients import band_layers, compute_push
+    from bake.directions.direction import load_direction
+    from bake.models.forward import read_config
+    from bake.plan.plan import make_plan
+    from bake.checkpoint.writer import copy_companions, write_config, write_weights
 
     anatomy = examine(read_config(base))
     route = anatomy.choose("mlp_out")
@@ -131,7 +131,7 @@ def bench_memory(work: Path, base: Path, _runs: int) -> dict[str, float]:
     output = work / "baked"
     shutil.rmtree(output, ignore_errors=True)
     command = [
-        PYTHON, "-m", "bake.cli", "export", str(base), "-o", str(output), "--json",
+        PYTHON, "-m", "bake.cli.main", "export", str(base), "-o", str(output), "--json",
         "--direction", str(work / "direction.safetensors"),
         "--prompts", str(work / "prompts.txt"), "--max-memory", "1MB",
     ]  # fmt: skip
@@ -153,10 +153,10 @@ def bench_calibration(work: Path, base: Path, runs: int) -> dict[str, float]:
     import torch
 
     from bake.anatomy import examine
-    from bake.coefficients import band_layers
-    from bake.model import load_model, read_config
-    from bake.norms import measure_norms
-    from bake.prompts import encode, load_tokenizer, make_batches
+    from bake.strength.coefficients import band_layers
+    from bake.models.forward import load_model, read_config
+    from bake.strength.norms import measure_norms
+    from bake.texts.prompts import encode, load_tokenizer, make_batches
 
     structure = examine(read_config(base)).structure
     loaded = load_model(base)
@@ -189,7 +189,7 @@ def bench_help(_work: Path, _base: Path, runs: int) -> dict[str, float]:
     figures = alternate(
         {
             "import torch": lambda: timed(PYTHON, "-c", "import torch"),
-            "bake --help": lambda: timed(PYTHON, "-m", "bake.cli", "--help"),
+            "bake --help": lambda: timed(PYTHON, "-m", "bake.cli.main", "--help"),
         },
         max(runs, 5),
     )
@@ -199,10 +199,10 @@ def bench_help(_work: Path, _base: Path, runs: int) -> dict[str, float]:
 def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
     """(e) Greedy tokens a second with a key-value cache, float32, one prompt."""
     from bake.anatomy import examine
-    from bake.model import continue_greedily, load_model, read_config
-    from bake.prompts import encode, load_tokenizer
-    from bake.steering import steered
-    from bake.record import read_result, rebuild_push
+    from bake.models.forward import continue_greedily, load_model, read_config
+    from bake.texts.prompts import encode, load_tokenizer
+    from bake.hooks import steered
+    from bake.pipeline.record import read_result, rebuild_push
 
     baked = work / "baked"
     if not baked.exists():
@@ -237,20 +237,14 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
 def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
     """(f) The shipped model, its direction and sets: all rows together, and one push after the other."""
     from bake.anatomy import examine
-    from bake.dose_response import (
-        Design,
-        Sampling,
-        make_arms,
-        measure_neutral,
-        measure_pairs,
-        measure_rollouts,
-        measure_sites,
-    )
-    from bake.formats import read_direction
-    from bake.model import load_model, read_config
-    from bake.pairs import read_pairs
-    from bake.prompts import load_tokenizer, read_prompts
-    from bake.resources import DEMO_MODEL, DEMO_NAME
+    from bake.sweeps.design import Design, make_arms
+    from bake.sweeps.measurements import Sampling, measure_neutral, measure_pairs, measure_rollouts
+    from bake.sweeps.sweep import measure_sites
+    from bake.directions.formats import read_direction
+    from bake.models.forward import load_model, read_config
+    from bake.texts.pairs import read_pairs
+    from bake.texts.prompts import load_tokenizer, read_prompts
+    from bake.io.shipped import DEMO_MODEL, DEMO_NAME
 
     anatomy = examine(read_config(DEMO_MODEL))
     given = load_model(DEMO_MODEL), anatomy.structure, load_tokenizer(DEMO_MODEL)

@@ -56,7 +56,7 @@ def main() -> None:
     """Run all sets of pairs and print times and cosines."""
     import torch
 
-    from bake.resources import DEMO_MODEL
+    from bake.io.shipped import DEMO_MODEL
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="counted runs of every side (3)")
@@ -113,7 +113,7 @@ def shared_pairs(count: int, seed: int = 1) -> list[tuple[str, str, str]]:
 
 def shipped_pairs(name: str) -> list[tuple[str, str, str]]:
     """Return (prompt, positive, negative) of a shipped set."""
-    from bake.pairs import read_pairs
+    from bake.texts.pairs import read_pairs
 
     return [(pair.prompt, pair.positive, pair.negative) for pair in read_pairs(name)]
 
@@ -124,12 +124,12 @@ def _words(draw: random.Random, least: int, most: int) -> str:
 
 def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs: int) -> None:
     """Time every side on one set of pairs, and compare the directions they find."""
-    from bake.activations import read_activations
+    from bake.directions.activations import read_activations
     from bake.anatomy import examine
-    from bake.contrast import find_direction
-    from bake.model import load_model, read_config
-    from bake.pairs import ContrastPair, encode_pairs
-    from bake.prompts import load_tokenizer
+    from bake.directions.fit import find_direction
+    from bake.models.forward import load_model, read_config
+    from bake.texts.pairs import ContrastPair, encode_pairs
+    from bake.texts.prompts import load_tokenizer
 
     loaded, tokenizer = load_model(base), load_tokenizer(base)
     anatomy = examine(read_config(base))
@@ -182,7 +182,7 @@ def run_floor(loaded: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> 
     """Run every text through the decoder once, sorted by length, in batches."""
     import torch
 
-    from bake.prompts import encode, make_batches
+    from bake.texts.prompts import encode, make_batches
 
     batches = make_batches(encode(tokenizer, [text for pair in texts for text in pair]))
     with torch.no_grad():
@@ -246,9 +246,9 @@ def behind_final_norm(model: Any, structure: Any, read: Any) -> dict[int, Any]:
     """Return bake's component of what the model's final norm makes of the last layer's activations."""
     import torch
 
-    from bake.activations import PairActivations
-    from bake.contrast import fit_directions
-    from bake.unembedding import find_final_norm
+    from bake.directions.activations import PairActivations
+    from bake.directions.fit import fit_directions
+    from bake.directions.logit_lens import find_final_norm
 
     last, norm = read.layers[-1], find_final_norm(model, structure)
     with torch.no_grad():

@@ -61,12 +61,12 @@ class Trial:
 
     def __init__(self, pairs: int, documents: int) -> None:
         from bake.anatomy import examine
-        from bake.coefficients import band_layers
+        from bake.strength.coefficients import band_layers
         from bake.demo.grammar import generate_documents, generate_pairs
-        from bake.model import load_model
-        from bake.pairs import ContrastPair, encode_pairs
-        from bake.prompts import encode, load_tokenizer
-        from bake.resources import DEMO_MODEL
+        from bake.models.forward import load_model
+        from bake.texts.pairs import ContrastPair, encode_pairs
+        from bake.texts.prompts import encode, load_tokenizer
+        from bake.io.shipped import DEMO_MODEL
 
         self.loaded, self.tokenizer = load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
         anatomy = examine(self.loaded.model.config)
@@ -78,8 +78,8 @@ class Trial:
 
     def find(self, **options: Any) -> Any:
         """Return a direction of the shipped pairs, found as `bake direction` does."""
-        from bake.extraction import ExtractionOptions, extract
-        from bake.pairs import read_pairs
+        from bake.directions.extract import ExtractionOptions, extract
+        from bake.texts.pairs import read_pairs
 
         return extract(
             self.loaded,
@@ -99,7 +99,7 @@ class Trial:
 
     def find_optimised(self, seed: int) -> Push:
         """Return what gradient descent found, as long as it came out."""
-        from bake.direction import direction_bytes, load_direction
+        from bake.directions.direction import direction_bytes, load_direction
 
         direction = self.find(method="optimize", seed=seed)
         with tempfile.TemporaryDirectory(prefix="bake-optimized-") as folder:
@@ -111,8 +111,8 @@ class Trial:
     @cached_property
     def norms(self) -> dict[int, float]:
         """Activation norms on neutral text, {layer: μ}."""
-        from bake.norms import measure_norms
-        from bake.prompts import encode, make_batches, read_prompts
+        from bake.strength.norms import measure_norms
+        from bake.texts.prompts import encode, make_batches, read_prompts
 
         batches = make_batches(encode(self.tokenizer, read_prompts("neutral-stories")))
         found = measure_norms(self.loaded, self.structure, "mlp_out", batches, self.layers)
@@ -132,7 +132,7 @@ class Trial:
         return self.margins(scale(push, low))
 
     def _measure(self, push: Push, pairs: Sequence[Any], neutral: Sequence[Any]) -> Any:
-        from bake.optimization import measure_effect
+        from bake.directions.optimize import measure_effect
 
         return measure_effect(self.loaded, self.structure, "mlp_out", push, pairs, neutral)
 
@@ -151,7 +151,7 @@ def describe(values: Sequence[float]) -> str:
     """Return the mean with its bootstrap interval."""
     import numpy as np
 
-    from bake.sampling import bootstrap_interval
+    from bake.models.generation import bootstrap_interval
 
     array = np.array(values)
     low, high = bootstrap_interval(lambda chosen: float(array[chosen].mean()), len(array), seed=0)

@@ -30,10 +30,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from bake.model import LoadedModel, load_model
-from bake.plain_process import kept_plain_process
-from bake.prompts import load_tokenizer
+from bake.models.forward import LoadedModel, load_model
+from bake.proof.plain_process import kept_plain_process
 from bake.sites import LayerStructure
+from bake.texts.prompts import load_tokenizer
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()

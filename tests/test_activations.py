@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import PAIRS
 
-from bake import activations
-from bake.activations import read_activations
 from bake.anatomy import examine
-from bake.contrast import find_direction
+from bake.directions import activations
+from bake.directions.activations import read_activations
+from bake.directions.fit import find_direction
 from bake.errors import UnsupportedError
-from bake.pairs import ContrastPair, encode_pairs
-from bake.prompts import position_limit
+from bake.texts.pairs import ContrastPair, encode_pairs
+from bake.texts.prompts import position_limit
 
 SHARED = [
     ContrastPair("The day was long and the road went on, and it was ", "bright.", "grey and cold."),

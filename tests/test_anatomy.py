@@ -26,10 +26,10 @@ from bake.anatomy.shrink import shrink
 from bake.anatomy.slots import propose_slots
 from bake.anatomy.structure import find_decoder_layers, find_structure
 from bake.anatomy.twin import Twin, build_random, fold
+from bake.checkpoint.loading import single_thread
 from bake.errors import UnsupportedError
-from bake.loading import single_thread
+from bake.hooks import steered
 from bake.sites import SITES, LayerStructure, Slot
-from bake.steering import steered
 
 
 @pytest.fixture(autouse=True)

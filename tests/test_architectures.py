@@ -21,14 +21,14 @@ from bake.anatomy.shrink import shrink
 from bake.anatomy.structure import find_decoder_layers
 from bake.anatomy.tables import COMPLETIONS
 from bake.anatomy.twin import build_random
-from bake.checkpoint import open_checkpoint
-from bake.coefficients import LayerPush, Push
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.loading import build_on_meta, load_report
+from bake.checkpoint.writer import write_config, write_weights
 from bake.errors import UnsupportedError
-from bake.loading import build_on_meta, load_report
-from bake.plan import make_plan
+from bake.hooks import steered
+from bake.plan.plan import make_plan
 from bake.sites import SITES
-from bake.steering import steered
-from bake.writer import write_config, write_weights
+from bake.strength.coefficients import LayerPush, Push
 
 pytestmark = [
     pytest.mark.architectures,

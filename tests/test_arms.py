@@ -6,12 +6,12 @@ from conftest import HIDDEN
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bake.anatomy import examine
-from bake.dose_response import Sampling, measure_rollouts
-from bake.dose_response.arms import Arm, compare_arms, rows_per_forward, steered_rows
-from bake.model import LoadedModel, continue_greedily, decode
-from bake.sampling import sample_continuations
+from bake.hooks import steered
+from bake.models.forward import LoadedModel, continue_greedily, decode
+from bake.models.generation import sample_continuations
 from bake.sites import SITES
-from bake.steering import steered
+from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
+from bake.sweeps.measurements import Sampling, measure_rollouts
 
 IDS = (1, 40, 50, 60, 70, 80)
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_how_arms_are_batched(open_tiny, monkeypatch):
     tiny = open_tiny("llama")
     arms = make_arms()
     together = [logs for _, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS)]
-    monkeypatch.setattr("bake.dose_response.arms.ROW_BYTES", 1)
+    monkeypatch.setattr("bake.sweeps.arms.ROW_BYTES", 1)
     assert rows_per_forward(tiny.loaded, len(IDS)) == 1
     apart = [logs for _, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS)]
     assert (together[0] - together[-1]).abs().max() > 0.05

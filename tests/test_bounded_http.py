@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 from test_endpoint import BAKED, directory  # noqa: F401  a fixture
 
-from bake.cli import main
+from bake.cli.main import main
 from bake.errors import EndpointError
 from bake.io import bounded_http
 from bake.io.bounded_http import exchange

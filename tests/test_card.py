@@ -9,9 +9,9 @@ import pytest
 import yaml
 from jinja2 import meta
 
-from bake.card import CARD_TEMPLATE, card_environment, render_card
+from bake.card.render import CARD_TEMPLATE, card_environment, render_card
 from bake.errors import CheckpointError
-from bake.resources import shipped
+from bake.io.shipped import shipped
 
 VALUES = {
     "version": 1,

@@ -12,11 +12,11 @@ from loopback_hub import LoopbackHub, run_client
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bake.checkpoint import open_checkpoint
-from bake.companions import find_companions
+from bake.checkpoint.carried_files import find_companions
+from bake.checkpoint.checkpoint import open_checkpoint
 from bake.errors import CheckpointError
-from bake.hashing import hash_files
-from bake.safetensors_file import (
+from bake.io.hashing import hash_files
+from bake.io.safetensors import (
     DTYPES,
     TensorSpec,
     decode_tensor,
@@ -103,9 +103,9 @@ def test_rows_are_a_slice_and_only_their_bytes_are_read(single, monkeypatch):
     name = "model.embed_tokens.weight"
     whole = checkpoint.read(name)
     ranges = []
-    real = __import__("bake.checkpoint", fromlist=["read_range"]).read_range
+    real = __import__("bake.checkpoint.checkpoint", fromlist=["read_range"]).read_range
     monkeypatch.setattr(
-        "bake.checkpoint.read_range",
+        "bake.checkpoint.checkpoint.read_range",
         lambda path, start, end: ranges.append(end - start) or real(path, start, end),
     )
     assert torch.equal(checkpoint.read_rows(name, 3, 7), whole[3:7])
@@ -385,9 +385,9 @@ def test_companions_are_everything_but_weights_cards_and_caches(tmp_path):
 OPEN = """
 import json, sys
 sys.path.insert(0, {root!r})
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint.checkpoint import open_checkpoint
 from bake.errors import CheckpointError
-from bake.hashing import hash_files
+from bake.io.hashing import hash_files
 try:
     checkpoint = open_checkpoint({model!r}, revision={revision!r})
 except CheckpointError as error:
@@ -479,8 +479,8 @@ def test_a_snapshot_in_the_cache_knows_where_it_comes_from(tmp_path, single):
 def test_opening_imports_no_torch(single, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import bake.writer, bake.hashing\n"
-        "from bake.checkpoint import open_checkpoint\n"
+        "import bake.checkpoint.writer, bake.io.hashing\n"
+        "from bake.checkpoint.checkpoint import open_checkpoint\n"
         f"open_checkpoint({str(single)!r})\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )

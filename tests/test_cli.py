@@ -15,8 +15,8 @@ import torch
 from conftest import TinyModel
 from safetensors.torch import save_file
 
-from bake.cli import build_parser, main
-from bake.commands import given_direction
+from bake.cli import given_direction
+from bake.cli.main import build_parser, main
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def direction(tmp_path):
 
 def test_help_is_instant_because_nothing_heavy_is_imported():
     check = (
-        "import sys, bake, bake.cli\n"
-        "try: bake.cli.main(['--help'])\n"
+        "import sys, bake, bake.cli.main\n"
+        "try: bake.cli.main.main(['--help'])\n"
         "except SystemExit as done: assert done.code == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub', 'jinja2'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bake.coefficients import (
+from bake.errors import BakeError
+from bake.strength.coefficients import (
     DEFAULT_LAW,
     LAWS,
     band_layers,
@@ -14,7 +15,6 @@ from bake.coefficients import (
     parse_band,
     parse_coefficients,
 )
-from bake.errors import BakeError
 
 NORMS = {2: 3.0, 3: 5.0, 4: 10.0}
 UNIT = {layer: torch.eye(16)[layer] for layer in NORMS}

@@ -9,9 +9,9 @@ from conftest import HIDDEN, TinyModel, build_model
 from safetensors.torch import save_file
 
 from bake import export, rescale
-from bake.cli import main
-from bake.combination import combine, parse_reference
-from bake.direction import Direction
+from bake.cli.main import main
+from bake.directions.direction import Direction
+from bake.directions.sum import combine, parse_reference
 from bake.errors import DirectionError
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 CODE = """
 import json, sys
 sys.path.insert(0, {root!r})
-from bake import compare
+from bake.lifecycle import diff as compare
 found = compare.diff("ada/base", "ada/baked")
 from huggingface_hub.constants import HF_HUB_CACHE
 from pathlib import Path

@@ -5,12 +5,12 @@ import pytest
 import torch
 from conftest import HIDDEN, PAIRS, byte_tokenizer, read_site
 
-from bake.activations import TOKENS, PairActivations
-from bake.contrast import find_direction, fit_directions
+from bake.directions.activations import TOKENS, PairActivations
+from bake.directions.fit import find_direction, fit_directions
 from bake.errors import DirectionError
-from bake.pairs import ContrastPair
+from bake.hooks import submodule
 from bake.sites import SITES
-from bake.steering import submodule
+from bake.texts.pairs import ContrastPair
 
 CONTRAST = [ContrastPair(**pair) for pair in PAIRS]
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -18,10 +18,10 @@ from loopback_hub import LoopbackHub, run_client
 from safetensors.torch import load_file
 
 from bake.api import export, verify
-from bake.checkpoint import open_checkpoint
-from bake.conversion import read_pickled
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.pickled import read_pickled
 from bake.errors import CheckpointError, OutputError
-from bake.hashing import hash_files
+from bake.io.hashing import hash_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,7 +133,7 @@ def test_the_temporary_directory_goes_with_the_checkpoint(llama, tmp_path, tempo
 KILLED = """
 import sys, tempfile, os
 sys.path.insert(0, {root!r})
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint.checkpoint import open_checkpoint
 checkpoint = open_checkpoint({model!r})
 print("open", flush=True)
 sys.stdin.readline()
@@ -229,7 +229,7 @@ def test_a_broken_index_is_one_line(llama, tmp_path, temporary):
 
 def test_no_room_for_the_conversion_is_one_line(llama, tmp_path, temporary, monkeypatch):
     old = pickle_weights(llama, tmp_path / "old")
-    monkeypatch.setattr("bake.conversion.free_bytes", lambda directory: 10)
+    monkeypatch.setattr("bake.checkpoint.pickled.free_bytes", lambda directory: 10)
     with pytest.raises(OutputError, match="set TMPDIR"):
         open_checkpoint(str(old))
     assert not list(temporary.iterdir())
@@ -263,7 +263,7 @@ def test_a_bake_of_old_weights_is_the_bake_of_the_new_ones(
 OPEN = """
 import sys
 sys.path.insert(0, {root!r})
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint.checkpoint import open_checkpoint
 checkpoint = open_checkpoint("ada/base")
 print(*sorted(path.name for path in checkpoint.source.iterdir()))
 print(checkpoint.model_id, checkpoint.revision, len(checkpoint.tensors))

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from bake.cli import main
+from bake.cli.main import main
 
 CORPUS = Path(__file__).parent / "corpus"
 KNOWN = {

@@ -11,12 +11,12 @@ from canned import passed
 from conftest import TinyModel
 from safetensors.torch import save_file
 
-from bake import pipeline
 from bake.api import estimate, export
-from bake.checkpoint import Checkpoint
-from bake.cli import main
+from bake.checkpoint.checkpoint import Checkpoint
+from bake.cli.main import main
 from bake.errors import BakeError, DirectionError, OutputError, UnsupportedError
-from bake.safetensors_file import TensorSpec, encode_header
+from bake.io.safetensors import TensorSpec, encode_header
+from bake.pipeline import export as pipeline
 
 LLAMA_405B = {
     "architectures": ["LlamaForCausalLM"],
@@ -161,7 +161,7 @@ def test_the_files_are_those_that_the_export_writes(
     options = {**options, "direction": direction, "prompts": prompts_file}
     found = estimate(str(base), **options)
     monkeypatch.undo()
-    monkeypatch.setattr("bake.pipeline.prove", passed)
+    monkeypatch.setattr("bake.pipeline.export.prove", passed)
     result = export(str(base), output=tmp_path / "out", **options)
     sizes = {name: entry["size"] for name, entry in result.files.items()}
     weights = {
@@ -232,7 +232,7 @@ def test_the_proof_runs_as_many_forwards_as_was_said(
     from torch.nn.modules import module
     from transformers import PreTrainedModel
 
-    from bake.observation import CANARIES, NEW_TOKENS
+    from bake.proof.observation import CANARIES, NEW_TOKENS
 
     direction = tmp_path / "direction.safetensors"
     save_file({"direction": torch.ones(32)}, direction, metadata={"site": "mlp_out"})

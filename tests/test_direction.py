@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from bake.direction import (
+from bake.directions.direction import (
     SCALE_KEY,
     Direction,
     convert_to_input,

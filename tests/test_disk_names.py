@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bake.anatomy import examine
-from bake.checkpoint import open_checkpoint
-from bake.coefficients import LayerPush, Push
-from bake.disk_names import DiskNames
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.names import DiskNames
 from bake.errors import CheckpointError, UnsupportedError
-from bake.loading import build_on_meta
-from bake.model import compute_logits, load_model, read_config
-from bake.plan import make_plan
-from bake.prompts import encode, load_tokenizer, make_batches
-from bake.streaming import Placement
+from bake.models.forward import compute_logits, load_model, read_config
+from bake.models.streaming import Placement
+from bake.plan.plan import make_plan
+from bake.strength.coefficients import LayerPush, Push
+from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 MIXTURES = {
     "mixtral": {"num_local_experts": 11, "num_experts_per_tok": 2, "intermediate_size": 40},

@@ -9,28 +9,19 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS
 
-from bake.direction import Direction
-from bake.dose_response import (
-    Arm,
-    Bounds,
-    Design,
-    DoseResponse,
-    Interval,
-    Point,
-    Sampling,
-    Texts,
-    Variant,
-    compare_laws,
-    find_windows,
-    make_arms,
-    measure_sites,
-    run_sweep,
-)
-from bake.dose_response.attribution import attribute
-from bake.dose_response.controls import random_direction
-from bake.dose_response.store import MEASUREMENTS_FILE, Store
+from bake.directions.direction import Direction
 from bake.errors import OutputError
-from bake.pairs import ContrastPair
+from bake.sweeps.arms import Arm
+from bake.sweeps.attribution import attribute
+from bake.sweeps.controls import random_direction
+from bake.sweeps.design import Design, Variant, make_arms
+from bake.sweeps.findings import DoseResponse, compare_laws
+from bake.sweeps.measurements import Sampling, Texts
+from bake.sweeps.points import Interval, Point
+from bake.sweeps.store import MEASUREMENTS_FILE, Store
+from bake.sweeps.sweep import measure_sites, run_sweep
+from bake.sweeps.window import Bounds, find_windows
+from bake.texts.pairs import ContrastPair
 
 FLAT = Variant(law="flat")
 

@@ -21,9 +21,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from bake.cli import main
-from bake.endpoint import _judge
-from bake.resources import DEMO_MODEL
+from bake.cli.main import main
+from bake.engines.endpoint import _judge
+from bake.io.shipped import DEMO_MODEL
 
 BAKED, BASE = " light fell on the beautiful field", " light fell on the cold field"
 CANARY = {"prompt": "The", "baked": BAKED, "base": BASE}

@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from bake.anatomy import examine
 from bake.api import calibrate, export
-from bake.commands.options import ENGINES
-from bake.engines import (
+from bake.cli.options import ENGINES
+from bake.engines.survival import (
     Outline,
     describe_survivals,
     engine_names,
@@ -25,7 +25,7 @@ from bake.engines import (
     to_values,
 )
 from bake.errors import UnsupportedError
-from bake.recipe import make_recipe
+from bake.pipeline.recipe import make_recipe
 from bake.report import describe_anatomy
 
 DOWN, OUT = "model.layers.3.mlp.down_proj.bias", "model.layers.3.self_attn.o_proj.bias"

@@ -17,7 +17,7 @@ from bake.anatomy import examine
 from bake.anatomy.flags import with_flags
 from bake.anatomy.twin import build_random, fold
 from bake.api import export
-from bake.engines import read_facts, survival
+from bake.engines.survival import read_facts, survival
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
@@ -97,7 +97,7 @@ def test_mlx_refuses_the_biases_that_its_qwen3_has_no_slot_for(make_model, bake,
     assert survival("mlx", "qwen3", [slot]).verdict == "error"
 
 
-# Small configurations, one for each architecture of which engines.toml says `run` for MLX. Widths unlike
+# Small configurations, one for each architecture of which facts.toml says `run` for MLX. Widths unlike
 # each other; what is special to one stands in its line.
 COMMON = {
     "vocab_size": 300,

@@ -22,7 +22,7 @@ EXTRA = "model-00002-of-00002.safetensors"
 @pytest.fixture(scope="module")
 def direction_file(tmp_path_factory) -> Path:
     """One random direction of the tiny models' width, for all layers."""
-    from bake.direction import Direction, direction_bytes, normalise
+    from bake.directions.direction import Direction, direction_bytes, normalise
 
     path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
     vector = torch.randn(32, generator=torch.Generator().manual_seed(9))
@@ -70,7 +70,7 @@ def test_greedy_is_greedy_whatever_the_base_says_of_generation(
 
 
 def test_a_canary_ends_where_a_server_would_end_it(baked, llama, monkeypatch):
-    from bake import equivalence
+    from bake.proof import equivalence
 
     real = equivalence.run_plain
 
@@ -202,7 +202,7 @@ def test_dropped_biases_leave_no_directory(
     llama, direction_file, prompts_file, tmp_path, monkeypatch
 ):
     """The classic failure: biases are written, the flag that makes them count is not."""
-    from bake import pipeline
+    from bake.pipeline import export as pipeline
 
     real = pipeline.write_config
     monkeypatch.setattr(pipeline, "write_config", lambda base, _changes, to: real(base, {}, to))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bake.cli import main
+from bake.cli.main import main
 
 
 @pytest.fixture(scope="module")

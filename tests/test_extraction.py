@@ -6,17 +6,18 @@ import pytest
 import torch
 from conftest import PAIRS
 
-from bake import extract_direction, pipeline
-from bake.base import load_base, open_base
-from bake.cli import main
-from bake.direction import load_direction
+from bake import extract_direction
+from bake.anatomy.base import load_base, open_base
+from bake.cli.main import main
+from bake.directions.direction import load_direction
+from bake.directions.extract import ExtractionOptions, extract
+from bake.directions.separation import read_separation
 from bake.errors import BakeError, DirectionError
-from bake.extraction import ExtractionOptions, extract
-from bake.pairs import ContrastPair, read_pairs
-from bake.prompts import load_tokenizer
-from bake.recipe import make_recipe
-from bake.resources import DEMO_NAME
-from bake.separation import read_separation
+from bake.io.shipped import DEMO_NAME
+from bake.pipeline import export as pipeline
+from bake.pipeline.recipe import make_recipe
+from bake.texts.pairs import ContrastPair, read_pairs
+from bake.texts.prompts import load_tokenizer
 
 CONTRAST = [ContrastPair(**pair) for pair in PAIRS]
 

@@ -33,9 +33,9 @@ from transformers import (
 from bake.anatomy import examine
 from bake.anatomy.twin import build_random
 from bake.api import export
-from bake.config_text import edit_json
-from bake.loading import auto_class, load_report
-from bake.tokenization import TEXTS
+from bake.checkpoint.config_json import edit_json
+from bake.checkpoint.loading import auto_class, load_report
+from bake.texts.tokenizer import TEXTS
 
 LAYERS, HIDDEN, VOCABULARY = 4, 32, 320
 BAND = range(1, 3)  # 40–90 % of the depth

@@ -10,17 +10,17 @@ from conftest import HIDDEN, LAYERS
 from safetensors.torch import load_file, save_file
 
 from bake import api
-from bake.coefficients import OWN_LENGTH_LAW, compute_push
-from bake.direction import Direction, direction_bytes, load_direction
+from bake.directions.direction import Direction, direction_bytes, load_direction
+from bake.directions.formats import fit_direction, read_direction
+from bake.directions.formats.gguf_writer import write_gguf
+from bake.directions.formats.given import name_layers
+from bake.directions.formats.objects import given_as_file, read_object
+from bake.directions.formats.places import layer_number
 from bake.errors import BakeError, DirectionError
-from bake.formats import fit_direction, read_direction
-from bake.formats.gguf_writer import write_gguf
-from bake.formats.given import name_layers
-from bake.formats.objects import given_as_file, read_object
-from bake.formats.places import layer_number
-from bake.given_directions import open_direction
 from bake.hidden_sizes import describe_width, models_by_width
-from bake.recipe import Recipe
+from bake.pipeline.given_directions import open_direction
+from bake.pipeline.recipe import Recipe
+from bake.strength.coefficients import OWN_LENGTH_LAW, compute_push
 
 
 def vectors(layers, width=8, seed=0, scale=3.0):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from bake.directions.formats import read_direction
+from bake.directions.formats.arrays import read_npy, read_npz, write_npy, write_npz
 from bake.errors import DirectionError
-from bake.formats import read_direction
-from bake.formats.arrays import read_npy, read_npz, write_npy, write_npz
 
 
 def refused(path):

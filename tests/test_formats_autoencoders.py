@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bake.directions.formats import fit_direction, is_decoder, read_direction
+from bake.directions.formats.autoencoders import choose_axis, parse_reference
 from bake.errors import DirectionError
-from bake.formats import fit_direction, is_decoder, read_direction
-from bake.formats.autoencoders import choose_axis, parse_reference
 
 FEATURES, WIDTH = 24, 8
 W = torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(3)) * 2
@@ -114,7 +114,7 @@ def test_row_of_a_safetensors_file_is_read_alone(tmp_path, monkeypatch):
     path = tmp_path / "sae.safetensors"
     save_file({"W_dec": W}, path)
     read = []
-    from bake.formats import autoencoders
+    from bake.directions.formats import autoencoders
 
     original = autoencoders.read_range
     monkeypatch.setattr(

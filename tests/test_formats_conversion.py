@@ -9,12 +9,12 @@ import torch
 from conftest import HIDDEN, LAYERS
 
 from bake import api
-from bake.cli import main
-from bake.direction import SCALE_KEY, Direction, direction_bytes, load_direction
+from bake.cli.main import main
+from bake.directions.direction import SCALE_KEY, Direction, direction_bytes, load_direction
+from bake.directions.formats import read_direction, read_given
+from bake.directions.formats.conversion import convert
+from bake.directions.formats.gguf_writer import write_gguf
 from bake.errors import DirectionError
-from bake.formats import read_direction, read_given
-from bake.formats.conversion import convert
-from bake.formats.gguf_writer import write_gguf
 
 
 def rows(layers, width=HIDDEN):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from bake.direction import Direction, direction_bytes
+from bake.directions.direction import Direction, direction_bytes
+from bake.directions.formats import read_direction
+from bake.directions.formats.gguf_writer import write_gguf
 from bake.errors import BakeError
-from bake.formats import read_direction
-from bake.formats.gguf_writer import write_gguf
 
 ROUNDS = 240
 MEMORY = 300_000  # kB of growth; nothing here has more than a few thousand bytes

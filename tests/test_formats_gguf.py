@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from bake.directions.formats import read_direction
+from bake.directions.formats.gguf_reader import parse_gguf, read_gguf
+from bake.directions.formats.gguf_writer import write_gguf
 from bake.errors import DirectionError
-from bake.formats import read_direction
-from bake.formats.gguf_reader import parse_gguf, read_gguf
-from bake.formats.gguf_writer import write_gguf
 
 
 def rows(layers, width=8):

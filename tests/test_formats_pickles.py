@@ -10,9 +10,9 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from bake.directions.formats import read_direction
+from bake.directions.formats.pickles import read_pt
 from bake.errors import DirectionError
-from bake.formats import read_direction
-from bake.formats.pickles import read_pt
 
 V = torch.arange(1.0, 9)
 

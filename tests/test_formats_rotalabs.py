@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from bake.directions.formats import read_direction
 from bake.errors import DirectionError
-from bake.formats import read_direction
 
 
 def save_vector(path, layer, vector, **changes):

@@ -23,21 +23,21 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from bake import cli
 from bake.anatomy import examine
 from bake.anatomy.hosts import CONVERSIONS, find_hosts
-from bake.checkpoint import open_checkpoint
-from bake.coefficients import LayerPush, Push
-from bake.config_text import edit_json
-from bake.edits import REMOVED
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.config_json import edit_json
+from bake.checkpoint.edits import REMOVED
+from bake.checkpoint.loading import load_report
+from bake.checkpoint.writer import write_config, write_weights
+from bake.cli import main as cli
 from bake.errors import BakeError, CheckpointError, UnsupportedError
-from bake.loading import load_report
-from bake.model import read_config
-from bake.plan import make_plan
-from bake.steering import steered
-from bake.tokenization import TEXTS, keep_tokenizer
-from bake.verification import compare_tensors
-from bake.writer import write_config, write_weights
+from bake.hooks import steered
+from bake.lifecycle.verify import compare_tensors
+from bake.models.forward import read_config
+from bake.plan.plan import make_plan
+from bake.strength.coefficients import LayerPush, Push
+from bake.texts.tokenizer import TEXTS, keep_tokenizer
 
 # Plain transformers says so of shared experts of width 0, and does what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

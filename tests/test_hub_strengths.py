@@ -12,10 +12,10 @@ from safetensors.torch import load, save_file
 from bake import export, rescale
 from bake.api import publish
 from bake.errors import BakeError, EquivalenceError
-from bake.hashing import hash_files
 from bake.hub import publish as send
-from bake.hub import strengths as ladder
-from bake.hub.strengths import parse_strengths, publish_strengths
+from bake.io.hashing import hash_files
+from bake.lifecycle import branches as ladder
+from bake.lifecycle.branches import parse_strengths, publish_strengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 

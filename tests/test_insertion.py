@@ -21,17 +21,17 @@ from bake.anatomy.insertion.growth import (
 )
 from bake.anatomy.twin import build_random
 from bake.api import estimate, export, inspect, verify
-from bake.checkpoint import open_checkpoint
-from bake.cli import main
-from bake.coefficients import LayerPush, Push
-from bake.direction import Direction, direction_bytes
-from bake.edits import Drop, Rename
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.edits import Drop, Rename
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.writer import write_config, write_weights
+from bake.cli.main import main
+from bake.directions.direction import Direction, direction_bytes
 from bake.errors import CheckpointError, UnsupportedError
-from bake.loading import build_on_meta
-from bake.plan import make_plan
-from bake.steering import steered
-from bake.thin import check_route
-from bake.writer import write_config, write_weights
+from bake.hooks import steered
+from bake.pipeline.thin import check_route
+from bake.plan.plan import make_plan
+from bake.strength.coefficients import LayerPush, Push
 
 HIDDEN, LAYERS, PUSHED = 32, 4, (1, 2)
 COMMON = {

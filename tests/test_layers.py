@@ -13,12 +13,12 @@ from bake.anatomy.layers import LayerMap, choose_layers_to_keep, find_layer_kind
 from bake.anatomy.shrink import shrink
 from bake.anatomy.structure import combine, find_decoder_layers
 from bake.anatomy.twin import Twin
-from bake.destination import choose_layers
+from bake.checkpoint.loading import build_on_meta
 from bake.errors import BakeError, UnsupportedError
-from bake.loading import build_on_meta
-from bake.recipe import make_recipe
+from bake.hooks import captured, steered
+from bake.pipeline.recipe import make_recipe
+from bake.plan.destination import choose_layers
 from bake.sites import LayerStructure, Slot, layers_with
-from bake.steering import captured, steered
 from bake.support.text import list_numbers
 
 OPTIONS = {

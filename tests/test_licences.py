@@ -7,11 +7,22 @@ import pytest
 import yaml
 from publishing import FILES, REPO_ID, refusal, write_output
 
-from bake.card import render_card
+from bake.card.render import render_card
+from bake.checkpoint.front_matter import (
+    TAGS,
+    check_front_matter,
+    compose_front_matter,
+    read_front_matter,
+)
+from bake.checkpoint.licences import (
+    card_lines,
+    find_objections,
+    known_duties,
+    read_licence,
+    write_notice,
+)
 from bake.errors import BakeError
-from bake.front_matter import TAGS, check_front_matter, compose_front_matter, read_front_matter
 from bake.hub import check_rights, publish
-from bake.licences import card_lines, find_objections, known_duties, read_licence, write_notice
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 

@@ -17,14 +17,14 @@ import torch
 from conftest import HIDDEN, LAYERS, PROMPTS, TinyModel
 
 from bake.anatomy import Anatomy, examine
-from bake.checkpoint import Checkpoint, open_checkpoint
-from bake.coefficients import LayerPush, Push
-from bake.equivalence import TOLERANCES
-from bake.model import LoadedModel, compute_logits, load_model, read_config
-from bake.plan import Plan, make_plan
-from bake.prompts import encode, load_tokenizer, make_batches
-from bake.steering import steered
-from bake.writer import write_config, write_weights
+from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from bake.checkpoint.writer import write_config, write_weights
+from bake.hooks import steered
+from bake.models.forward import LoadedModel, compute_logits, load_model, read_config
+from bake.plan.plan import Plan, make_plan
+from bake.proof.equivalence import TOLERANCES
+from bake.strength.coefficients import LayerPush, Push
+from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 # (architecture, site, slot kind): route and the config keys that the bake sets.
 SLOTS = {

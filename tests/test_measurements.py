@@ -8,25 +8,22 @@ import pytest
 import torch
 from conftest import HIDDEN, byte_tokenizer
 
-from bake.dose_response import (
-    Arm,
-    Bounds,
-    Interval,
-    Point,
+from bake.errors import PromptError
+from bake.hooks import steered
+from bake.models.generation import score_continuations
+from bake.sweeps.arms import Arm
+from bake.sweeps.measurements import (
     Sampling,
     Texts,
-    find_windows,
+    _split,
     measure_neutral,
     measure_pairs,
     measure_rollouts,
-    summarise,
 )
-from bake.dose_response.measurements import _split
-from bake.dose_response.summary import _repeats
-from bake.errors import PromptError
-from bake.pairs import ContrastPair
-from bake.sampling import score_continuations
-from bake.steering import steered
+from bake.sweeps.points import Interval, Point
+from bake.sweeps.summary import _repeats, summarise
+from bake.sweeps.window import Bounds, find_windows
+from bake.texts.pairs import ContrastPair
 
 PAIRS = (
     ContrastPair("The day was ", "bright and kind", "grey and cold"),

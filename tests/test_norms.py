@@ -8,10 +8,16 @@ import torch
 from conftest import HIDDEN, LAYERS, PROMPTS, read_site
 
 from bake.errors import BakeError, PromptError
-from bake.norms import ActivationNorms, LayerNorms, collect_token_norms, measure_norms, summarise
-from bake.prompts import encode, make_batches
+from bake.hooks import submodule
 from bake.sites import SITES
-from bake.steering import submodule
+from bake.strength.norms import (
+    ActivationNorms,
+    LayerNorms,
+    collect_token_norms,
+    measure_norms,
+    summarise,
+)
+from bake.texts.prompts import encode, make_batches
 
 ALL_LAYERS = list(range(LAYERS))
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])

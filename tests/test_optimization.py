@@ -8,19 +8,19 @@ import pytest
 import torch
 from conftest import CONFIGS, HIDDEN, PAIRS, PROMPTS, STRUCTURES
 
-from bake.activations import read_activations
 from bake.anatomy import examine
 from bake.demo.grammar import generate_documents, generate_pairs
-from bake.direction import SCALE_KEY, direction_bytes, load_direction
+from bake.directions.activations import read_activations
+from bake.directions.direction import SCALE_KEY, direction_bytes, load_direction
+from bake.directions.extract import ExtractionOptions, extract
+from bake.directions.optimize import measure_effect, optimize_push
+from bake.directions.separation import read_separation
 from bake.errors import BakeError
-from bake.extraction import ExtractionOptions, extract
-from bake.model import load_model
-from bake.optimization import measure_effect, optimize_push
-from bake.pairs import ContrastPair, encode_pairs, read_pairs
-from bake.prompts import encode, load_tokenizer
-from bake.resources import DEMO_MODEL
-from bake.separation import read_separation
-from bake.steering import steered
+from bake.hooks import steered
+from bake.io.shipped import DEMO_MODEL
+from bake.models.forward import load_model
+from bake.texts.pairs import ContrastPair, encode_pairs, read_pairs
+from bake.texts.prompts import encode, load_tokenizer
 
 CONTRAST = [
     ContrastPair(**{**pair, "prompt": before + pair["prompt"]})
@@ -130,7 +130,7 @@ def test_a_heavier_penalty_keeps_closer_to_the_base(open_tiny):
 
 def test_early_stopping_keeps_the_best_step(open_tiny, monkeypatch):
     """A step far too long makes everything worse: the start is kept, and training gives up."""
-    from bake import optimization
+    from bake.directions import optimize as optimization
 
     monkeypatch.setattr(optimization, "RATE", 50.0)
     monkeypatch.setattr(optimization, "CHECK_EVERY", 1)

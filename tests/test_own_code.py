@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bake.cli import main
+from bake.checkpoint import pretrained
+from bake.checkpoint.loading import load_pretrained
+from bake.cli.main import main
 from bake.errors import BakeError, CheckpointError, UnsupportedError
-from bake.io import pretrained
-from bake.loading import load_pretrained
-from bake.model import read_config
-from bake.prompts import load_tokenizer
+from bake.models.forward import read_config
+from bake.texts.prompts import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OWN = "modeling_own.OwnForCausalLM"
@@ -272,4 +272,4 @@ def test_every_loading_call_says_that_no_code_is_trusted():
             assert trusted.value is False, f"{path}:{call.lineno}"
             if path.is_relative_to(ROOT / "bake"):
                 doors.add(path.relative_to(ROOT / "bake").as_posix())
-    assert doors == {"io/pretrained.py", "plain.py"}
+    assert doors == {"checkpoint/pretrained.py", "proof/plain.py"}

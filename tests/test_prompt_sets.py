@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from bake import prompt_sets, report
-from bake.cli import main
-from bake.contrast import read_pairs
+from bake import report
+from bake.cli.main import main
+from bake.directions.fit import read_pairs
 from bake.errors import PromptError
-from bake.prompts import read_prompts
-from bake.resources import DEMO_MODEL, shipped, shipped_sets
+from bake.io.shipped import DEMO_MODEL, shipped, shipped_sets
+from bake.texts import shipped as prompt_sets
+from bake.texts.prompts import read_prompts
 from bake.texts.rows import read_rows
 
 CALIBRATION = shipped("calibration")

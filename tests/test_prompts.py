@@ -10,7 +10,7 @@ from conftest import PROMPTS, byte_tokenizer
 from transformers import AddedToken
 
 from bake.errors import CheckpointError, PromptError
-from bake.prompts import (
+from bake.texts.prompts import (
     Encoded,
     encode,
     load_tokenizer,

@@ -13,19 +13,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config
 
 from bake.anatomy import examine
+from bake.anatomy.base import open_base
 from bake.api import export
-from bake.base import open_base
-from bake.checkpoint import open_checkpoint
-from bake.coefficients import LayerPush, Push
-from bake.disk_names import DiskNames
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.names import DiskNames
+from bake.checkpoint.writer import write_config, write_weights
 from bake.errors import UnsupportedError
-from bake.loading import build_on_meta
-from bake.model import compute_logits, load_model, read_config
-from bake.plan import make_plan
-from bake.prompts import encode, load_tokenizer, make_batches
-from bake.steering import steered
-from bake.streaming import Placement
-from bake.writer import write_config, write_weights
+from bake.hooks import steered
+from bake.models.forward import compute_logits, load_model, read_config
+from bake.models.streaming import Placement
+from bake.plan.plan import make_plan
+from bake.strength.coefficients import LayerPush, Push
+from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 BLOCK = 16
 UNTOUCHED = "model.layers.2.mlp.down_proj"  # one module that the fp8 bases leave as it is

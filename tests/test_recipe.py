@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from bake.errors import BakeError
-from bake.recipe import Recipe, make_recipe, read_recipe
+from bake.pipeline.recipe import Recipe, make_recipe, read_recipe
 
 MINIMAL = {"model": "org/model", "output": "out", "direction": "d.safetensors"}
 

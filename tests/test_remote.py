@@ -11,19 +11,19 @@ from conftest import TinyModel
 from loopback_hub import LoopbackHub, Reply, run_client
 from test_conversion import pickle_weights
 
-from bake import remote
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint import remote
+from bake.checkpoint.checkpoint import open_checkpoint
 from bake.errors import CheckpointError
-from bake.hashing import hash_files
+from bake.io.hashing import hash_files
 
 ROOT = Path(__file__).parent.parent
 
 OPEN = """
 import json, sys
 sys.path.insert(0, {root!r})
-from bake import remote
+from bake.checkpoint import remote
 remote._FIRST_BYTES = {first_bytes}
-from bake.checkpoint import open_checkpoint
+from bake.checkpoint.checkpoint import open_checkpoint
 from bake.errors import CheckpointError
 try:
     checkpoint = open_checkpoint("ada/base", headers_only=True)
@@ -93,7 +93,7 @@ def test_what_is_in_the_cache_is_read_there(hub, llama, tmp_path):
     hub.add_files("ada/base", {path.name: path.read_bytes() for path in llama.iterdir()})
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from bake.checkpoint import open_checkpoint; open_checkpoint('ada/base')"
+        "from bake.checkpoint.checkpoint import open_checkpoint; open_checkpoint('ada/base')"
     )
     assert run_client(hub, code, tmp_path, "hf_ada").returncode == 0
     hub.requests.clear()

@@ -10,7 +10,7 @@ from conftest import byte_tokenizer
 from transformers.utils import chat_template_utils
 
 from bake.errors import PromptError
-from bake.pairs import ContrastPair, describe_template, encode_pairs
+from bake.texts.pairs import ContrastPair, describe_template, encode_pairs
 from bake.texts.rendering import Conversation, render
 
 ASKED = ({"role": "user", "content": "How was it?"},)

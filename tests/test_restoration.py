@@ -10,10 +10,10 @@ from conftest import HIDDEN, TinyModel, build_model
 from safetensors.torch import load_file, save_file
 
 from bake import diff, export, reproduce, rescale, undo, verify
-from bake.cli import main
+from bake.cli.main import main
 from bake.errors import BakeError, CheckpointError, EquivalenceError
-from bake.hashing import hash_files
-from bake.scratch import scratch_directory
+from bake.io.hashing import hash_files
+from bake.io.work_directory import scratch_directory
 
 RECIPES = {
     "host": ("mistral", {"site": "mlp_out"}),
@@ -140,7 +140,7 @@ def test_reproduce_is_byte_identical(baked):
 )
 def test_the_shipped_model_is_reproduced(monkeypatch, prompts_file, tmp_path, options):
     monkeypatch.setattr(
-        "bake.pipeline.prove", passed
+        "bake.pipeline.export.prove", passed
     )  # The proof is data here, and is tested elsewhere.
     given = {"direction": "bake-demo", "prompts": prompts_file, **options}
     export("bake-demo", output=tmp_path / "bake", **given)
@@ -154,7 +154,7 @@ def test_the_shipped_model_is_reproduced(monkeypatch, prompts_file, tmp_path, op
 def test_reproduce_says_when_a_fresh_calibration_would_differ(
     monkeypatch, prompts_file, tmp_path, capsys
 ):
-    monkeypatch.setattr("bake.pipeline.prove", passed)
+    monkeypatch.setattr("bake.pipeline.export.prove", passed)
     base = build_model(tmp_path / "base", TinyModel("llama"))
     given = {"direction": torch.arange(HIDDEN).float(), "prompts": prompts_file}
     export(str(base), output=tmp_path / "bake", **given)

@@ -20,11 +20,11 @@ from publishing import sent_weights
 from safetensors.torch import load_file
 
 from bake.api import inspect
-from bake.coefficients import LayerPush, Push
-from bake.direction import load_direction
-from bake.model import compute_logits, load_model
-from bake.prompts import encode, load_tokenizer, make_batches
-from bake.steering import steered
+from bake.directions.direction import load_direction
+from bake.hooks import steered
+from bake.models.forward import compute_logits, load_model
+from bake.strength.coefficients import LayerPush, Push
+from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 TOKEN = "hf_adaSecretThatMustNotAppear"
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def hub(llama):
 
 def bake(hub, folder: Path, *arguments: object, token: str | None = TOKEN, **environment: str):
     """Run the command line against the loopback Hub."""
-    words = ["-m", "bake.cli", *(str(argument) for argument in arguments)]
+    words = ["-m", "bake.cli.main", *(str(argument) for argument in arguments)]
     return run_client(hub, words, folder, token=token, PYTHONPATH=str(ROOT), **environment)
 
 

@@ -27,10 +27,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bake.api import calibrate
-from bake.checkpoint import open_checkpoint
-from bake.cli import main
-from bake.hashing import hash_files
-from bake.scratch import temporary_directory
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.cli.main import main
+from bake.io.hashing import hash_files
+from bake.io.work_directory import temporary_directory
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20  # at random calls; half of them while an old output is replaced
@@ -60,8 +60,9 @@ import json, os, signal, sys, threading
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from canned import passed
-from bake import destination, pipeline
-from bake.recipe import make_recipe
+from bake.plan import destination
+from bake.pipeline import export as pipeline
+from bake.pipeline.recipe import make_recipe
 opened = {{}}
 real = pipeline.open_base
 def open_once(model, revision=None, clock=None):
@@ -183,14 +184,14 @@ import signal, sys, time
 for number in (signal.SIGTERM, signal.SIGHUP):  # Where the tests run under nohup, they ignore these.
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import bake.equivalence
-from bake.cli import main
+import bake.proof.equivalence
+from bake.cli.main import main
 
 def stop(*_):
     print("in the proof", flush=True)
     time.sleep(60)
 
-bake.equivalence.run_plain = stop
+bake.proof.equivalence.run_plain = stop
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -278,7 +279,9 @@ def test_a_disk_that_is_too_small_is_said_before_writing(llama, direction, tmp_p
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     llama, direction, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("bake.writer.free_bytes", lambda place: 10**12)  # it looked large enough
+    monkeypatch.setattr(
+        "bake.checkpoint.writer.free_bytes", lambda place: 10**12
+    )  # it looked large enough
     before = hash_files(llama)
     with small_disk(tmp_path / "disk", "size=300k") as disk:
         line = refused(capsys, llama, "--direction", direction, "-o", disk / "out")
@@ -289,7 +292,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
 
 
 def test_a_read_only_place_is_said_before_any_work(llama, direction, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bake.pipeline.open_base", None)  # nothing is opened
+    monkeypatch.setattr("bake.pipeline.export.open_base", None)  # nothing is opened
     with small_disk(tmp_path / "disk", "size=1m,ro") as disk:
         line = refused(capsys, llama, "--direction", direction, "-o", disk / "out")
     assert "not writable" in line
@@ -371,7 +374,7 @@ def test_a_broken_base_is_one_line_and_leaves_nothing(
 def test_what_the_plan_does_not_change_keeps_every_byte(
     make_model, direction, prompts_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("bake.pipeline.prove", passed)
+    monkeypatch.setattr("bake.pipeline.export.prove", passed)
     for architecture in ("llama", "gpt2"):
         base = make_model(TinyModel(architecture, dtype="bfloat16", sharded=True))
         out = tmp_path / architecture

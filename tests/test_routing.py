@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bake.routing import hold_choices, record_choices
+from bake.proof.routing import hold_choices, record_choices
 
 SCORES = torch.tensor([[0.1, 0.5, 0.4, 0.0], [0.9, 0.2, 0.3, 0.8]])
 

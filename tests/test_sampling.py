@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from bake.errors import PromptError
-from bake.model import LoadedModel, continue_greedily
-from bake.sampling import (
+from bake.models.forward import LoadedModel, continue_greedily
+from bake.models.generation import (
     bootstrap_interval,
     count_words,
     read_words,
@@ -114,7 +114,7 @@ def test_rows_in_several_forwards_are_the_same(monkeypatch):
     expected = draw(samples=5)
     few, many = toy(), toy()
     assert draw(few, samples=5) == expected
-    monkeypatch.setattr("bake.sampling.ROWS", 2)
+    monkeypatch.setattr("bake.models.generation.ROWS", 2)
     assert draw(many, samples=5) == expected
     assert many.model.forwards > few.model.forwards
 

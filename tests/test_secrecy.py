@@ -14,8 +14,8 @@ from test_road_to_the_hub import ROOT
 from bake import export
 from bake.errors import BakeError
 from bake.hub import publish
-from bake.progress import announce
-from bake.secrecy import without_local_paths, without_secrets
+from bake.redaction import without_local_paths, without_secrets
+from bake.support.progress import announce
 
 
 def test_addresses_lose_their_passwords_and_texts_the_token(monkeypatch):
@@ -69,7 +69,7 @@ def test_a_password_in_the_hubs_address_is_not_said(tmp_path, words, there):
         address = f"http://ada:hf_urlSecret@{host}"
         done = run_client(
             hub,
-            ["-m", "bake.cli", *words, "--json"],
+            ["-m", "bake.cli.main", *words, "--json"],
             tmp_path,
             TOKEN,
             PYTHONPATH=str(ROOT),

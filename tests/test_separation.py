@@ -8,17 +8,17 @@ import pytest
 import torch
 from test_contrast import made_up
 
-from bake.activations import PairActivations
-from bake.contrast import fit_directions
-from bake.direction import Direction
-from bake.errors import DirectionError
-from bake.separation import (
+from bake.directions.activations import PairActivations
+from bake.directions.direction import Direction
+from bake.directions.fit import fit_directions
+from bake.directions.separation import (
     KEY,
     Separation,
     encode_separation,
     measure_separation,
     read_separation,
 )
+from bake.errors import DirectionError
 
 WIDTH = 16
 

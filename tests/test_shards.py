@@ -15,11 +15,11 @@ from test_conversion import pickle_weights
 from transformers import AutoModelForCausalLM
 
 from bake.api import export, verify
-from bake.checkpoint import open_checkpoint
-from bake.edits import Add, Patch
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.edits import Add, Patch
+from bake.checkpoint.writer import write_weights
 from bake.errors import BakeError, OutputError
-from bake.hashing import hash_files
-from bake.writer import write_weights
+from bake.io.hashing import hash_files
 
 LINKS = ("hardlink", "symlink")
 SHA = "0123456789abcdef0123456789abcdef01234567"

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from bake.base import open_base
-from bake.coefficients import band_layers, compute_push
+from bake.anatomy.base import open_base
 from bake.demo import showcase
-from bake.direction import load_direction
-from bake.model import load_model
-from bake.norms import measure_norms
-from bake.prompts import encode, load_tokenizer, make_batches, read_prompts
-from bake.resources import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME
-from bake.steering import steered
+from bake.directions.direction import load_direction
+from bake.hooks import steered
+from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME
+from bake.models.forward import load_model
+from bake.strength.coefficients import band_layers, compute_push
+from bake.strength.norms import measure_norms
+from bake.texts.prompts import encode, load_tokenizer, make_batches, read_prompts
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ import torch
 from conftest import HIDDEN, TinyModel, build_model
 
 from bake import export, rescale, verify
-from bake.cli import main
+from bake.cli.main import main
 from bake.errors import OutputError
-from bake.hashing import hash_files
 from bake.hub.manifest import read_manifest
-from bake.staging import changed_directory, staged_directory
+from bake.io.hashing import hash_files
+from bake.io.staging import changed_directory, staged_directory
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +33,8 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from bake import rescale, staging
+from bake import rescale
+from bake.io import staging
 if not {exchanges}:
     staging.exchange = lambda *_: False
 steps = left = 0
@@ -122,7 +123,7 @@ def test_a_full_disk_leaves_it_as_it_was(copied, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("bake.staging.sync", full)
+        patched.setattr("bake.io.staging.sync", full)
         assert main(["rescale", str(copied), "-m", "2"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -5,9 +5,9 @@ import torch
 from conftest import HIDDEN, LAYERS, read_site
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from bake.model import LoadedModel
+from bake.hooks import captured, steered, submodule
+from bake.models.forward import LoadedModel
 from bake.sites import SITES, LayerStructure
-from bake.steering import captured, steered, submodule
 
 IDS = (1, 40, 50, 60, 70, 80)
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])

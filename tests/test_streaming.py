@@ -13,10 +13,10 @@ from conftest import PROMPTS, TinyModel
 
 from bake.api import export, verify
 from bake.errors import BakeError, UnsupportedError
-from bake.hashing import hash_files
-from bake.model import LoadedModel, compute_logits, load_model
-from bake.prompts import encode, load_tokenizer, make_batches
-from bake.streaming import Placement, choose_placement, hold, parse_max_memory
+from bake.io.hashing import hash_files
+from bake.models.forward import LoadedModel, compute_logits, load_model
+from bake.models.streaming import Placement, choose_placement, hold, parse_max_memory
+from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 MODELS = [
     TinyModel("llama", "bfloat16", sharded=True, tied=True),
@@ -52,8 +52,8 @@ def test_streamed_logits_are_bit_identical(make_model, wanted):
 
 def test_calibration_reads_each_weight_once_and_no_head(make_model):
     from bake.anatomy import examine
-    from bake.model import read_config
-    from bake.norms import measure_norms
+    from bake.models.forward import read_config
+    from bake.strength.norms import measure_norms
 
     directory = make_model(MODELS[0])
     streamed = load_model(directory, placement=Placement({"cpu": 1_000}))
@@ -147,7 +147,7 @@ def test_two_processes_measure_what_one_does(llama, prompts_file, tmp_path):
     """The median too: token norms are gathered, not sums."""
     command = [
         "-m",
-        "bake.cli",
+        "bake.cli.main",
         "calibrate",
         llama,
         "--prompts",

@@ -5,19 +5,20 @@ import json
 import pytest
 import torch
 
-from bake import strength
 from bake.anatomy import examine
-from bake.cli import main
-from bake.coefficients import band_layers, compute_push
-from bake.direction import Direction, load_direction, normalise
-from bake.dose_response import Bounds, measure_sites
-from bake.dose_response.controls import random_direction
+from bake.cli.main import main
+from bake.directions.direction import Direction, load_direction, normalise
 from bake.errors import BakeError
-from bake.model import load_model, read_config
-from bake.prompts import load_tokenizer, read_prompts
-from bake.recipe import Recipe
-from bake.resources import DEMO_DIRECTION, DEMO_MODEL
-from bake.strength import AUTO_MULTIPLIERS, choose_multiplier, read_trial_texts
+from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL
+from bake.models.forward import load_model, read_config
+from bake.pipeline.recipe import Recipe
+from bake.strength.coefficients import band_layers, compute_push
+from bake.sweeps import auto as strength
+from bake.sweeps.auto import AUTO_MULTIPLIERS, choose_multiplier, read_trial_texts
+from bake.sweeps.controls import random_direction
+from bake.sweeps.sweep import measure_sites
+from bake.sweeps.window import Bounds
+from bake.texts.prompts import load_tokenizer, read_prompts
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,13 @@ from loopback_hub import LoopbackHub, run_client
 from safetensors.torch import save_file
 from test_conversion import pickle_weights
 
-from bake import completion
 from bake.api import calibrate, export, verify
-from bake.checkpoint import Checkpoint
-from bake.cli import main
+from bake.checkpoint.checkpoint import Checkpoint
+from bake.cli.main import main
 from bake.errors import BakeError, CheckpointError, EquivalenceError, HubError, UnsupportedError
-from bake.hashing import hash_files
 from bake.hub import publish
+from bake.io.hashing import hash_files
+from bake.pipeline import completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +94,9 @@ def test_a_saved_calibration_takes_the_place_of_measuring(
 ):
     measured = export(str(base), output=tmp_path / "a", direction=direction, prompts=prompts_file)
     norms = calibration(base)
-    monkeypatch.setattr("bake.pipeline.load_base", None)  # the model is not loaded to be measured
+    monkeypatch.setattr(
+        "bake.pipeline.export.load_base", None
+    )  # the model is not loaded to be measured
     read = export(str(base), output=tmp_path / "b", direction=direction, calibration=norms)
     for one, other in zip(measured.push.layers, read.push.layers, strict=True):
         assert one.layer == other.layer
@@ -242,14 +244,14 @@ def test_a_record_that_is_interrupted_leaves_it_unproven_and_can_be_made_again(
     out = tmp_path / "out"
     export(str(base), output=out, direction=direction, calibration=calibration(base), thin=True)
     add_shards(base, out)
-    monkeypatch.setattr("bake.verification.prove", passed)
+    monkeypatch.setattr("bake.lifecycle.verify.prove", passed)
     before = hash_files(out)
 
     def die(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bake.staging.sync", die)
+        patch.setattr("bake.io.staging.sync", die)
         with pytest.raises(KeyboardInterrupt):
             verify(out, base=str(base))
     assert hash_files(out) == before
@@ -359,7 +361,7 @@ def test_from_the_hub_no_weights_are_downloaded(llama, tmp_path, direction, cali
         norms.write_text(json.dumps(values))
 
         def bake(*words: object):
-            arguments = ["-m", "bake.cli", *map(str, words)]
+            arguments = ["-m", "bake.cli.main", *map(str, words)]
             return run_client(hub, arguments, tmp_path, PYTHONPATH=str(ROOT))
 
         done = bake(

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-from bake import trial
 from bake.anatomy import examine
-from bake.cli import main
+from bake.card.figures import draw_norms
+from bake.cli.main import main
 from bake.errors import BakeError
-from bake.evidence import read_evidence
-from bake.figures import draw_norms
-from bake.trial.options import pushable_layers
+from bake.sweeps import options as trial
+from bake.sweeps.evidence import read_evidence
+from bake.sweeps.options import pushable_layers
 
 SMALL = (
     "--control-seeds", "1", "--samples", "1", "--new-tokens", "8", "--multipliers=-1,1,3",
@@ -39,8 +39,8 @@ def run(capsys):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Few texts, so that a whole sweep takes seconds: openings, neutral text, held-out pairs."""
-    from bake.pairs import read_pairs
-    from bake.prompts import read_prompts
+    from bake.texts.pairs import read_pairs
+    from bake.texts.prompts import read_prompts
 
     folder = tmp_path_factory.mktemp("texts")
     for name, count in (("openings", 6), ("neutral-stories", 4)):
@@ -139,7 +139,7 @@ def test_a_sweep_that_is_not_finished_says_so(swept, texts, tmp_path, run, monke
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bake.trial.run.write_pictures", die)
+    monkeypatch.setattr("bake.sweeps.run.write_pictures", die)
     options = ("--direction", "bake-demo", "-o", output, *SMALL, *texts, "--seed", "1")
     with contextlib.suppress(KeyboardInterrupt):
         run("bake-demo", *options)

@@ -9,11 +9,11 @@ from conftest import CONFIGS, FINAL_NORMS, HIDDEN, STRUCTURES
 
 from bake import show_direction
 from bake.anatomy import examine
-from bake.cli import main
-from bake.direction import Direction, direction_bytes, normalise
+from bake.cli.main import main
+from bake.directions.direction import Direction, direction_bytes, normalise
+from bake.directions.logit_lens import compare_directions, find_final_norm, read_tokens
 from bake.errors import BakeError
-from bake.resources import DEMO_NAME
-from bake.unembedding import compare_directions, find_final_norm, read_tokens
+from bake.io.shipped import DEMO_NAME
 
 
 def random_direction(layers=(0, 4), seed=0, site="mlp_out", width=HIDDEN):

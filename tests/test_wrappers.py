@@ -18,15 +18,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from bake.anatomy import examine
 from bake.anatomy.wrappers import fit_sections
 from bake.api import export, verify
-from bake.checkpoint import open_checkpoint
-from bake.coefficients import LayerPush, Push
-from bake.loading import auto_class
-from bake.model import compute_logits, load_model, read_config
-from bake.plan import make_plan
-from bake.prompts import encode, load_tokenizer, make_batches
-from bake.steering import steered
-from bake.streaming import Placement
-from bake.writer import write_config, write_weights
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.loading import auto_class
+from bake.checkpoint.writer import write_config, write_weights
+from bake.hooks import steered
+from bake.models.forward import compute_logits, load_model, read_config
+from bake.models.streaming import Placement
+from bake.plan.plan import make_plan
+from bake.strength.coefficients import LayerPush, Push
+from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 TEXT = {
     "vocab_size": 259,

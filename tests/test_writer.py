@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from test_checkpoint import build_tiny_llama, change_index
 from transformers import AutoModelForCausalLM
 
-from bake import copying
-from bake.checkpoint import open_checkpoint
-from bake.config_text import edit_json
-from bake.copying import copy_file
-from bake.edits import REMOVED, Add, Drop, Merge, Patch, Rename, Transform
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.config_json import edit_json
+from bake.checkpoint.edits import REMOVED, Add, Drop, Merge, Patch, Rename, Transform
+from bake.checkpoint.writer import copy_companions, write_config, write_weights
 from bake.errors import CheckpointError, OutputError
-from bake.hashing import hash_files
-from bake.staging import check_output, staged_directory
-from bake.writer import copy_companions, write_config, write_weights
+from bake.io import copy as copying
+from bake.io.copy import copy_file
+from bake.io.hashing import hash_files
+from bake.io.staging import check_output, staged_directory
 
 ROOT = Path(__file__).parent.parent
 DOWN = "model.layers.{}.mlp.down_proj.weight"
@@ -596,12 +596,12 @@ def test_an_output_that_is_replaced_is_never_absent(tmp_path, monkeypatch):
 
 
 def test_where_nothing_can_be_exchanged_two_renames_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("bake.staging.exchange", lambda *_: False)
+    monkeypatch.setattr("bake.io.staging.exchange", lambda *_: False)
     test_overwriting_replaces_only_at_the_end(tmp_path)
 
 
 def test_a_failed_swap_puts_the_old_output_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("bake.staging.exchange", lambda *_: False)
+    monkeypatch.setattr("bake.io.staging.exchange", lambda *_: False)
     output = tmp_path / "output"
     output.mkdir()
     (output / "config.json").write_text("old")
@@ -713,10 +713,10 @@ WRITE_AND_HANG = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from bake.checkpoint import open_checkpoint
-from bake.edits import Transform
-from bake.staging import staged_directory
-from bake.writer import write_weights
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.edits import Transform
+from bake.io.staging import staged_directory
+from bake.checkpoint.writer import write_weights
 
 def hang(tensor):
     print("writing", flush=True)
@@ -783,7 +783,7 @@ def test_an_old_output_that_is_being_removed_is_never_put_back(tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bake.staging.shutil.rmtree", removes_one_and_dies)
+        patch.setattr("bake.io.staging.shutil.rmtree", removes_one_and_dies)
         with pytest.raises(KeyboardInterrupt), staged_directory(output, overwrite=True) as staging:
             (staging / "config.json").write_text("new")
     assert (output / "config.json").read_text() == "new"

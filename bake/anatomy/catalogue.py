@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from bake.anatomy.examination import examine
 from bake.anatomy.routes import SiteRoute
 from bake.anatomy.tables import COMPLETIONS
+from bake.checkpoint.loading import quiet_transformers
 from bake.errors import BakeError, UnsupportedError
-from bake.loading import quiet_transformers
 from bake.sites import SITES
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.routes import ROUTES, SiteRoute
-from bake.engines import (
+from bake.engines.survival import (
     Survival,
     check_engine,
     describe_survivals,

@@ -22,9 +22,9 @@ from bake.anatomy.routes import SiteRoute
 from bake.anatomy.scales import scale_of_real
 from bake.anatomy.structure import combine, find_decoder_layers, find_structure
 from bake.anatomy.twin import TWIN_ERRORS, Twin, one_line, small_config
-from bake.engines import Outline
+from bake.checkpoint.loading import build_on_meta, quiet_transformers, single_thread
+from bake.engines.survival import Outline
 from bake.errors import BakeError, UnsupportedError
-from bake.loading import build_on_meta, quiet_transformers, single_thread
 from bake.sites import SITES, LayerStructure, Slot
 
 if TYPE_CHECKING:

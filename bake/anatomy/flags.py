@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bake.loading import build_on_meta
+from bake.checkpoint.loading import build_on_meta
 
 if TYPE_CHECKING:
     from torch import nn

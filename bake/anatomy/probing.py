@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from bake.hooks import INPUT_NAMES, captured, submodule
 from bake.sites import LayerStructure
-from bake.steering import INPUT_NAMES, captured, submodule
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from bake.anatomy.probing import probe_vector, read_children, uniform_ratio, zeroed
 from bake.anatomy.structure import is_norm
 from bake.errors import UnsupportedError
+from bake.hooks import steered, submodule
 from bake.sites import INPUT_SITES, LayerStructure, capture_location
-from bake.steering import steered, submodule
 
 if TYPE_CHECKING:
     import torch

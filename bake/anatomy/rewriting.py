@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bake.edits import Edit
+from bake.checkpoint.edits import Edit
 from bake.sites import Slot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from bake.checkpoint import Checkpoint
+    from bake.checkpoint.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

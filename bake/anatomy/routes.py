@@ -10,7 +10,7 @@ from bake.anatomy.insertion import Insertion
 from bake.anatomy.rewriting import Rewriter
 from bake.anatomy.slots import SlotKind
 from bake.anatomy.twin import TwinVerdict
-from bake.engines import Outline
+from bake.engines.survival import Outline
 from bake.sites import Slot
 
 RouteName = Literal["native", "flag", "host", "insert"]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.anatomy.probing import probe_vector, read_activation, uniform_ratio
+from bake.hooks import submodule
 from bake.sites import INPUT_SITES, LayerStructure, Slot, capture_location
-from bake.steering import submodule
 
 if TYPE_CHECKING:
     import torch

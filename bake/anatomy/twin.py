@@ -20,14 +20,14 @@ from bake.anatomy.flags import with_flags
 from bake.anatomy.shrink import shrink
 from bake.anatomy.tables import LAYERS, VOCABULARY
 from bake.anatomy.wrappers import prepare_wrapper
+from bake.checkpoint.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
+from bake.checkpoint.quantization import without_quantization
 from bake.errors import UnsupportedError
-from bake.loading import build_model, build_on_meta, load_pretrained, quiet_transformers
-from bake.model import LoadedModel, compute_logits
-from bake.quantization import without_quantization
-from bake.scratch import temporary_directory
+from bake.hooks import steered
+from bake.io.work_directory import temporary_directory
+from bake.models.forward import LoadedModel, compute_logits
+from bake.models.padding import CAUSE, PaddingError, compare_padding, plan_trial
 from bake.sites import LayerStructure, Slot
-from bake.steering import steered
-from bake.support.padding import CAUSE, PaddingError, compare_padding, plan_trial
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from bake.anatomy.rewriting import Rewriter, Rewritten
-    from bake.checkpoint import Checkpoint
-    from bake.prompts import TokenBatch
+    from bake.checkpoint.checkpoint import Checkpoint
+    from bake.texts.prompts import TokenBatch
 
     # From a mask (texts, positions), None for everywhere, to the hooks that add the push there.
     Hooks = Callable[[torch.Tensor | None], AbstractContextManager[None]]
@@ -226,7 +226,7 @@ class Twin:
         """
         import torch
 
-        from bake.checkpoint import open_checkpoint
+        from bake.checkpoint.checkpoint import open_checkpoint
 
         generator = torch.Generator().manual_seed(7)
         push = {layer: torch.randn(self.hidden_size, generator=generator) * 0.5 for layer in layers}
@@ -371,8 +371,8 @@ def _write_rewritten(
     target: Path,
 ) -> None:
     """Write a checkpoint as the writer would the real one, with the push folded in."""
-    from bake.folding import fold_push, place_push
-    from bake.writer import write_config, write_weights
+    from bake.anatomy.folding import fold_push, place_push
+    from bake.checkpoint.writer import write_config, write_weights
 
     target.mkdir()
     edits = tuple(place_push(rewritten, fold_push(rewritten, push)))

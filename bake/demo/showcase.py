@@ -14,15 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake import pipeline
-from bake.loading import single_thread
-from bake.model import LoadedModel, load_model
-from bake.progress import announce
-from bake.prompts import encode, load_tokenizer, read_prompts
-from bake.recipe import Recipe
-from bake.report import describe_export, describe_proven, format_table
-from bake.resources import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME, find_set
-from bake.sampling import (
+from bake.checkpoint.loading import single_thread
+from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME, find_set
+from bake.io.work_directory import temporary_directory
+from bake.models.forward import LoadedModel, load_model
+from bake.models.generation import (
     Tokens,
     bootstrap_interval,
     count_words,
@@ -30,8 +26,12 @@ from bake.sampling import (
     sample_continuations,
     score_continuations,
 )
-from bake.scratch import temporary_directory
-from bake.timing import Stopwatch, peak_memory
+from bake.pipeline import export as pipeline
+from bake.pipeline.recipe import Recipe
+from bake.report import describe_export, describe_proven, format_table
+from bake.support.progress import announce
+from bake.support.timing import Stopwatch, peak_memory
+from bake.texts.prompts import encode, load_tokenizer, read_prompts
 
 if TYPE_CHECKING:
     import numpy as np

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bake.checkpoint.loading import load_pretrained
 from bake.demo.grammar import Document, generate_documents, iterate_documents
-from bake.loading import load_pretrained
 
 BEGINNING, END, PADDING = "<s>", "</s>", "<pad>"
 MAX_LENGTH = 256  # Tokens; documents have about 90, the longest fewer than 200.

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bake.errors import HubError
-from bake.hashing import is_hidden
 from bake.hub.errors import LOG_IN, one_line, translated
+from bake.io.hashing import is_hidden
 
 # What a repository may hold and still count as empty: the Hub's own first commit, or a stub card.
 STUB_FILES = frozenset({"README.md"})

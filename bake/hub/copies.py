@@ -14,7 +14,7 @@ from typing import Any
 from bake.errors import HubError
 from bake.hub.errors import is_refusal, translated
 from bake.hub.manifest import Manifest
-from bake.progress import announce
+from bake.support.progress import announce
 
 
 @dataclass(frozen=True)

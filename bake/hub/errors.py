@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bake.errors import HubError
-from bake.secrecy import without_secrets
+from bake.redaction import without_secrets
 
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a write token from https://huggingface.co/settings/tokens"
 

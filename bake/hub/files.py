@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bake.errors import HubError
-from bake.hashing import is_hidden
 from bake.hub.errors import translated
 from bake.hub.manifest import OutgoingFile
+from bake.io.hashing import is_hidden
 
 
 def remote_files(api: Any, repo_id: str, commit: str) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import HubError
-from bake.hashing import hash_files, list_files
 from bake.hub.errors import one_line
 from bake.io.foreign_json import read_json
+from bake.io.hashing import hash_files, list_files
 
 REQUIRED_FILES = ("config.json", "bake.json", "README.md")
 

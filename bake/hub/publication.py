@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import HubError
-from bake.hashing import is_hidden
 from bake.hub.access import check_access, model_info, open_api, require_ours, require_private
 from bake.hub.copies import Origin, find_origins, require_on_disk
 from bake.hub.errors import one_line, translated
 from bake.hub.files import difference, differences, remote_files, require_arrival
 from bake.hub.manifest import Manifest, measure, read_manifest
 from bake.hub.rights import check_card, check_rights
-from bake.progress import announce
-from bake.secrecy import without_secrets
+from bake.io.hashing import is_hidden
+from bake.redaction import without_secrets
+from bake.support.progress import announce
 
 DEFAULT_MESSAGE = "Publish the baked model"
 

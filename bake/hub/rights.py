@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bake.checkpoint.front_matter import check_front_matter
+from bake.checkpoint.licences import find_objections
 from bake.errors import BakeError, HubError
-from bake.front_matter import check_front_matter
 from bake.hub.access import model_info, open_api
 from bake.hub.manifest import Manifest
-from bake.licences import find_objections
 
 
 def check_rights(

@@ -18,8 +18,8 @@ from typing import Any
 from bake.errors import BakeError, CheckpointError
 from bake.io.foreign_json import read_json
 from bake.io.foreign_paths import leads_out
+from bake.io.output_files import RESULT_FILE
 
-RESULT_FILE = "bake.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_FOLDERS = ("models--", "datasets--", "spaces--")
 

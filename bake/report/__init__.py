@@ -15,7 +15,7 @@ from bake.report.directions import (
     describe_set,
     describe_sets,
 )
-from bake.report.tables import format_table
+from bake.support.tables import format_table
 
 __all__ = [
     "describe_anatomy",

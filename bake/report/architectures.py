@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from bake.engines import describe_survivals
-from bake.report.tables import format_table
+from bake.engines.survival import describe_survivals
 from bake.sites import DESCRIPTIONS, SITES
+from bake.support.tables import format_table
 from bake.support.text import list_numbers
 
 if TYPE_CHECKING:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bake.loading import auto_class
-from bake.report.tables import format_table
+from bake.checkpoint.loading import auto_class
+from bake.support.tables import format_table
 
 if TYPE_CHECKING:
-    from bake.cost import Estimate
-    from bake.direction import Direction
-    from bake.equivalence import Equivalence
-    from bake.pipeline import Export
-    from bake.thin import ThinExport
+    from bake.directions.direction import Direction
+    from bake.pipeline.estimate import Estimate
+    from bake.pipeline.export import Export
+    from bake.pipeline.thin import ThinExport
+    from bake.proof.equivalence import Equivalence
 
 SHOWN_SHARDS = 4
 

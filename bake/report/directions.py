@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bake.report.tables import format_table
+from bake.support.tables import format_table
 
 if TYPE_CHECKING:
-    from bake.direction import Direction
-    from bake.norms import ActivationNorms
-    from bake.prompt_sets import PromptSet, ShownSet
-    from bake.separation import Separation
-    from bake.unembedding import Reading
+    from bake.directions.direction import Direction
+    from bake.directions.logit_lens import Reading
+    from bake.directions.separation import Separation
+    from bake.strength.norms import ActivationNorms
+    from bake.texts.shipped import PromptSet, ShownSet
 
 
 def describe_direction(direction: Direction, separation: Separation | None) -> str:

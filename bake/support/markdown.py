@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from markupsafe import Markup
 
-from bake.secrecy import without_secrets
+from bake.redaction import without_secrets
 from bake.support.text import escape_markdown, one_line, steers
 
 MAX_TEXT = 2000  # characters of one value on a card

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from bake.secrecy import without_secrets
+from bake.redaction import without_secrets
 
 MAX_SHOWN = 200
 MAX_MESSAGE = 1400

@@ -14,7 +14,7 @@ from typing import Any
 
 from bake.errors import PromptError
 from bake.io.foreign_json import parse_json, read_bounded
-from bake.progress import announce
+from bake.support.progress import announce
 
 MAX_BYTES = 200_000_000  # of a file
 MAX_LINE = 10_000_000  # of a line of JSONL

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from bake.anatomy.hosts import aria, bamba, granite, hy_v3, llama, smollm3
 from bake.anatomy.hosts.configs import remark_on_window
-from bake.anatomy.hosts.conversion import Conversion, HostRewriter
 from bake.anatomy.hosts.names import STEM
+from bake.anatomy.hosts.re_express import Conversion, HostRewriter
 from bake.anatomy.wrappers import text_key
-from bake.quantization import without_quantization
+from bake.checkpoint.quantization import without_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.hosts.configs import lost_rotation, lost_window, stated_head_size
-from bake.anatomy.hosts.conversion import Computed, Conversion, Merged, Shape
+from bake.anatomy.hosts.re_express import Computed, Conversion, Merged, Shape
 
 if TYPE_CHECKING:
     import torch

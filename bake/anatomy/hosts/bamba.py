@@ -15,8 +15,8 @@ from bake.anatomy.hosts.configs import (
     rotary_share,
     stated_head_size,
 )
-from bake.anatomy.hosts.conversion import Computed, Conversion, Shape
 from bake.anatomy.hosts.phi3 import LONG_CONTEXT_KEY, remark_on_long_context, split_fused
+from bake.anatomy.hosts.re_express import Computed, Conversion, Shape
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.hosts.configs import lost_rotation, lost_window
-from bake.anatomy.hosts.conversion import Conversion
 from bake.anatomy.hosts.phi3 import LONG_CONTEXT_KEY, remark_on_long_context, split_fused
+from bake.anatomy.hosts.re_express import Conversion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bake.disk_names import DiskNames
-from bake.loading import build_on_meta
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.names import DiskNames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from bake.checkpoint import Checkpoint
+    from bake.checkpoint.checkpoint import Checkpoint
 
 STEM, HEAD, NORM = "model.", "lm_head.weight", "model.norm.weight"
 

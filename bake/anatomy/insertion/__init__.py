@@ -13,8 +13,8 @@ from bake.anatomy.insertion.filling import Filling, propose_fillings
 from bake.anatomy.insertion.growth import plan_growth
 from bake.anatomy.insertion.rewriter import Insertion
 from bake.anatomy.twin import Twin, TwinVerdict
+from bake.checkpoint.loading import build_on_meta
 from bake.errors import BakeError, UnsupportedError
-from bake.loading import build_on_meta
 from bake.sites import LayerStructure
 
 if TYPE_CHECKING:

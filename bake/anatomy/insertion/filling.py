@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.anatomy.flags import FlagEffect, with_flags
-from bake.loading import build_model
+from bake.checkpoint.loading import build_model
+from bake.hooks import captured
 from bake.sites import LayerStructure, Slot
-from bake.steering import captured
 
 if TYPE_CHECKING:
     import torch

@@ -19,11 +19,11 @@ from huggingface_hub.errors import StrictDataclassError
 from bake.anatomy.flags import with_flags
 from bake.anatomy.insertion.filling import Filling, layer_kind
 from bake.anatomy.wrappers import text_key
-from bake.config_text import edit_json
+from bake.checkpoint.config_json import edit_json
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.pretrained import load_config
 from bake.errors import UnsupportedError
-from bake.io.pretrained import load_config
-from bake.loading import build_on_meta
-from bake.scratch import temporary_directory
+from bake.io.work_directory import temporary_directory
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bake.checkpoint import Checkpoint
+from bake.checkpoint.checkpoint import Checkpoint
 from bake.errors import CheckpointError
-from bake.safetensors_file import TensorEntry
+from bake.io.safetensors import TensorEntry
 
 _OTHER_TOWERS = re.compile(r"vision|visual|audio|speech|image|encoder|mtp")
 

@@ -16,17 +16,17 @@ from bake.anatomy.insertion.filling import Filling, set_constant
 from bake.anatomy.insertion.growth import Growth, plan_growth
 from bake.anatomy.insertion.layers_on_disk import find_layers
 from bake.anatomy.rewriting import Rewritten
-from bake.edits import Add, Drop, Edit, Rename, Transform
+from bake.checkpoint.edits import Add, Drop, Edit, Rename, Transform
+from bake.checkpoint.loading import build_on_meta
 from bake.errors import CheckpointError, UnsupportedError
-from bake.loading import build_on_meta
-from bake.safetensors_file import TensorEntry, torch_dtype
+from bake.io.safetensors import TensorEntry, torch_dtype
 from bake.sites import Slot
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-    from bake.checkpoint import Checkpoint
+    from bake.checkpoint.checkpoint import Checkpoint
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Buffers that old checkpoints carry and no model reads: they are computed.

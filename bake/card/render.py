@@ -1,0 +1,229 @@
+"""The story: the model card of a bake and its figures, from the values that the stages returned.
+
+Templates are Jinja files in `model_cards/`, rendered with StrictUndefined: a missing value is an error,
+never an empty place in a published card. What the values say is escaped by default: see
+`bake.support.markdown`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.card.figures import ALTERNATIVES, FIGURES, draw_norms, draw_separation
+from bake.checkpoint import left_out
+from bake.checkpoint.front_matter import compose_front_matter
+from bake.checkpoint.licences import card_lines
+from bake.directions.direction import Direction, direction_bytes
+from bake.directions.separation import parse_separation
+from bake.errors import CheckpointError
+from bake.io.output_files import CARD_FILE, DIRECTION_FILE
+from bake.io.shipped import shipped
+from bake.sites import DESCRIPTIONS
+from bake.support.markdown import (
+    Markdown,
+    cell,
+    code,
+    finalize,
+    format_values,
+    identifier,
+    literal,
+    quoted,
+    sentence,
+)
+from bake.support.text import explain
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from bake.pipeline.decision import Decision
+    from bake.plan.plan import Plan
+    from bake.strength.coefficients import Push
+    from bake.sweeps.evidence import Evidence
+
+CARD_TEMPLATE = "card.md.jinja"
+METHOD_WORDS = {
+    "mean": "the difference of mean activations",
+    "pca": "the first principal component of the differences of activations",
+    "probe": "a linear probe's weights",
+    "optimize": "the push that raises the likelihood of positive over negative completions, optimised",
+}
+
+
+def completion_request(canary: Mapping[str, Any]) -> Markdown:
+    """Return the JSON that asks a server for a canary, fit to stand between single quotes of a shell."""
+    prompt = quoted(canary["prompt"]).replace("'", "\\u0027")
+    return Markdown(f'{{"model": "NAME", "prompt": {prompt}, "max_tokens": 20, "temperature": 0}}')
+
+
+def figure(value: float | None, form: str, factor: float = 1.0) -> Markdown:
+    """Return a figure as text, a dash for one that was not measured."""
+    return Markdown("–") if value is None else format_values(form, factor * value)
+
+
+def interval(values: Mapping[str, float | None] | None, form: str) -> Markdown:
+    """Return a figure with its interval in brackets, a dash for one that was not measured."""
+    if values is None:
+        return Markdown("–")
+    return Markdown("%s [%s, %s]") % tuple(
+        figure(values[key], form) for key in ("value", "low", "high")
+    )
+
+
+def picture(name: str) -> Markdown:
+    """Return a figure of bake's own as an image. Raises CheckpointError for any other name."""
+    stem = name.removeprefix(f"{FIGURES}/").removesuffix(".png")
+    if stem not in ALTERNATIVES or name != f"{FIGURES}/{stem}.png":
+        raise CheckpointError(f"bake.json names a figure {name!r}, which bake does not draw")
+    return Markdown(f"![{ALTERNATIVES[stem]}]({name})")
+
+
+def card_environment() -> Environment:
+    """Return the Jinja environment that the card's template is written for."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(shipped("model_cards")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # That would be HTML's; `finalize` escapes all that is not Markdown yet.
+        finalize=finalize,
+    )
+    environment.filters |= {
+        "cell": cell,
+        "code": code,
+        "figure": figure,
+        "format": format_values,
+        "identifier": identifier,
+        "interval": interval,
+        "json": partial(json.dumps, sort_keys=True, ensure_ascii=False),
+        "literal": literal,
+        "picture": picture,
+        "request": completion_request,
+        "sentence": sentence,
+    }
+    return environment
+
+
+def render_card(values: Mapping[str, Any]) -> str:
+    """Return the card's Markdown. `values` are the keys of `bake.json`, see the template.
+
+    Texts in it are shown and never obeyed: whatever is no number is escaped. Raises CheckpointError
+    where a value is missing or not of its kind, which can only be in a `bake.json` of others.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        # Where a value is missing, the template says which.
+        head = compose_front_matter(values) if "base" in values and "auto_class" in values else ""
+        told = {
+            "front_matter": Markdown(head),
+            "licence_lines": card_lines(values.get("licence") or {}),
+            "left_out_lines": left_out.card_lines(values.get("left_out", ())),
+        }
+        return card_environment().get_template(CARD_TEMPLATE).render({**values, **told})
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"no card can be written from bake.json, for it is not as bake writes it: {explain(error)}"
+        ) from error
+
+
+def write_story(directory: Path, story: Mapping[str, Any], plan: Plan, decision: Decision) -> None:
+    """Write what goes with the weights: the unit vectors, the figures, the card.
+
+    story: the values of `bake.json`, see `bake.pipeline.record.describe_bake`.
+    """
+    site, metadata = plan.route.site, decision.direction.metadata
+    push = decision.push
+    pushed = Direction(
+        {entry.layer: push.directions[entry.layer] for entry in push.layers}, site, metadata
+    )
+    (directory / DIRECTION_FILE).write_bytes(direction_bytes(pushed))
+    draw_figures(directory, push, site, metadata, decision.evidence)
+    card = render_card({**story, **words_for(plan, decision.direction)})
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def draw_figures(
+    directory: Path,
+    push: Push,
+    site: str,
+    metadata: Mapping[str, str],
+    evidence: Evidence | None = None,
+) -> None:
+    """Write `figures/`: the norms with the coefficients, how well the direction separates where its
+    metadata knows, and a sweep's where one is given.
+    """
+    draw_norms(
+        directory / FIGURES / "norms.png",
+        {entry.layer: entry.activation_norm for entry in push.layers},
+        {entry.layer: entry.coefficient for entry in push.layers},
+        site,
+        push.multiplier,
+    )
+    separation = parse_separation(metadata)
+    if separation is not None:
+        accuracy = {entry.layer: (entry.accuracy, *entry.interval) for entry in separation.layers}
+        draw_separation(directory / FIGURES / "separation.png", accuracy)
+    if evidence is not None:
+        evidence.copy_figures(directory)
+
+
+def card_words(
+    site: str,
+    slots: str,
+    plan: Mapping[str, Any],
+    direction: Mapping[str, Any],
+    added_layers: int = 0,
+) -> dict[str, Any]:
+    """Return the phrases that the card needs beside the values of `bake.json`."""
+    known = direction["metadata"]
+    story = f"found at {direction['site']}"
+    how = METHOD_WORDS.get(known.get("method", ""))
+    if how is not None:
+        story += (
+            f" as {how} over {known.get('pairs', '?')} contrast pairs "
+            f"(token position: {known.get('token', '?')})"
+        )
+    if known.get("method") == "sum":
+        story += f": the sum {known['parts']}"
+    if "understood" in known:
+        story += f"; read from another tool's file: {known['understood']}"
+    return {
+        "site_description": DESCRIPTIONS[site],
+        "slots": slots,
+        "separation": parse_separation(known),
+        "orthogonalized": "orthogonalized" in known,
+        "added_layers": added_layers,
+        "config_changes": plan["config_changes"],
+        "config_removed": plan.get("config_removed", []),
+        "direction_story": story,
+    }
+
+
+def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
+    """Return the card's phrases for a bake that is being made."""
+    route = plan.route
+    return card_words(
+        route.site,
+        route.describe(),
+        plan.to_dict(),
+        direction.to_dict(),
+        plan.added_layers,
+    )
+
+
+def words_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the card's phrases, from `bake.json`."""
+    return card_words(
+        recorded["site"],
+        recorded["slot"]["description"],
+        recorded["plan"],
+        recorded["direction"],
+        recorded.get("added_layers", 0),
+    )

@@ -1,0 +1,1 @@
+"""Where a bake survives, and what a server serves."""

@@ -1,0 +1,214 @@
+"""Where a bake survives: what inference engines other than transformers do with its biases.
+
+The facts are data, `facts.toml`, each with the version that it was seen in; what was not checked is
+unknown and never guessed. transformers needs no fact: every bake is proven in it. That an engine runs
+a model at all, fast or in a given dtype, is not its subject.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from bake.errors import UnsupportedError
+
+Verdict = Literal["kept", "dropped", "error", "unknown"]
+
+_FACTS = Path(__file__).with_name("facts.toml")
+_PROVEN_IN = "transformers"
+_PHRASES = {
+    "kept": "survives",
+    "dropped": "is dropped",
+    "error": "does not load",
+    "unknown": "is not known",
+}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an engine sees of a baked checkpoint: its architecture and the parameters that are new to it.
+
+    model_type: the output's, which is a host's where one is used. pushed: names of the parameters that
+    hold the push. created: all that the bake creates; what no push goes to is zero. Names may be whole
+    or begin inside the decoder layer. settings: the config keys by which a host computes what the base did.
+    """
+
+    model_type: str
+    pushed: tuple[str, ...]
+    created: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What one engine does with a bake.
+
+    engine: its key, as `--target` takes it; name and version: as people say them. verdict: `kept`,
+    `dropped` (the engine runs and the push, or a part of it or of the base, is gone), `error` (it does
+    not load) or `unknown`. reason: a phrase without a full stop. seen: how the fact is known.
+    """
+
+    engine: str
+    name: str
+    version: str
+    verdict: Verdict
+    reason: str
+    seen: str
+
+    @property
+    def label(self) -> str:
+        """Name and version."""
+        return f"{self.name} {self.version}"
+
+    def describe(self) -> str:
+        """Say the verdict and its reason as the end of a sentence about a bake."""
+        return f"{_PHRASES[self.verdict]} ({self.reason})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`, where the engine is the key."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "seen": self.seen,
+        }
+
+
+@cache
+def read_facts() -> Mapping[str, Mapping[str, Any]]:
+    """Return `facts.toml`: {engine: its facts}."""
+    return tomllib.loads(_FACTS.read_text(encoding="utf-8"))
+
+
+def engine_names() -> tuple[str, ...]:
+    """Return every engine that `--target` takes, transformers first."""
+    return (_PROVEN_IN, *read_facts())
+
+
+def check_engine(engine: str) -> str:
+    """Return `engine` if `--target` takes it; raise UnsupportedError naming them otherwise."""
+    if engine not in engine_names():
+        raise UnsupportedError(
+            f"unknown target {engine!r}; the engines are {', '.join(engine_names())}"
+        )
+    return engine
+
+
+def survival(
+    engine: str,
+    model_type: str,
+    slots: Iterable[str],
+    new_parameters: Iterable[str] = (),
+    settings: Iterable[str] = (),
+) -> Survival:
+    """Say what an engine does with a checkpoint of `model_type`.
+
+    slots: names of the parameters that hold the push. new_parameters: names of all parameters that the
+    bake creates; those that are no slot are zero, so it does no harm where an engine drops them. settings:
+    see Outline. Raises KeyError for an engine that is not in `engine_names()`.
+    """
+    if engine == _PROVEN_IN:
+        return Survival(engine, engine, version(engine), "kept", "proven by loading it", "run")
+    facts = read_facts()[engine]
+    verdict, reason = _judge(facts, model_type, _in_layer(slots), _in_layer(new_parameters))
+    family = facts["reads"].get(model_type)
+    lost = sorted({*settings} & {*family.get("loses", ())}) if family else []
+    if verdict == "kept" and lost:
+        verdict, reason = (
+            "dropped",
+            f"does not read {', '.join(lost)}, without which it is another model",
+        )
+    seen = f"read: {facts['source']}" if verdict != "unknown" else "not checked"
+    if family is not None:
+        seen = f"{family.get('checked', facts['checked'])}: {family['file']}"
+    return Survival(engine, facts["name"], facts["version"], verdict, reason, seen)
+
+
+def survivals(outline: Outline | None) -> tuple[Survival, ...]:
+    """Say what every engine does with a checkpoint; None: not known before the base is rewritten."""
+    return tuple(survival_of(engine, outline) for engine in engine_names())
+
+
+def survival_of(engine: str, outline: Outline | None) -> Survival:
+    """Say what one engine does with a checkpoint; None: not known before the base is rewritten."""
+    if outline is not None:
+        return survival(
+            engine, outline.model_type, outline.pushed, outline.created, outline.settings
+        )
+    if engine == _PROVEN_IN:
+        return survival(engine, "", ())
+    facts = read_facts()[engine]
+    reason = "the route's parameters are known only when it is planned"
+    return Survival(engine, facts["name"], facts["version"], "unknown", reason, "not checked")
+
+
+def known_types(engine: str) -> list[str]:
+    """Return the model types of which it is known what an engine reads, sorted."""
+    facts = read_facts()[engine]
+    return sorted({*facts["reads"], *facts.get("transformers", ())})
+
+
+def to_values(found: Iterable[Survival]) -> dict[str, Any]:
+    """Return plain values for `bake.json`: {engine: its Survival}."""
+    return {entry.engine: entry.to_dict() for entry in found}
+
+
+def describe_survivals(found: Sequence[Survival], *, brief: bool = False) -> str:
+    """Say in one line where a bake survives and where not. brief: without versions and reasons."""
+    kept = [entry.name if brief else entry.label for entry in found if entry.verdict == "kept"]
+    parts = [f"survives in {', '.join(kept)}"] if kept else ["survives nowhere that is known"]
+    phrases = {"dropped": "dropped by", "error": "does not load in", "unknown": "unknown in"}
+    for verdict, phrase in phrases.items():
+        entries = [entry for entry in found if entry.verdict == verdict]
+        if entries and (brief or verdict == "unknown"):
+            parts.append(f"{phrase} {', '.join(entry.name for entry in entries)}")
+        elif entries:
+            told = (f"{entry.label} ({entry.reason})" for entry in entries)
+            parts.append(f"{phrase} {', '.join(told)}")
+    return "; ".join(parts)
+
+
+def _judge(
+    facts: Mapping[str, Any], model_type: str, pushed: Sequence[str], created: Sequence[str]
+) -> tuple[Verdict, str]:
+    """Return verdict and reason for parameters named inside the layer."""
+    name = facts["name"]
+    if model_type in facts["absent"]:
+        return "error", f"{name} has no code for {model_type}"
+    if model_type in facts.get("transformers", ()):
+        return "kept", "runs transformers' own module"
+    family = facts["reads"].get(model_type)
+    if family is None:
+        return "unknown", f"what {name} does with {model_type} was not checked"
+    if "broken" in family:
+        return "error", str(family["broken"])
+    unread = [slot for slot in pushed if not _reads(family, slot)]
+    beside = [other for other in created if other not in pushed and not _reads(family, other)]
+    verdict: Verdict = family.get("unread", facts["unread"])
+    if unread or (beside and verdict == "error"):
+        how = family.get("how", facts["how"])
+        return verdict, f"no slot for {', '.join(unread or beside)}, {how}"
+    return "kept", f"reads {', '.join(pushed)}"
+
+
+def _reads(family: Mapping[str, Any], name: str) -> bool:
+    """Tell whether an engine reads a parameter; stock weights it reads wherever it has the code."""
+    return not name.endswith("bias") or any(_matches(name, glob) for glob in family["reads"])
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Match a glob whose `*` stands for anything without a dot."""
+    pattern = re.escape(glob).replace(r"\*", r"[^.]*").replace(r"\[", "[").replace(r"\]", "]")
+    return re.fullmatch(pattern, name) is not None
+
+
+def _in_layer(names: Iterable[str]) -> list[str]:
+    """Return names without what comes before and with the layer's index, each once."""
+    return list(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", name, count=1) for name in names))

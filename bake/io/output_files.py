@@ -1,0 +1,3 @@
+"""The files that a bake adds to a checkpoint, by name."""
+
+RESULT_FILE, DIRECTION_FILE, CARD_FILE = "bake.json", "direction.safetensors", "README.md"

@@ -1,0 +1,248 @@
+"""Weights in memory: a checkpoint directory → a model ready to run, with the structure bake needs.
+
+On a CPU everything is computed in float32, whatever the stored dtype: it is more exact, and on
+machines without bfloat16 arithmetic nearly three times as fast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from bake.checkpoint.foreign_config import check_methods, config_errors_named
+from bake.checkpoint.loading import load_pretrained
+from bake.checkpoint.pretrained import load_config
+from bake.errors import BakeError, CheckpointError, PromptError
+from bake.models.streaming import CheckpointWeights, Placement, stream_model
+from bake.support.text import explain_briefly
+from bake.texts.prompts import TokenBatch, position_limit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and what transformers reported while loading it.
+
+    weights: what a streamed model reads from; None where the whole model is in memory.
+    """
+
+    model: nn.Module
+    report: dict[str, list[str]]
+    device: torch.device
+    weights: CheckpointWeights | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream."""
+        config: Any = self.model.config
+        return int(config.get_text_config().hidden_size)
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """Load a checkpoint's config as transformers' class; raise UnsupportedError where it has none."""
+    with config_errors_named(directory):
+        config = load_config(directory)
+        check_methods(config, directory)
+    return config
+
+
+def default_device() -> torch.device:
+    """Return this process's CUDA device where there is one, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    placement: Placement | None = None,
+) -> LoadedModel:
+    """Load a checkpoint directory, whole or (with a placement) with its weights left on disk.
+
+    dtype: "float32", "float16" or "bfloat16"; None means float32 on a CPU and the stored dtype
+    elsewhere. Raises CheckpointError where transformers cannot load it.
+    """
+    import torch
+
+    if placement is not None:
+        with _load_errors_named(directory):
+            streamed, weights, report, main = stream_model(directory, dtype, placement)
+        return LoadedModel(streamed, report, main, weights)
+    device = device or default_device()
+    chosen: Any = (
+        getattr(torch, dtype) if dtype else ("auto" if device.type != "cpu" else torch.float32)
+    )
+    with _load_errors_named(directory):
+        model, report = load_pretrained(directory, dtype=chosen)
+    return LoadedModel(model.eval().to(device), report, device)
+
+
+@contextmanager
+def _load_errors_named(directory: Path) -> Iterator[None]:
+    """Turn whatever loading a stranger's checkpoint raises into one line; running out of memory too."""
+    try:
+        yield
+    except BakeError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot load {directory.name}: {explain_briefly(error)}"
+        ) from None
+
+
+class ForwardBatch(Protocol):
+    """Anything that knows the keyword arguments of a model's forward."""
+
+    def inputs(self, device: Any = "cpu") -> dict[str, torch.Tensor]:
+        """Return them, on a device."""
+        ...
+
+
+B = TypeVar("B", bound=ForwardBatch)
+
+
+class _LayersDone(BaseException):
+    """Raised inside a forward once the last layer that is needed has run."""
+
+
+def run_layers(
+    loaded: LoadedModel,
+    batches: Iterable[B],
+    last: nn.Module,
+    before: Callable[[B], None],
+) -> None:
+    """Run batches through the layers up to and including `last`; no later layer and no LM head runs.
+
+    before(batch) is called ahead of each forward, so that hooks know what they are looking at.
+    """
+    import torch
+
+    def stop(*_: Any) -> None:
+        raise _LayersDone
+
+    with torch.no_grad():
+        for batch in batches:
+            before(batch)
+            handle = last.register_forward_hook(stop)
+            try:
+                loaded.model(**batch.inputs(loaded.device), use_cache=False)
+            except _LayersDone:
+                pass
+            finally:
+                handle.remove()
+
+
+def compute_logits(
+    loaded: LoadedModel, batches: Iterable[TokenBatch], folder: Path | None = None
+) -> list[torch.Tensor]:
+    """Return the logits of every text, in the texts' order: each (positions, vocabulary), float32, CPU.
+
+    With a folder they are memory maps of files there, which the kernel can drop from memory.
+    """
+    import torch
+
+    logits: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for batch in batches:
+            output = loaded.model(**batch.inputs(loaded.device), use_cache=False).logits
+            for row, index in enumerate(batch.indices):
+                kept = batch.attention_mask[row].bool()
+                values = output[row][kept.to(output.device)].float().cpu()
+                logits[index] = values if folder is None else _on_disk(values, folder, index)
+            del output
+    return [logits[index] for index in sorted(logits)]
+
+
+def _on_disk(values: torch.Tensor, folder: Path, index: int) -> torch.Tensor:
+    import torch
+
+    path = folder / f"{index}.logits"
+    mapped = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype)
+    return mapped.view(values.shape).copy_(values)
+
+
+def decode(
+    loaded: LoadedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    choose: Callable[[torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """Continue prompts of one length token by token, with a key-value cache where the model has one.
+
+    prompts: (rows, positions). choose: (logits (rows, vocabulary) float32 on the CPU, step) → (rows,)
+    token ids. Returns (rows, new_tokens) on the CPU. Raises PromptError where the model has too few
+    positions, of which learned ones end in an index error, or on a GPU in worse.
+    """
+    import torch
+
+    limit, length = position_limit(loaded.model.config), prompts.shape[1]
+    if limit is not None and length + new_tokens > limit:
+        raise PromptError(
+            f"a prompt of {length} tokens and {new_tokens} new ones do not fit the model's {limit} "
+            f"positions: shorten one of them"
+        )
+    tokens = prompts.to(loaded.device)
+    chosen: list[torch.Tensor] = []
+    cache: dict[str, Any] = {}
+    with torch.no_grad():
+        for step in range(new_tokens):
+            output = loaded.model(tokens, use_cache=True, **cache)
+            picked = choose(output.logits[:, -1].float().cpu(), step)[:, None]
+            chosen.append(picked)
+            if getattr(output, "past_key_values", None) is None:
+                tokens = torch.cat([tokens, picked.to(loaded.device)], dim=1)
+            else:
+                cache = {"past_key_values": output.past_key_values}
+                tokens = picked.to(loaded.device)
+    return torch.cat(chosen, dim=1)
+
+
+def continue_greedily(
+    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], new_tokens: int
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt, exactly `new_tokens` token ids.
+
+    Prompts of one length go through together.
+    """
+    import torch
+
+    found: dict[int, list[int]] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        rows = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+        tokens = torch.tensor([prompts[index] for index in rows])
+        drawn = decode(loaded, tokens, new_tokens, lambda logits, _step: logits.argmax(dim=-1))
+        found.update(zip(rows, drawn.tolist(), strict=True))
+    return [found[index] for index in range(len(prompts))]
+
+
+def choose_greedily(
+    loaded: LoadedModel, prompts: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Return the most likely token at each place of given continuations, in one forward a prompt.
+
+    It equals the given continuation exactly where the model would have continued so by itself.
+    """
+    import torch
+
+    choices = []
+    with torch.no_grad():
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            ids = torch.tensor([[*prompt, *continuation]], device=loaded.device)
+            logits = loaded.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            choices.append(logits.argmax(dim=-1).tolist())
+    return choices

@@ -1,0 +1,1 @@
+"""The export, top to bottom: recipe, decision, record."""

@@ -1,0 +1,290 @@
+"""What the user wants: the options of `bake export`, from the command line, Python or a YAML file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from bake.anatomy.routes import ROUTES
+from bake.directions.extract import OPTIMIZE
+from bake.directions.optimize import KL_WEIGHT, STEPS
+from bake.engines.survival import check_engine
+from bake.errors import BakeError
+from bake.io.copy import SHARDS
+from bake.io.foreign_yaml import read_yaml
+from bake.plan.destination import Place
+from bake.plan.plan import FLOAT_DTYPES
+from bake.sites import SITES
+from bake.strength.coefficients import DEFAULT_LAW, LAWS, parse_band, parse_coefficients
+from bake.strength.norms import STATISTICS
+
+AUTO = "auto"
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "float": (float, int),
+    "bool": (bool,),
+    "int": (int,),
+    "tuple[str, ...]": (tuple,),
+}
+DEFAULT_BAND = "40:90"
+CHOICES: dict[str, Collection[str]] = {
+    "law": LAWS,
+    "site": (AUTO, *SITES),
+    "direction_site": SITES,
+    "route": ROUTES,
+    "slot": ("norm", "projection"),
+    "statistic": STATISTICS,
+    "dtype": FLOAT_DTYPES,
+    "shards": SHARDS,
+}
+# Options that do nothing without another one.
+_PUBLISHING = ("public", "create_pr", "commit_message", "accept_licence")
+_GIVEN = ("keep_scale", "layer_offset", "direction_site")
+_FINDING = ("method", "token", "chat_template", "from_layer", "seed", "steps", "kl_weight")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides an export. Paths are as the user gave them.
+
+    band: "START:STOP" in per cent of the depth. site: one of the four or "auto". route:
+    "native", "flag", "host", "insert", or "auto", which never adds layers. slot: "norm" or "projection"
+    where a site has both, else None. target: an engine that the bake has to survive in.
+    coefficients: "6=0.5,8=1.0" replaces the law.
+    shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
+    multiplier: a number, or "auto" for the best inside the operating window, for which `held_out` names
+    contrast pairs that the direction was not found from. calibration: a file of `bake calibrate`
+    instead of measuring. sweep: a directory of `bake sweep` whose figures the card shows. thin: write
+    no base shard.
+    direction: a file of any format that `formats` reads; layer_offset is added to the layers that
+    it names, direction_site overrides its site, keep_scale uses its vectors as long as they are. A list
+    of them, each FILE or FILE:STRENGTH, is summed: `added` are those after the first; orthogonalize takes
+    from each what the ones before it hold.
+    method, token, chat_template, held_out, from_layer, seed, steps, kl_weight: how a direction is found
+    from pairs; they mean what they mean in `bake.directions.extract.ExtractionOptions`.
+    """
+
+    model: str
+    output: str
+    direction: str | None = None
+    added: tuple[str, ...] = ()
+    orthogonalize: bool = False
+    pairs: str | None = None
+    layer_offset: int | None = None
+    direction_site: str | None = None
+    keep_scale: bool = False
+    revision: str | None = None
+    multiplier: float | str = 1.0
+    band: str = DEFAULT_BAND
+    law: str = DEFAULT_LAW
+    coefficients: str | None = None
+    site: str = "auto"
+    route: str = "auto"
+    slot: str | None = None
+    target: str | None = None
+    convert_site: bool = False
+    method: str = "mean"
+    token: str = "last"
+    chat_template: str = "auto"
+    held_out: str | None = None
+    from_layer: int | None = None
+    seed: int = 0
+    steps: int = STEPS
+    kl_weight: float = KL_WEIGHT
+    statistic: str = "mean"
+    prompts: str = "neutral"
+    calibration: str | None = None
+    sweep: str | None = None
+    dtype: str | None = None
+    device_map: str | None = None
+    max_memory: str | None = None
+    allow_rounding: bool = False
+    shards: str = "copy"
+    thin: bool = False
+    overwrite: bool = False
+    push_to_hub: str | None = None
+    public: bool = False
+    create_pr: bool = False
+    commit_message: str | None = None
+    accept_licence: bool = False
+
+    @property
+    def place(self) -> Place:
+        """The options on where the push goes."""
+        return Place(**{field.name: getattr(self, field.name) for field in fields(Place)})
+
+    def check(self) -> None:
+        """Raise BakeError for options that contradict each other, before any work starts."""
+        if (self.direction is None) == (self.pairs is None):
+            raise BakeError("give one of --direction FILE and --pairs FILE")
+        if self.thin and (self.direction is None or self.calibration is None):
+            raise BakeError(
+                "--thin reads no weights, so it needs --direction FILE and --calibration FILE (the "
+                "result of bake calibrate)"
+            )
+        self.check_choices()
+
+    def check_choices(self) -> None:
+        """Raise BakeError for options that contradict each other: all that an estimate needs."""
+        if self.direction is not None and self.pairs is not None:
+            raise BakeError("give one of --direction FILE and --pairs FILE")
+        self._check_values()
+        self._check_multiplier()
+        self._check_idle()
+        self._check_direction()
+        if self.thin:
+            self._check_thin()
+
+    def _check_values(self) -> None:
+        """Raise BakeError for a value that an option does not have."""
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                words = name.replace("_", " ")
+                raise BakeError(f"unknown {words} {value!r}; one of {', '.join(known)}")
+        if self.target is not None:
+            check_engine(self.target)
+        parse_band(self.band)
+        if self.coefficients is not None:
+            parse_coefficients(self.coefficients)
+
+    def _check_idle(self) -> None:
+        """Raise BakeError for an option that would do nothing, because of another that is there or not."""
+        optimizes = self.method == OPTIMIZE
+        for names, works, reason in (
+            (_PUBLISHING, self.push_to_hub, "is about publishing; give --push-to-hub REPO_ID with it"),
+            (_GIVEN, self.direction, "is about a given direction; give --direction FILE with it"),
+            (("orthogonalize",), self.added, "is about several directions; repeat --direction"),
+            (_FINDING, self.direction is None, "is about --pairs, and a direction is given"),
+            (("steps", "kl_weight"), optimizes, "is about --method optimize; give it, or leave this out"),
+            (("law", "band"), self.coefficients is None, "has no say beside --coefficients: leave one out"),
+            (
+                ("prompts",),
+                self.calibration is None or optimizes,
+                "is what norms are measured on, and --calibration gives them: leave one out",
+            ),
+        ):  # fmt: skip
+            idle = next((name for name in names if getattr(self, name) != _DEFAULTS[name]), None)
+            if idle is not None and not works:
+                raise BakeError(f"--{idle.replace('_', '-')} {reason}")
+
+    def _check_direction(self) -> None:
+        """Raise BakeError where options on a given direction contradict each other."""
+        if self.added and self.convert_site:
+            raise BakeError(
+                "--convert-site cannot go with several directions; find them at the site that they are "
+                "used at (bake direction --site)"
+            )
+        if self.keep_scale and self.coefficients is not None:
+            raise BakeError("give one of --keep-scale and --coefficients; both say how far to push")
+        if self.keep_scale and self.law != DEFAULT_LAW:
+            raise BakeError(f"--keep-scale takes the place of a law; leave --law {self.law} out")
+        if self.keep_scale and self.convert_site:
+            raise BakeError(
+                "--keep-scale cannot go with --convert-site: a converted direction has no length of "
+                "its own"
+            )
+
+    @property
+    def chooses_multiplier(self) -> bool:
+        """Whether the multiplier is left to a short sweep."""
+        return isinstance(self.multiplier, str)
+
+    def _check_multiplier(self) -> None:
+        """Raise BakeError for a multiplier that steers nothing or is not one."""
+        if isinstance(self.multiplier, str):
+            if self.multiplier != AUTO:
+                raise BakeError(f"multiplier {self.multiplier!r} is neither a number nor auto")
+        elif self.multiplier == 0 or not math.isfinite(self.multiplier):
+            raise BakeError(
+                f"multiplier {abs(self.multiplier):g} steers nothing; give a number such as 1.0"
+            )
+        if self.held_out is not None and self.pairs is None and not self.chooses_multiplier:
+            raise BakeError("--held-out pairs go with --pairs or with --multiplier auto")
+
+    def _check_thin(self) -> None:
+        """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""
+        for option, given, reason in (
+            (
+                "--multiplier auto",
+                self.chooses_multiplier,
+                "the sweep that chooses needs the weights; run bake sweep and give a number",
+            ),
+            ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
+            ("--shards", self.shards != "copy", "no base shard is written"),
+            ("--convert-site", self.convert_site, "the conversion reads the norms' weights"),
+            (
+                "--push-to-hub",
+                self.push_to_hub,
+                "bake publish sends it when it is written; its card says that it is not proven",
+            ),
+        ):
+            if given:
+                raise BakeError(f"--thin cannot go with {option}: {reason}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Recipe)}
+
+
+def read_recipe(
+    path: Path, overrides: Mapping[str, Any], *, without_output: bool = False
+) -> Recipe:
+    """Read a YAML recipe, its keys Recipe's fields; `overrides` (the command line) win.
+
+    Raises BakeError for a file that is no mapping, an unknown key, or a missing model or output.
+    """
+    values = read_yaml(path, error=BakeError, remedy="write lines such as model: org/name")
+    known = {field.name for field in fields(Recipe)}
+    unknown = sorted(str(key) for key in values if key not in known)
+    if unknown:
+        near = get_close_matches(unknown[0].replace("-", "_"), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+        raise BakeError(f"the recipe {path} has an unknown key {unknown[0]!r}; {hint}")
+    return make_recipe({**values, **overrides}, without_output=without_output)
+
+
+def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> Recipe:
+    """Build a Recipe; raise BakeError where model or output is missing.
+
+    without_output: an estimate needs no output; it is empty where none is given.
+    """
+    if without_output:
+        values = {"output": "", **values}
+    needed = ("model",) if without_output else ("model", "output")
+    missing = [name for name in needed if not values.get(name)]
+    if missing:
+        raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    several = values.get("direction")
+    if isinstance(several, list | tuple):
+        first, *others = several or [None]
+        values = {**values, "direction": first, "added": tuple(others)}
+    if isinstance(values.get("added"), list):
+        values = {**values, "added": tuple(values["added"])}
+    if isinstance(values.get("token"), int):
+        values = {**values, "token": str(values["token"])}  # An index of a token, as YAML reads it.
+    for field in fields(Recipe):
+        if field.name in values:
+            _check_type(field.name, values[field.name], str(field.type))
+    return Recipe(**values)
+
+
+def _check_type(name: str, value: Any, declared: str) -> None:
+    """Refuse a value of another type than the field's: YAML reads 40:50 as a number of base 60."""
+    if value is None and declared.endswith("None"):
+        return
+    if value == "" and name != "output":  # An estimate has none.
+        raise BakeError(f"{name} is empty: give a value, or leave it out")
+    expected = tuple(t for name in declared.split(" | ") for t in _TYPES.get(name, ()))
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        hint = f'; write it in quotes, {name}: "40:90"' if name == "band" else ""
+        raise BakeError(
+            f"{name} is {value!r}, not {' or '.join(t.__name__ for t in expected)}{hint}"
+        )

@@ -1,0 +1,1 @@
+"""Every edit, decided before a byte moves."""

@@ -1,0 +1,143 @@
+"""Where the push goes: the site's route, and the layers of the band that it can push."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bake.anatomy import Anatomy, SiteRoute
+from bake.anatomy.insertion import Insertion
+from bake.directions.direction import ABSENT, Direction
+from bake.engines.survival import describe_survivals
+from bake.errors import BakeError, DirectionError, UnsupportedError
+from bake.sites import check_direction_site
+from bake.strength.coefficients import band_layers, band_of, parse_band, parse_coefficients
+from bake.support.progress import announce
+from bake.support.text import list_numbers
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the user says of where a push goes.
+
+    site: one of the four, or "auto". route: "native", "flag", "host", "insert", or "auto", which never adds
+    layers. slot: "norm" or "projection" where a site has both. target: an engine that the bake has to
+    survive in. convert_site: take a residual direction at an input site. band: "START:STOP" in per cent of
+    the depth. coefficients: "6=0.5,8=1.0", which replaces the band.
+    """
+
+    site: str
+    route: str
+    slot: str | None
+    target: str | None
+    convert_site: bool
+    band: str
+    coefficients: str | None
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a push goes. coefficients: {layer: α at m = 1} where the user gave them, else None."""
+
+    route: SiteRoute
+    layers: Sequence[int]
+    coefficients: Mapping[int, float] | None
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self.route.site
+
+
+def choose_destination(anatomy: Anatomy, place: Place, given: Direction | None) -> Destination:
+    """Choose route and layers, and say what was chosen; `given` must have the layers.
+
+    Raises UnsupportedError where nothing exact is left, DirectionError where the direction lacks a layer.
+    """
+    route = choose_route(anatomy, place, given)
+    layers, coefficients = choose_layers(anatomy, place, route)
+    if isinstance(route.rewriter, Insertion):
+        announce(route.rewriter.describe_cost(len(layers)))
+    if given is not None:
+        check_direction(given, layers, anatomy)
+    return Destination(route, layers, coefficients)
+
+
+def check_direction(direction: Direction, layers: Sequence[int], anatomy: Anatomy) -> None:
+    """Raise DirectionError for another width than the model's, or for a layer that it has no vector for."""
+    direction.select([], anatomy.hidden_size)
+    own = [layer for layer in direction.vectors if layer is not None]
+    missing = [layer for layer in layers if own and layer not in own]
+    if missing:
+        band = band_of(own, anatomy.layer_count)
+        reason = f" ({ABSENT})" if missing[0] in direction.absent else ""
+        raise DirectionError(
+            f"the direction has no vector for layer {missing[0]}{reason}; it has {list_numbers(own)}, "
+            f"of the model's {anatomy.layer_count} layers: choose these, "
+            + (f"--band {band}" if band else "by --coefficients, such as 6=0.5,8=1.0")
+        )
+
+
+def choose_route(anatomy: Anatomy, place: Place, given: Direction | None) -> SiteRoute:
+    """Choose the site's route; announce it where the user left it open, and where it survives."""
+    found_at = given.site if given else None
+    route = anatomy.choose(
+        place.site,
+        kind=place.slot,
+        found_at=found_at,
+        target=place.target,
+        route=place.route,
+    )
+    if place.site == "auto" or (place.route == "auto" and route.rewriter is not None):
+        announce(f"site {route.site}: {route.describe()}")
+    announce(describe_survivals(anatomy.survivals(route)))
+    if found_at is not None:
+        note = check_direction_site(found_at, route.site, convert=place.convert_site)
+        if note:
+            announce(note)
+    return route
+
+
+def choose_layers(
+    anatomy: Anatomy, place: Place, route: SiteRoute
+) -> tuple[Sequence[int], dict[int, float] | None]:
+    """Return the pushed layers and, where the user gave them, their coefficients at m = 1.
+
+    Layers of the band that the route cannot push are left out, and announced; a layer that the user
+    named is refused. Raises BakeError.
+    """
+    if place.coefficients is None:
+        band = band_layers(anatomy.layer_count, parse_band(place.band))
+        return layers_within(band, route.site, route.layers), None
+    explicit = parse_coefficients(place.coefficients)
+    beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
+    if beyond:
+        raise BakeError(
+            f"the coefficients name layer {beyond[0]}; the model has layers 0 to "
+            f"{anatomy.layer_count - 1}"
+        )
+    unable = sorted(explicit.keys() - set(route.layers))
+    if unable:
+        raise UnsupportedError(
+            f"the coefficients name layer {unable[0]}, which cannot take a push at {route.site}; "
+            f"layers that can: {list_numbers(route.layers)}"
+        )
+    return sorted(explicit), explicit
+
+
+def layers_within(band: range, site: str, layers: Sequence[int]) -> Sequence[int]:
+    """Return the layers of a band that can take a push at the site; announce those that cannot."""
+    able = [layer for layer in band if layer in layers]
+    if len(able) == len(band):
+        return band
+    if not able:
+        raise UnsupportedError(
+            f"no layer of the band ({list_numbers(band)}) can take a push at {site}; "
+            f"layers that can: {list_numbers(layers)}; choose a --band that holds some"
+        )
+    unable = [layer for layer in band if layer not in layers]
+    announce(
+        f"{site} is exact in layers {list_numbers(able)} of the band; "
+        f"layers {list_numbers(unable)} cannot take a push there and are left as they are"
+    )
+    return able

@@ -1,0 +1,1 @@
+"""Hooked equals baked: what is run, how it is judged."""

@@ -1,0 +1,1 @@
+"""How far each layer is pushed: norms and the laws that scale by them."""

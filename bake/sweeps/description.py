@@ -1,0 +1,66 @@
+"""What `bake sweep` says on the terminal: the curve, chance beside it, the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bake.support.tables import format_table
+from bake.sweeps.findings import compare_laws
+from bake.sweeps.points import Point
+from bake.sweeps.results import Trial
+
+
+def describe(trial: Trial) -> str:
+    """Return what a person reads: the curve, chance beside it, the window."""
+    found = trial.found
+    scored = any(point.score for point in found.points)
+    rows = [_row(point, scored=scored) for point in found.points if point.arm.kind != "random"]
+    header = (
+        "arm", "shift [95 %]", "pairs", "words", "text's ppl", "neutral ppl", "KL p95", "repeats",
+        *["score"] * scored,
+    )  # fmt: skip
+    parts = [
+        f"{trial.base.to_dict()['id']}: {len(found.points)} arms, "
+        f"{len(found.samples)} openings, held-out pairs in nats a token",
+        "",
+        format_table(header, rows),
+        "",
+    ]
+    if found.specificity is not None:
+        parts.append(found.specificity.describe())
+    parts += [window.describe() for window in found.windows]
+    costs = found.laws_at_equal_shift()
+    if len(costs) > 1:
+        parts.append(f"at equal shift, {compare_laws(costs)}")
+    if trial.attribution is not None:
+        parts += ["", trial.attribution.describe()]
+    parts += ["", f"written to {trial.output}: {', '.join(_written(trial.output))}"]
+    if any(variant.injection == "last-token" for variant in found.design.variants):
+        parts.append("last-token injection is there to compare with; no weights can do it")
+    return "\n".join(parts)
+
+
+def _written(output: Path) -> Sequence[str]:
+    return sorted(
+        path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()
+    )
+
+
+def _row(point: Point, *, scored: bool) -> tuple[str, ...]:
+    def ratio(value: Any) -> str:
+        return f"× {value.value:.3g}" if value else "-"
+
+    shift, accuracy = point.shift, point.accuracy
+    return (
+        point.arm.name,
+        f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]" if shift else "-",
+        f"{accuracy.value:.0%}" if accuracy else "-",
+        ratio(point.target_ratio),
+        ratio(point.fluency_ratio),
+        ratio(point.neutral_ratio),
+        f"{point.neutral_kl['p95'].value:.3f}" if point.neutral_kl else "-",
+        f"{point.repetition.value:.1%}" if point.repetition else "-",
+        *[f"{point.score.value:.3g}" if point.score else "-"] * scored,
+    )

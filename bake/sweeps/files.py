@@ -1,0 +1,83 @@
+"""The directory of a sweep: report.json, figures, and a page where it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bake.card.figures import FIGURES, draw_dose_response, draw_norms
+from bake.errors import OutputError
+from bake.sweeps.page import render_page
+from bake.sweeps.results import Trial
+from bake.sweeps.store import MEASUREMENTS_FILE, REPORT_FILE
+
+PAGE_FILE, PARTIAL = "index.html", ".partial"
+
+
+def prepare_directory(output: Path) -> Path:
+    """Make the directory; one that holds something else than a sweep is left alone."""
+    known = {MEASUREMENTS_FILE, REPORT_FILE, PAGE_FILE, FIGURES}
+    known |= {name + PARTIAL for name in (REPORT_FILE, PAGE_FILE)}
+    try:
+        if output.is_dir():
+            strange = sorted({entry.name for entry in output.iterdir()} - known)
+            if strange:
+                raise OutputError(
+                    f"{output} holds {strange[0]}, which is no sweep's: give another --output"
+                )
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be made: {error.strerror or error}") from None
+    return output
+
+
+def write_report(trial: Trial, *, complete: bool) -> None:
+    """Write report.json, whole or not at all. complete: whether everything in it was measured."""
+    values = {**trial.report(), "complete": complete}
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    with _writing(trial.output):
+        _write(trial.output / REPORT_FILE, text)
+
+
+def write_pictures(trial: Trial, *, html: bool) -> None:
+    """Write the figures, and the page where it is asked for; an earlier sweep's go."""
+    figures, page = trial.output / FIGURES, trial.output / PAGE_FILE
+    found = trial.found
+    with _writing(trial.output):
+        drawn = [
+            draw_norms(
+                figures / "norms.png",
+                found.norms,
+                found.coefficients,
+                found.design.variants[0].site,
+            ),
+            draw_dose_response(figures / "dose-response.png", found),
+        ]
+        if trial.attribution is not None:
+            drawn.append(trial.attribution.draw(figures / "layers.png"))
+        for path in figures.glob("*.png"):
+            if path not in drawn:
+                path.unlink()
+        if html:
+            _write(page, render_page(trial))
+        else:
+            page.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{output} cannot be written: {error.strerror or error}; what was measured is kept, so the "
+            f"same command goes on from there"
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

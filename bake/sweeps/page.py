@@ -1,0 +1,88 @@
+"""The page of a sweep: one HTML file that holds its figures and its samples side by side."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bake.card.figures import alternative
+from bake.io.shipped import shipped
+from bake.models.generation import WORD
+from bake.sweeps.findings import compare_laws
+from bake.sweeps.points import Point
+from bake.sweeps.results import Trial
+from bake.sweeps.window import Window
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+TEMPLATE = "sweep.html.jinja"
+
+
+def render_page(trial: Trial) -> str:
+    """Return the page; the figures must have been drawn. Everything in it is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(shipped("model_cards")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found = trial.found
+    words = trial.texts.words
+    environment.filters["marked"] = lambda text: mark_words(text, words)
+    costs = found.laws_at_equal_shift()
+    curve = found.curve()
+    written = [point.arm.name for point in curve if point.fluency is not None]
+    return environment.get_template(TEMPLATE).render(
+        title=f"{trial.base.to_dict()['id']}, steered",
+        base=trial.base.to_dict(),
+        direction=trial.direction.to_dict(),
+        variant=found.design.variants[0],
+        design=found.design,
+        points=curve,
+        others=[p for p in found.points if p.arm.kind != "random" and p not in curve],
+        controls=found.controls,
+        windows=found.windows,
+        specificity=found.specificity,
+        costs=costs,
+        costs_sentence=compare_laws(costs),
+        figures=[
+            {"alt": alternative(path), "data": _encode(path)}
+            for path in sorted((trial.output / "figures").glob("*.png"))
+        ],
+        arms=written,
+        inside={point.arm.name for point in curve if _is_inside(point, found.windows)},
+        words=words,
+        instruction=found.design.instruction,
+        last_token=any(v.injection == "last-token" for v in found.design.variants),
+        samples=found.samples,
+        attribution=trial.attribution,
+    )
+
+
+def mark_words(text: str, words: Collection[str]) -> Markup:
+    """Return text as HTML, escaped, with the target words marked."""
+    from markupsafe import Markup, escape
+
+    pieces, end = [], 0
+    for match in WORD.finditer(text):
+        if match[0].lower() in words:
+            pieces += [escape(text[end : match.start()]), Markup("<mark>%s</mark>") % match[0]]
+            end = match.end()
+    return Markup("").join([*pieces, escape(text[end:])])
+
+
+def _is_inside(point: Point, windows: Sequence[Window]) -> bool:
+    """Tell whether a point lies in the operating window; the base does."""
+    size = point.arm.multiplier
+    edges = [window.largest for window in windows if window.largest is not None]
+    return min([0.0, *edges]) <= size <= max([0.0, *edges])
+
+
+def _encode(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

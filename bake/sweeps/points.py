@@ -1,0 +1,62 @@
+"""What a sweep says of one arm: figures with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bake.sweeps.arms import Arm
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return plain values; None for what is no number, which JSON cannot hold."""
+        values = {"value": self.value, "low": self.low, "high": self.high}
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one arm does. Ratios are to the unsteered base; nats are per token; None: not measured.
+
+    shift: mean over pairs of (log p(positive) − log p(negative)) per token, less the base's. accuracy:
+    share of pairs whose positive completion is the likelier. target_share: of the words of sampled
+    text; target_ratio is None where the base never writes one. fluency: perplexity of sampled text
+    under the base. repetition: share of 3-grams that occurred before in their text. on_axis, opposite,
+    neutral: perplexity of those texts under the arm. neutral_kl, rollout_kl: {mean, p95, p99}.
+    """
+
+    arm: Arm
+    shift: Interval | None = None
+    accuracy: Interval | None = None
+    on_axis_ratio: Interval | None = None
+    opposite_ratio: Interval | None = None
+    neutral_ratio: Interval | None = None
+    neutral_kl: Mapping[str, Interval] = field(default_factory=dict)
+    target_share: Interval | None = None
+    target_ratio: Interval | None = None
+    fluency: Interval | None = None
+    fluency_ratio: Interval | None = None
+    repetition: Interval | None = None
+    rollout_kl: Mapping[str, Interval] = field(default_factory=dict)
+    score: Interval | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `report.json`."""
+        values: dict[str, Any] = self.arm.to_dict()
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Interval):
+                values[name] = value.to_dict()
+            elif isinstance(value, Mapping):
+                values[name] = {key: entry.to_dict() for key, entry in value.items()}
+        return values

@@ -1,0 +1,122 @@
+"""`bake sweep`: a model, a direction and texts → measurements, figures and a page in one directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bake.anatomy.base import Base, load_base, open_base
+from bake.directions.direction import Direction
+from bake.directions.formats import fit_direction, read_direction
+from bake.errors import BakeError
+from bake.models.streaming import choose_placement
+from bake.support import processes
+from bake.support.progress import announce
+from bake.support.timing import Stopwatch, peak_memory
+from bake.sweeps.attribution import attribute
+from bake.sweeps.design import Design
+from bake.sweeps.files import prepare_directory, write_pictures, write_report
+from bake.sweeps.measurements import Texts
+from bake.sweeps.options import (
+    TrialOptions,
+    check_numbers,
+    load_scorer,
+    make_design,
+    pushable_layers,
+    read_texts,
+)
+from bake.sweeps.results import Trial
+from bake.sweeps.store import Store
+from bake.sweeps.sweep import measure_sites, run_sweep
+from bake.sweeps.window import Bounds
+from bake.texts.pairs import describe_template
+from bake.texts.prompts import load_tokenizer, read_prompts
+from bake.version import __version__
+
+
+def sweep(options: TrialOptions) -> Trial:
+    """Run a sweep and write its directory; see `bake sweep --help`.
+
+    The directory keeps what is measured as it is made: the same command again goes on from there.
+    Raises a BakeError that names what is wrong.
+    """
+    if processes.count() > 1:
+        raise BakeError("bake sweep runs in one process; start it without accelerate launch")
+    clock = Stopwatch()
+    check_numbers(options)
+    texts = read_texts(options)
+    prompts = read_prompts(options.prompts)
+    placement = choose_placement(options.device_map, options.max_memory)
+    scorer = load_scorer(options.scorer)
+    file = read_direction(options.direction)
+    base = open_base(options.model, options.revision, clock)
+    direction, notes = fit_direction(
+        file,
+        options.direction,
+        hidden_size=base.anatomy.hidden_size,
+        layer_count=base.anatomy.layer_count,
+    )
+    for note in notes:
+        announce(note)
+    design = make_design(options, base.anatomy, direction)
+    output = prepare_directory(Path(options.output))
+    with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
+        tokenizer = load_tokenizer(base.checkpoint.directory)
+        template = describe_template(tokenizer, texts.pairs, texts.chat_template)
+        with clock.stage("load"):
+            loaded = load_base(base.checkpoint, placement)
+        given = loaded, base.anatomy.structure, tokenizer
+        layer_count = base.anatomy.layer_count
+        with clock.stage("calibrate"):
+            sites = pushable_layers(base.anatomy, [variant.site for variant in design.variants])
+            norms = measure_sites(*given, sites, prompts, store.keep)
+        with clock.stage("sweep"):
+            swept = run_sweep(
+                *given, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
+            )
+            for found in swept:
+                trial = Trial(output, base, direction, found, texts, template)
+                write_report(trial, complete=False)
+        if options.by_layer:
+            with clock.stage("by layer"):
+                attribution = attribute(
+                    *given,
+                    direction,
+                    design.variants[0],
+                    texts,
+                    norms,
+                    layer_count,
+                    each=store.each,
+                )
+            trial = replace(trial, attribution=attribution)
+        with clock.stage("report"):
+            write_pictures(trial, html=options.html)
+            write_report(trial, complete=True)
+    return replace(trial, timings=clock.seconds, peak_memory=peak_memory())
+
+
+def fingerprint_of(
+    base: Base, direction: Direction, design: Design, texts: Texts, prompts: Sequence[str]
+) -> str:
+    """Return a hash of everything that decides what is measured.
+
+    Words, a scorer and bounds are not in it: they judge what was measured. A local model is known by its
+    files' sizes and times.
+    """
+    source = base.checkpoint.source
+    stats = [(path.name, path.stat()) for path in sorted(source.iterdir()) if path.is_file()]
+    values = {
+        "bake": __version__,
+        "log": 2,  # Its lines have numbers.
+        "base": base.to_dict(),
+        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "direction": {str(layer): vector.tolist() for layer, vector in direction.vectors.items()},
+        "design": asdict(replace(design, bounds=Bounds())),
+        "texts": [[asdict(pair) for pair in texts.pairs], texts.neutral, texts.openings],
+        "chat template": texts.chat_template,
+        "prompts": list(prompts),
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""One load of the model, every arm measured, one account of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bake.directions.direction import Direction
+from bake.models.forward import LoadedModel
+from bake.sites import LayerStructure
+from bake.strength.norms import measure_norms
+from bake.support.progress import announce
+from bake.sweeps.arms import Arm
+from bake.sweeps.design import Design, compute_variant_push, make_arms
+from bake.sweeps.findings import DoseResponse
+from bake.sweeps.measurements import (
+    Each,
+    Measurements,
+    Sampling,
+    Scorer,
+    Texts,
+    measure_each,
+    measure_neutral,
+    measure_pairs,
+    measure_rollouts,
+)
+from bake.sweeps.summary import summarise
+from bake.sweeps.window import find_windows
+from bake.texts.prompts import batch_prompts
+
+KEPT_SAMPLES = 12  # openings whose continuations the report shows
+
+
+def measure_sites(
+    loaded: LoadedModel,
+    structure: LayerStructure,
+    tokenizer: Any,
+    sites: Mapping[str, Sequence[int]],
+    prompts: Sequence[str],
+    keep: Callable[[str, Callable[[], Any]], Any] = lambda _stage, measure: measure(),
+) -> dict[str, dict[int, float]]:
+    """Return {site: {layer: μ_l}}. sites: the layers that can be pushed at each site.
+
+    keep: returns what was measured before, or what the function that it is given measures, such as
+    `Store.keep`.
+    """
+
+    def measure() -> dict[str, dict[int, float]]:
+        batches = batch_prompts(tokenizer, prompts, loaded.model.config)
+        return {
+            site: measure_norms(loaded, structure, site, batches, layers).values()
+            for site, layers in sites.items()
+        }
+
+    norms = keep("norms", measure)
+    # JSON knows no other keys than text.
+    return {site: {int(k): value for k, value in norms[site].items()} for site in sites}
+
+
+def run_sweep(
+    loaded: LoadedModel,
+    structure: LayerStructure,
+    tokenizer: Any,
+    direction: Direction,
+    design: Design,
+    texts: Texts,
+    norms: Mapping[str, Mapping[int, float]],
+    layer_count: int,
+    *,
+    each: Callable[[str], Each] = lambda _stage: measure_each,
+    scorer: Scorer | None = None,
+) -> Iterator[DoseResponse]:
+    """Measure every arm; yield what was found after each of the three measurements.
+
+    norms: from `measure_sites`. each: stage → what measures its texts, such as `Store.each`.
+    """
+    arms = make_arms(direction, design, norms, layer_count, loaded.hidden_size)
+    sampled = [arm for arm in arms if arm.kind != "random"]
+    given = loaded, structure, tokenizer
+    first = design.variants[0]
+    push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
+    strongest = push.at(max(design.multipliers, key=abs))
+    if strongest.warning:
+        announce(strongest.warning)
+    measured: dict[str, Measurements] = {}
+
+    def account() -> DoseResponse:
+        points = summarise(arms, measured, tokenizer, texts, design.sampling, scorer)
+        samples = _collect_samples(sampled, measured, texts, tokenizer, design.sampling)
+        found = DoseResponse(
+            points,
+            (),
+            dict(norms[first.site]),
+            {entry.layer: entry.coefficient for entry in push.layers},
+            design,
+            tuple(samples),
+        )
+        return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
+
+    measured["pairs"] = measure_pairs(
+        *given, arms, texts.pairs, each("pairs"), chat_template=texts.chat_template
+    )
+    yield account()
+    measured["neutral"] = measure_neutral(*given, arms, texts.neutral, each("neutral"))
+    yield account()
+    measured["rollouts"] = measure_rollouts(
+        *given, sampled, texts.openings, design.sampling, each("rollouts")
+    )
+    yield account()
+
+
+def _collect_samples(
+    arms: Sequence[Arm],
+    measured: Mapping[str, Measurements],
+    texts: Texts,
+    tokenizer: Any,
+    sampling: Sampling,
+) -> Iterator[dict[str, Any]]:
+    rollouts = measured.get("rollouts")
+    if rollouts is None:
+        return
+    for index, opening in enumerate(texts.openings[:KEPT_SAMPLES]):
+        written = {
+            arm.name: tokenizer.decode(
+                rollouts[arm.name]["ids"][index * sampling.samples], skip_special_tokens=True
+            )
+            for arm in arms
+        }
+        yield {"opening": opening, "texts": written}

@@ -1,0 +1,95 @@
+"""The operating window: the strengths whose cost stays within bounds, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bake.sweeps.points import Point
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a push may cost: sampled text's perplexity ratio; 95th percentile KL on neutral text, nats."""
+
+    fluency: float = 1.5
+    kl: float = 1.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """The multipliers of one sign that stay within the bounds, from 0 outwards without a gap.
+
+    largest: the largest |m| measured inside, with its sign; None where even the smallest costs too
+    much. best: the m in it with the largest shift that way, or the largest where no shift was measured;
+    None where no shift inside has an interval that lies on that side of 0. reason: what ends the window.
+    """
+
+    sign: int
+    largest: float | None
+    best: float | None
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "text": self.describe()}
+
+    def describe(self) -> str:
+        """Return the window as a sentence."""
+        name = "positive" if self.sign > 0 else "negative"
+        if self.largest is None:
+            return f"no {name} m is within the bounds: {self.reason}"
+        best = (
+            "no shift that way is distinguishable from none"
+            if self.best is None
+            else f"best shift at m = {self.best:+g}"
+        )
+        return f"{name} window: up to m = {self.largest:+g}, {best} ({self.reason})"
+
+
+def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
+    """Yield the window of each sign that the curve has. curve: one variant's points and the base."""
+    for sign in (-1, 1):
+        outwards = sorted(
+            (point for point in curve if point.arm.multiplier * sign > 0),
+            key=lambda point: abs(point.arm.multiplier),
+        )
+        if not outwards:
+            continue
+        inside: list[Point] = []
+        reason = "every strength that was measured is within the bounds"
+        for point in outwards:
+            exceeded = _exceeds(point, bounds)
+            if exceeded:
+                reason = f"m = {point.arm.multiplier:+g}: {exceeded}"
+                break
+            inside.append(point)
+        best = max(
+            (point for point in inside if _moves(point, sign)),
+            key=lambda p: sign * p.shift.value if p.shift else abs(p.arm.multiplier),
+            default=None,
+        )
+        yield Window(
+            sign,
+            inside[-1].arm.multiplier if inside else None,
+            best.arm.multiplier if best else None,
+            reason,
+        )
+
+
+def _moves(point: Point, sign: int) -> bool:
+    """Tell whether a shift's interval lies on the multiplier's side of 0; one not measured may be there."""
+    shift = point.shift
+    return shift is None or (shift.low > 0 if sign > 0 else shift.high < 0)
+
+
+def _exceeds(point: Point, bounds: Bounds) -> str | None:
+    """Say which bound a point breaks; a figure that is not a number breaks it."""
+    ratio = point.fluency_ratio
+    if ratio is not None and not ratio.value <= bounds.fluency:
+        return f"sampled text's perplexity is × {ratio.value:.2f} (bound {bounds.fluency:g})"
+    kl = point.neutral_kl.get("p95")
+    if kl is not None and not kl.value <= bounds.kl:
+        return f"95th percentile KL on neutral text is {kl.value:.2f} nats (bound {bounds.kl:g})"
+    return None
