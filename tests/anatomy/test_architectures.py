@@ -35,7 +35,7 @@ pytestmark = [
     # Of 190 architectures, none of whose warnings is bake's.
     pytest.mark.filterwarnings("ignore"),
 ]
-SURVEY = Path(__file__).parent / "data" / "survey.csv"
+SURVEY = Path(__file__).parents[1] / "data" / "survey.csv"
 WITH_MLP_OUT = 84
 SHARE_OF_CELLS = 0.95
 

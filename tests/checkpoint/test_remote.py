@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import TinyModel
 from loopback_hub import LoopbackHub, Reply, run_client
-from test_conversion import pickle_weights
+from pickled_models import pickle_weights
 
 from bake.checkpoint import remote
 from bake.checkpoint.checkpoint import open_checkpoint
 from bake.errors import CheckpointError
 from bake.io.hashing import hash_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 OPEN = """
 import json, sys

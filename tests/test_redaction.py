@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from conftest import HIDDEN
 from loopback_hub import LoopbackHub, Reply, run_client
 from publishing import REPO_ID, TOKEN, refusal, write_output
 from safetensors.torch import save_file
-from test_road_to_the_hub import ROOT
 
 from bake import export
 from bake.errors import BakeError
 from bake.hub import publish
 from bake.redaction import without_local_paths, without_secrets
 from bake.support.progress import announce
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_addresses_lose_their_passwords_and_texts_the_token(monkeypatch):

@@ -17,7 +17,7 @@ from bake.hub import access, check_access, publish, verify_arrival
 # huggingface_hub's own upload of LFS files uses an argument that its HTTP library is giving up.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import TinyModel
 from loopback_hub import LoopbackHub, run_client
-from safetensors.torch import load_file
+from pickled_models import pickle_weights
 
 from bake.api import export, verify
 from bake.checkpoint.checkpoint import open_checkpoint
@@ -23,7 +23,7 @@ from bake.checkpoint.pickled import read_pickled
 from bake.errors import CheckpointError, OutputError
 from bake.io.hashing import hash_files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -33,37 +33,6 @@ def temporary(tmp_path, monkeypatch):
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     return place
-
-
-def pickle_weights(source: Path, target: Path, shards: int = 1, legacy: bool = False) -> Path:
-    """The checkpoint `source` with its weights as an older transformers left them, ties included."""
-    target.mkdir()
-    for path in source.iterdir():
-        if not path.name.startswith("model"):
-            (target / path.name).write_bytes(path.read_bytes())
-    tensors = {
-        n: t for path in sorted(source.glob("*.safetensors")) for n, t in load_file(path).items()
-    }
-    config = json.loads((source / "config.json").read_text())
-    if config["tie_word_embeddings"]:
-        name = next(
-            name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight"))
-        )
-        tensors["lm_head.weight"] = tensors[name]
-    options = {"_use_new_zipfile_serialization": not legacy}
-    if shards == 1:
-        torch.save(tensors, target / "pytorch_model.bin", **options)
-        return target
-    names = list(tensors)
-    weight_map = {}
-    for number in range(shards):
-        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
-        held = names[number::shards]
-        torch.save({name: tensors[name] for name in held}, target / file, **options)
-        weight_map |= dict.fromkeys(held, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    return target
 
 
 def refusal(directory: Path) -> str:

@@ -26,7 +26,7 @@ from bake.io.safetensors import (
     spec_of,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def build_tiny_llama(directory, *, dtype="float32", sharded=False, tied=False):

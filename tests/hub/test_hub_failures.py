@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from loopback_hub import Reply
 from publishing import REPO_ID, sent_weights, write_output
-from test_hub_copies import BASE, BIG, FILES, record
+from test_copies import BASE, BIG, FILES, record
 
 from bake.errors import HubError
 from bake.hub import publish

@@ -21,7 +21,7 @@ from bake.demo.grammar import (
 )
 from bake.demo.train import Recipe, encode_documents, perplexity, train
 
-CALIBRATION = Path(__file__).parents[1] / "calibration"
+CALIBRATION = Path(__file__).parents[2] / "calibration"
 FRESH_SEED = 31_415_926  # used nowhere else: the text is new to the model
 SIZE_LIMIT = 6_000_000
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from card_values import CARD_VALUES
 from publishing import FILES, REPO_ID, refusal, write_output
 
 from bake.card.render import render_card
@@ -230,10 +231,8 @@ def test_metadata_is_checked_before_anything_is_asked(hub, tmp_path):
 
 
 def test_a_card_of_a_llama_says_so(tmp_path):
-    from test_card import VALUES
-
-    card = render_card({**VALUES, "licence": LLAMA})
+    card = render_card({**CARD_VALUES, "licence": LLAMA})
     assert "**Built with Llama**" in card
     assert read_front_matter(card)["license"] == "llama3.2"
-    check_front_matter(card, {**VALUES, "licence": LLAMA})
-    assert "Built with" not in render_card({**VALUES, "licence": {"license": "mit"}})
+    check_front_matter(card, {**CARD_VALUES, "licence": LLAMA})
+    assert "Built with" not in render_card({**CARD_VALUES, "licence": {"license": "mit"}})

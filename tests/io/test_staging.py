@@ -23,7 +23,7 @@ from bake.hub.manifest import read_manifest
 from bake.io.hashing import hash_files
 from bake.io.staging import changed_directory, staged_directory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Everything is loaded once; a child is forked for every run and kills itself at its n-th step: before it
 # opens a file to write, makes, links, renames or removes one. No time decides where it dies.

@@ -32,7 +32,7 @@ from bake.cli.main import main
 from bake.io.hashing import hash_files
 from bake.io.work_directory import temporary_directory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KILLS = 20  # at random calls; half of them while an old output is replaced
 LAST_CALLS = range(0, 40, 3)
 

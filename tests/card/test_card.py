@@ -7,133 +7,26 @@ import subprocess
 
 import pytest
 import yaml
+from card_values import CARD_VALUES
 from jinja2 import meta
 
 from bake.card.render import CARD_TEMPLATE, card_environment, render_card
 from bake.errors import CheckpointError
 from bake.io.shipped import shipped
 
-VALUES = {
-    "version": 1,
-    "bake_version": "0.1.0",
-    "base": {"id": "org/base", "revision": "0123abc"},
-    "architecture": "LlamaForCausalLM",
-    "auto_class": "AutoModelForCausalLM",
-    "layer_count": 6,
-    "site": "mlp_out",
-    "route": "flag",
-    "law": "inverse-sqrt-d",
-    "multiplier": 1.5,
-    "band": [2, 5],
-    "hidden_size": 64,
-    "layers": [
-        {"layer": 2, "activation_norm": 8.0, "coefficient": 1.5},
-        {"layer": 3, "activation_norm": 16.0, "coefficient": -3.0},
-        {"layer": 4, "activation_norm": 12345.678, "coefficient": 0.00123456},
-    ],
-    "site_description": "the residual stream after the MLP's add",
-    "slots": "mlp.down_proj.bias (created by mlp_bias)",
-    "config_changes": {"mlp_bias": True},
-    "added_layers": 0,
-    "survives": {
-        "vllm": {
-            "name": "vLLM",
-            "version": "0.33.0",
-            "verdict": "kept",
-            "reason": "reads mlp.down_proj.bias",
-            "seen": "read: llama.py",
-        },
-        "sglang": {
-            "name": "SGLang",
-            "version": "0.5.23",
-            "verdict": "dropped",
-            "reason": "no slot for mlp.down_proj.bias, not told in any log",
-            "seen": "read: llama.py",
-        },
-    },
-    "config_removed": [],
-    "separation": None,
-    "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
-    "multiplier_choice": {
-        "reason": "m = 1.5 is the largest shift on 24 held-out pairs within the bounds",
-        "points": [
-            {
-                "multiplier": 1.5,
-                "shift": 0.64,
-                "fluency_ratio": 1.32,
-                "neutral_kl_p95": 0.35,
-            },
-            {"multiplier": 2.0, "shift": None, "fluency_ratio": None, "neutral_kl_p95": None},
-        ],
-    },
-    "sweep": {
-        "texts": {"pairs": 24, "neutral": 40, "openings": 48},
-        "sampling": {"samples": 2, "new_tokens": 40, "temperature": 1.0, "seed": 0},
-        "bounds": {"fluency": 1.5, "kl": 1.0},
-        "counts_words": True,
-        "points": [
-            {
-                "multiplier": 1.5,
-                "shift": {"value": 0.64, "low": 0.6, "high": 0.7},
-                "accuracy": 0.95,
-                "target_ratio": 3.7,
-                "fluency_ratio": 1.32,
-                "neutral_ratio": 1.05,
-                "on_axis_ratio": 0.7,
-                "opposite_ratio": 1.9,
-                "neutral_kl_p95": 0.35,
-                "repetition": 0.012,
-            },
-            {
-                "multiplier": 3.0,
-                "shift": None,
-                "accuracy": None,
-                "target_ratio": None,
-                "fluency_ratio": None,
-                "neutral_ratio": None,
-                "on_axis_ratio": None,
-                "opposite_ratio": None,
-                "neutral_kl_p95": None,
-                "repetition": None,
-            },
-        ],
-        "windows": [
-            {"text": "positive window: up to m = +1.5 (m = +3: too much)"},
-            {"text": "no negative m is within the bounds: m = -1: too much"},
-        ],
-        "specificity": {"text": "at m = 1 it shifts 4.1 × the largest of 8"},
-        "instruction": {"text": "Be kind.", "shift": {"value": 0.2, "low": 0.1, "high": 0.3}},
-        "laws": "sampled text's perplexity is a × 1.1, b × 1.2; a costs the least",
-        "samples": [{"opening": "The day", "base": " was | grey", "steered": " was bright"}],
-        "figures": ["figures/dose-response.png"],
-    },
-    "equivalence": {
-        "mechanism_error": 3.1e-7,
-        "relative_error": 1.3e-3,
-        "representation_error": 0.0017,
-        "tolerance": 5e-3,
-        "max_effect": 4.25,
-        "effect": 2.5,
-        "kl": 1e-6,
-        "top1_agreement": 0.987,
-        "prompts": 16,
-        "stored_dtype": "bfloat16",
-        "loading_info_clean": True,
-        "warnings": ["bfloat16 holds the push to 3.0% only"],
-        "canary": {"prompt": "The day", "base": " was grey", "baked": " was bright"},
-    },
-}
-EQUIVALENCE_KEYS = sorted(VALUES["equivalence"])
+EQUIVALENCE_KEYS = sorted(CARD_VALUES["equivalence"])
 OPTIONAL = {"multiplier_choice", "sweep"}
-TOP_KEYS = sorted(VALUES.keys() - {"version", "architecture", "route", "equivalence"} - OPTIONAL)
+TOP_KEYS = sorted(
+    CARD_VALUES.keys() - {"version", "architecture", "route", "equivalence"} - OPTIONAL
+)
 
 
 def values(**changes):
-    return {**copy.deepcopy(VALUES), **changes}
+    return {**copy.deepcopy(CARD_VALUES), **changes}
 
 
 def equivalence(**changes):
-    return values(equivalence={**VALUES["equivalence"], **changes})
+    return values(equivalence={**CARD_VALUES["equivalence"], **changes})
 
 
 def rows(card, heading):
@@ -334,7 +227,7 @@ def test_added_layers_are_told_with_what_they_cost():
 def test_template_asks_for_nothing_else():
     source = (shipped("model_cards") / CARD_TEMPLATE).read_text(encoding="utf-8")
     assert meta.find_undeclared_variables(card_environment().parse(source)) <= {
-        *VALUES,
+        *CARD_VALUES,
         "directions",
         "orthogonalized",
         "revision",

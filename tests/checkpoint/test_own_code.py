@@ -18,7 +18,7 @@ from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.models.forward import read_config
 from bake.texts.prompts import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OWN = "modeling_own.OwnForCausalLM"
 KERNEL = "kernels-community/flash-attn2"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_contrast import made_up
+from test_fit import made_up
 
 from bake.directions.activations import PairActivations
 from bake.directions.direction import Direction

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyModel
-from test_conversion import pickle_weights
+from pickled_models import pickle_weights
 from transformers import AutoModelForCausalLM
 
 from bake.api import export, verify

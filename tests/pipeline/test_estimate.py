@@ -214,7 +214,7 @@ def test_what_an_export_would_refuse_is_refused(huge, make_model, tmp_path):
 
 
 def test_old_weights_are_described_without_a_conversion(llama, tmp_path, no_weights):
-    from test_conversion import pickle_weights
+    from pickled_models import pickle_weights
 
     (tmp_path / "temporary").mkdir()
     no_weights.setattr("tempfile.tempdir", str(tmp_path / "temporary"))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from bake.cli.main import main
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS = Path(__file__).parent
 KNOWN = {
     *("name", "model", "config", "remove", "files", "links", "bake", "record", "build", "inputs"),
     *("command", "exit", "says", "writes"),

@@ -27,7 +27,7 @@ from bake.strength.coefficients import LayerPush, Push
 from bake.texts.prompts import encode, load_tokenizer, make_batches
 
 TOKEN = "hf_adaSecretThatMustNotAppear"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

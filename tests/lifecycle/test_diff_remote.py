@@ -12,7 +12,7 @@ from loopback_hub import LoopbackHub, run_client
 
 from bake import diff, export
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys
 sys.path.insert(0, {root!r})

@@ -11,8 +11,8 @@ import torch
 from canned import passed
 from conftest import TinyModel
 from loopback_hub import LoopbackHub, run_client
+from pickled_models import pickle_weights
 from safetensors.torch import save_file
-from test_conversion import pickle_weights
 
 from bake.api import calibrate, export, verify
 from bake.checkpoint.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from bake.hub import publish
 from bake.io.hashing import hash_files
 from bake.pipeline import completion
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

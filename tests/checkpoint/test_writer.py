@@ -27,7 +27,7 @@ from bake.io.copy import copy_file
 from bake.io.hashing import hash_files
 from bake.io.staging import check_output, staged_directory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 BIASES = {"gate_proj": 32, "up_proj": 32, "down_proj": 16}
 INDEX = "model.safetensors.index.json"

@@ -188,7 +188,7 @@ def test_every_set_is_described_once_and_in_one_line():
 
 
 def test_the_wheel_takes_the_whole_folder():
-    project = Path(__file__).parent.parent / "pyproject.toml"
+    project = Path(__file__).parents[2] / "pyproject.toml"
     wheel = tomllib.loads(project.read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     assert wheel["wheel"]["force-include"]["calibration"] == "bake/calibration"
     assert (project.parent / "calibration").samefile(CALIBRATION)
