@@ -210,7 +210,7 @@ class _Worker:
         name, self.model_type = str(self.model_type), None
         try:
             found: list[CatalogueEntry] = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             if self.process.exitcode == -signal.SIGPROF:
                 return self.give_up(name)

@@ -199,6 +199,23 @@ def test_shrunk_longrope_has_a_factor_for_each_pair_of_its_own_dimensions():
     assert torch.isfinite(Twin(config).logits).all()
 
 
+def test_a_list_as_long_as_the_layers_by_chance_is_not_cut():
+    """Falcon-H1 has five multipliers whatever its depth; Reformer's default list names a kind a layer."""
+    small = shrink(CONFIG_MAPPING["falcon_h1"](num_hidden_layers=5))
+    assert small.num_hidden_layers < 5
+    assert len(small.ssm_multipliers) == 5
+    small = shrink(CONFIG_MAPPING["reformer"]())
+    assert len(small.attn_layers) == small.num_hidden_layers < 6
+
+
+def test_a_twin_turns_a_small_part_of_its_head_by_yarn():
+    """As DeepSeek-V4's published config does; an eighth of a twin's head would be less than a pair."""
+    scaling = {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
+    twin = Twin(CONFIG_MAPPING["deepseek_v4"](rope_scaling=scaling))
+    assert twin.config.rope_parameters["compress"]["rope_type"] == "yarn"
+    assert torch.isfinite(twin.logits).all()
+
+
 def test_shrunk_config_keeps_how_many_experts_are_chosen():
     assert shrink(CONFIG_MAPPING["mixtral"]()).num_experts_per_tok == 2
     assert shrink(CONFIG_MAPPING["mixtral"](num_experts_per_tok=1)).num_experts_per_tok == 1

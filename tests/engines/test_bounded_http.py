@@ -21,6 +21,16 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
 GOOD = json.dumps({"choices": [{"text": BAKED}]}).encode()
 
 
+def read_request(client):
+    """Read a request to its end: a socket that is closed with something unread resets the connection."""
+    stream = client.makefile("rb")
+    length = 0
+    while line := stream.readline().strip().lower():
+        if line.startswith(b"content-length:"):
+            length = int(line.partition(b":")[2])
+    stream.read(length)
+
+
 @pytest.fixture
 def raw():
     """Return a function: pieces of bytes, or pauses in seconds → the URL that sends them."""
@@ -38,7 +48,7 @@ def raw():
 
         def send(client):
             with suppress(OSError), client:
-                client.recv(65536)
+                read_request(client)
                 for piece in pieces:
                     if isinstance(piece, bytes):
                         client.sendall(piece)
@@ -47,6 +57,7 @@ def raw():
                 while forever:
                     client.sendall(forever)
                     time.sleep(0.02 if len(forever) == 1 else 0)
+                client.shutdown(socket.SHUT_WR)
 
         threading.Thread(target=serve, daemon=True).start()
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
