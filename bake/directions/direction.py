@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError, DirectionError
-from bake.hidden_sizes import describe_width
 from bake.hooks import submodule
 from bake.io.foreign_json import parse_json
 from bake.io.safetensors import (
@@ -125,7 +124,7 @@ class Direction:
     def select(self, layers: Iterable[int], hidden_size: int) -> dict[int, torch.Tensor]:
         """Return {layer: û_l}; raise DirectionError where the width is not the model's."""
         if self.hidden_size != hidden_size:
-            origin = self.metadata.get("model") or describe_width(self.hidden_size)
+            origin = self.metadata.get("model") or "another model"
             raise DirectionError(
                 f"the direction is {self.hidden_size} wide and the model's hidden size is "
                 f"{hidden_size}; it was found on {origin}"
