@@ -48,7 +48,9 @@ class InPlaceSearch:
         """Return what is exact at a site, and the reasons against what is not."""
         reasons: list[str] = []
         if not self.layers.kinds:
-            return [], ["no layer of a small twin is like the model's, so nothing can be proven on one"]
+            return [], [
+                "no layer of a small twin is like the model's, so nothing can be proven on one"
+            ]
         proposals = {kind: self._propose(site, kind, reasons) for kind in self.layers.kinds}
         found = []
         for slot_kind in dict.fromkeys(p.kind for given in proposals.values() for p in given):

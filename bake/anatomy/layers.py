@@ -91,7 +91,8 @@ def find_fixed_lists(values: Mapping[str, Any], count: int) -> frozenset[str]:
     return frozenset(
         name
         for name, value in deeper.items()
-        if isinstance(value, list | tuple) and len(value) == count
+        if isinstance(value, list | tuple)
+        and len(value) == count
         # Words are kinds of layers, one a layer, whatever a class has for a default (Reformer).
         and not any(isinstance(entry, str) for entry in value)
     )
