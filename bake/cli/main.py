@@ -10,7 +10,7 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bake.cli import (
     calibrate,
@@ -18,7 +18,6 @@ from bake.cli import (
     diff,
     direction,
     export,
-    given_direction,
     inspect,
     prompts,
     publish,
@@ -29,41 +28,33 @@ from bake.cli import (
     verify,
 )
 from bake.cli.output import discard_output, prepare_streams
+from bake.cli.parser import parse
 from bake.errors import BakeError
-from bake.version import __version__
+from bake.options import others
+from bake.options.declaration import Command
+from bake.options.export import EXPORT
+from bake.options.sweep import SWEEP
 
-DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
-EPILOG = (
-    "bake COMMAND --help says more. Begin with bake demo, which downloads nothing. Exit codes: 0 done, 1 "
-    "an error that one line names, 2 usage, 3 not equivalent."
+# In the order of `bake --help`.
+COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
+    (EXPORT, export.run),
+    (others.DIRECTION, direction.run),
+    (others.CONVERT, direction.run_convert),
+    (others.SHOW, direction.run_show),
+    (others.CALIBRATE, calibrate.run),
+    (others.INSPECT, inspect.run),
+    (SWEEP, sweep.run),
+    (others.VERIFY, verify.run),
+    (others.PUBLISH, publish.run),
+    (others.PROMPT_SETS, prompts.run_list),
+    (others.SETS, prompts.run_list),
+    (others.SET, prompts.run_show),
+    (others.DIFF, diff.run),
+    (others.REPRODUCE, reproduce.run),
+    (others.RESCALE, rescale.run),
+    (others.UNDO, undo.run),
+    (others.DEMO, demo.run),
 )
-COMMANDS = (
-    export,
-    direction,
-    calibrate,
-    inspect,
-    sweep,
-    verify,
-    publish,
-    prompts,
-    diff,
-    reproduce,
-    rescale,
-    undo,
-    demo,
-)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of every command."""
-    parser = argparse.ArgumentParser(prog="bake", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"bake {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        module.add(commands)
-    for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,11 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     """Parse and run; known errors become one line."""
     try:
-        if given_direction.is_command(words):
-            parsed = given_direction.build_parser(words[1]).parse_args(words[2:])
-        else:
-            parsed = build_parser().parse_args(words)
-        return int(parsed.run(parsed))
+        name, parsed = parse({command.name: command for command, _ in COMMANDS}, words)
+        run = {command.name: run for command, run in COMMANDS}[name]
+        return int(run(parsed))
     except BakeError as error:
         print(f"bake: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from bake.anatomy.routes import ROUTES
 from bake.directions.extract import OPTIMIZE
 from bake.directions.optimize import KL_WEIGHT, STEPS
 from bake.engines.survival import check_engine
 from bake.errors import BakeError
-from bake.io.copy import SHARDS
 from bake.io.foreign_yaml import read_yaml
+from bake.options.export import EXPORT, HOW_FOUND, THE_HUB
 from bake.plan.destination import Place
-from bake.plan.plan import FLOAT_DTYPES
-from bake.sites import SITES
-from bake.strength.coefficients import DEFAULT_LAW, LAWS, parse_band, parse_coefficients
-from bake.strength.norms import STATISTICS
+from bake.strength.coefficients import DEFAULT_LAW, parse_band, parse_coefficients
 
 AUTO = "auto"
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -30,21 +26,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "tuple[str, ...]": (tuple,),
 }
-DEFAULT_BAND = "40:90"
-CHOICES: dict[str, Collection[str]] = {
-    "law": LAWS,
-    "site": (AUTO, *SITES),
-    "direction_site": SITES,
-    "route": ROUTES,
-    "slot": ("norm", "projection"),
-    "statistic": STATISTICS,
-    "dtype": FLOAT_DTYPES,
-    "shards": SHARDS,
-}
+DEFAULT_BAND: str = EXPORT["band"].default
+CHOICES = {option.name: option.choices for option in EXPORT.options if option.choices}
 # Options that do nothing without another one.
-_PUBLISHING = ("public", "create_pr", "commit_message", "accept_licence")
+_PUBLISHING = tuple(name for name in EXPORT.group(THE_HUB) if name != "push_to_hub")
 _GIVEN = ("keep_scale", "layer_offset", "direction_site")
-_FINDING = ("method", "token", "chat_template", "from_layer", "seed", "steps", "kl_weight")
+_FINDING = tuple(name for name in EXPORT.group(HOW_FOUND) if name != "held_out")
 
 
 @dataclass(frozen=True)
@@ -141,13 +128,13 @@ class Recipe:
 
     def _check_values(self) -> None:
         """Raise BakeError for a value that an option does not have."""
+        if self.target is not None:
+            check_engine(self.target)
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 words = name.replace("_", " ")
                 raise BakeError(f"unknown {words} {value!r}; one of {', '.join(known)}")
-        if self.target is not None:
-            check_engine(self.target)
         parse_band(self.band)
         if self.coefficients is not None:
             parse_coefficients(self.coefficients)

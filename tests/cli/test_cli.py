@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -15,8 +14,7 @@ import torch
 from conftest import TinyModel
 from safetensors.torch import save_file
 
-from bake.cli import given_direction
-from bake.cli.main import build_parser, main
+from bake.cli.main import COMMANDS, main
 
 
 @pytest.fixture
@@ -76,19 +74,25 @@ def test_a_number_that_is_none_is_named(capsys):
 
 def test_every_command_and_option_says_what_it_is():
     """A default in brackets, or nothing, does not."""
-    commands = {
-        action.dest: action.choices
-        for action in build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    }["command"]
-    parsers = [*commands.values(), *map(given_direction.build_parser, given_direction.COMMANDS)]
-    assert len(parsers) == 15
-    for parser in parsers:
-        assert parser.description, parser.prog
-        for action in parser._actions:
-            text = re.sub(r"\(.*?\)", "", action.help or "")
-            if not isinstance(action, argparse._SubParsersAction):
-                assert len(text.split()) > 1, (parser.prog, action.dest)
+    assert len(COMMANDS) == 17
+    for command, _ in COMMANDS:
+        assert command.description, command.name
+        for option in command.options:
+            text = re.sub(r"\(.*?\)", "", option.help)
+            assert len(text.split()) > 1, (command.name, option.name)
+
+
+def test_what_is_not_known_is_told_with_what_was_meant(capsys):
+    for words, meant in (
+        (["exprot", "m"], "export"),
+        (["export", "m", "--multplier", "2"], "--multiplier"),
+        (["export", "m", "--law=inverse-sqrt"], "inverse-sqrt-d"),
+        (["prompts", "lst"], "list"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_the_whole_line(run, llama, pairs_file, prompts_file, tmp_path):

@@ -14,7 +14,6 @@ from transformers import CONFIG_MAPPING
 
 from bake.anatomy import examine
 from bake.api import calibrate, export
-from bake.cli.options import ENGINES
 from bake.engines.survival import (
     Outline,
     describe_survivals,
@@ -25,6 +24,7 @@ from bake.engines.survival import (
     to_values,
 )
 from bake.errors import UnsupportedError
+from bake.options.shared import ENGINES
 from bake.pipeline.recipe import make_recipe
 from bake.report import describe_anatomy
 

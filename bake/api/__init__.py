@@ -1,0 +1,26 @@
+"""The commands as Python functions: plain values in, frozen dataclasses out."""
+
+from bake.api.afterwards import diff, publish, reproduce, rescale, undo, verify, verify_endpoint
+from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep
+from bake.api.directions import convert_direction, extract_direction, show_direction
+from bake.directions.formats import read_direction
+
+__all__ = [
+    "calibrate",
+    "convert_direction",
+    "diff",
+    "estimate",
+    "export",
+    "extract_direction",
+    "inspect",
+    "inspect_all",
+    "publish",
+    "read_direction",
+    "reproduce",
+    "rescale",
+    "show_direction",
+    "sweep",
+    "undo",
+    "verify",
+    "verify_endpoint",
+]

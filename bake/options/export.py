@@ -1,0 +1,163 @@
+"""The options of `bake export`, which are also the keys of a recipe."""
+
+from __future__ import annotations
+
+from bake.options.declaration import Command, Option, grouped
+from bake.options.shared import (
+    ACCEPT_LICENCE,
+    COMMIT_MESSAGE,
+    CREATE_PR,
+    DIRECTION_SITE,
+    ENGINES,
+    FINDING,
+    LAWS,
+    LAYER_OFFSET,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    OVERWRITE,
+    PROMPTS,
+    PUBLIC,
+    REVISION,
+    ROUTES,
+    SITES,
+    STATISTIC,
+)
+
+THE_DIRECTION, HOW_FOUND = "the direction", "how --pairs become a direction"
+THE_STRENGTH, THE_PLACE = "the strength", "the place"
+WRITTEN, THE_MEMORY, THE_HUB = "what is written", "memory", "the Hub"
+
+
+def read_multiplier(text: str) -> float | str:
+    """Return a number, or "auto"; raise ValueError for anything else."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a number nor auto") from None
+
+
+EXPORT = Command(
+    "export",
+    "bake a direction into a checkpoint",
+    "Measure, decide, write and prove: one directory that plain transformers loads.",
+    (
+        MODEL.but(default="", shown=""),
+        Option("recipe", "YAML with any of these options; options given here win", metavar="FILE"),
+        OUTPUT.but(required=False),
+        OVERWRITE.but(help="replace the output directory when done"),
+        REVISION,
+        Option(
+            "estimate",
+            "say what it would cost (bytes, memory, passes, time) from headers alone; write nothing",
+            bool,
+        ),
+        *grouped(
+            THE_DIRECTION,
+            Option(
+                "direction",
+                "a direction: safetensors, .gguf, .npy, .npz, .pt, a rotalabs-steer folder, "
+                "FILE:TENSOR[INDEX] of an autoencoder's decoder, or bake-demo; repeated, their sum, each "
+                "with its strength",
+                metavar="FILE[:STRENGTH]",
+                many="repeated",
+            ),
+            Option(
+                "orthogonalize",
+                "orthogonalise several directions in the order given (Gram–Schmidt)",
+                bool,
+            ),
+            LAYER_OFFSET,
+            DIRECTION_SITE,
+            Option("keep_scale", "α = m·‖v‖: the vector's own length instead of a law", bool),
+            Option(
+                "pairs", "find it from contrast pairs: JSONL, JSON, CSV or a set", metavar="FILE"
+            ),
+        ),
+        *grouped(HOW_FOUND, *FINDING),
+        *grouped(
+            THE_STRENGTH,
+            Option(
+                "multiplier",
+                "strength m; negative reverses. auto: a short sweep, and the largest shift inside the "
+                "operating window",
+                read_multiplier,
+                default=1.0,
+                metavar="M",
+                short="-m",
+            ),
+            Option(
+                "law",
+                "how α follows from μ",
+                default="inverse-sqrt-d",
+                shown="inverse-sqrt-d: α = m·μ/√d",
+                choices=LAWS,
+            ),
+            Option("coefficients", "explicit α per layer instead of a law", metavar="L=α,…"),
+            PROMPTS,
+            Option("calibration", "norms from bake calibrate instead of measuring", metavar="FILE"),
+            STATISTIC,
+        ),
+        *grouped(
+            THE_PLACE,
+            Option("band", "layers to push, per cent of the depth", default="40:90", metavar="A:B"),
+            Option("site", "where the push is added", default="auto", choices=SITES),
+            Option(
+                "route",
+                "how the bias comes to exist: already there, by a config flag, in another stock "
+                "architecture that computes the same, or in extra layers, which auto never adds",
+                default="auto",
+                choices=ROUTES,
+            ),
+            Option("slot", "which bias takes it where both can", choices=("norm", "projection")),
+            Option(
+                "target",
+                "only a route that is known to survive in this engine",
+                shown="default: any; bake says where the chosen one survives",
+                choices=ENGINES,
+            ),
+            Option("convert_site", "use a residual direction at an input site", bool),
+        ),
+        *grouped(
+            WRITTEN,
+            Option(
+                "shards",
+                "base shards without a change: copy (cloned where the file system can), or link to the "
+                "base's files, also in the Hub's cache. A hard link is the same file twice: writing into "
+                "one changes both. A symbolic link breaks when the base is moved or deleted. Patched "
+                "shards are always copies",
+                default="copy",
+                choices=("copy", "hardlink", "symlink"),
+            ),
+            Option(
+                "thin",
+                "read no weights and write no base shards: only the new biases, index, config and card, "
+                "not verified until the base's shards are beside them (needs --direction and "
+                "--calibration)",
+                bool,
+            ),
+            Option(
+                "dtype",
+                "store the checkpoint in this dtype",
+                shown="the base's",
+                choices=("float32", "float16", "bfloat16"),
+            ),
+            Option("allow_rounding", "accept a dtype too coarse for the push", bool),
+            Option(
+                "sweep",
+                "a bake sweep of this bake: its figures go into the card",
+                metavar="DIR",
+            ),
+        ),
+        *grouped(THE_MEMORY, *MEMORY),
+        *grouped(
+            THE_HUB,
+            Option("push_to_hub", "publish when proven", shown="private", metavar="REPO_ID"),
+            *(
+                option.but(help=f"with --push-to-hub: {option.help}")
+                for option in (PUBLIC.but(shown=""), CREATE_PR, COMMIT_MESSAGE, ACCEPT_LICENCE)
+            ),
+        ),
+    ),
+    from_recipe=True,
+)

@@ -1,0 +1,97 @@
+"""Options are declared once: commands, recipes and functions have the same, with the same defaults."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+
+import pytest
+
+from bake import api
+from bake.anatomy.routes import ROUTES
+from bake.cli.main import COMMANDS
+from bake.directions.extract import METHODS
+from bake.io.copy import SHARDS
+from bake.options.export import EXPORT
+from bake.options.shared import SITES
+from bake.options.sweep import SWEEP
+from bake.pipeline.recipe import Recipe
+from bake.plan.plan import FLOAT_DTYPES
+from bake.sites import SITES as ALL_SITES
+from bake.strength.coefficients import LAWS
+from bake.strength.norms import STATISTICS
+from bake.sweeps.options import TrialOptions
+
+DECLARED = {command.name: command for command, _ in COMMANDS}
+FUNCTIONS = {
+    "export": api.export,
+    "sweep": api.sweep,
+    "calibrate": api.calibrate,
+    "direction": api.extract_direction,
+    "direction convert": api.convert_direction,
+    "direction show": api.show_direction,
+    "publish": api.publish,
+    "diff": api.diff,
+    "reproduce": api.reproduce,
+    "rescale": api.rescale,
+    "undo": api.undo,
+}
+# What the command line alone has, and keywords that have another name in Python.
+ALONE = {"export": {"recipe", "estimate"}}
+RENAMED = {
+    "direction convert": {"file": "direction", "direction_site": "site"},
+    "direction show": {"file": "direction", "direction_site": "site"},
+}
+
+
+def declared(name):
+    """{keyword: default} of a command."""
+    renamed = RENAMED.get(name, {})
+    return {
+        option.parameter or renamed.get(option.name, option.name): (
+            False if option.kind is bool else option.default
+        )
+        for option in DECLARED[name].options
+        if option.name not in ALONE.get(name, ())
+    }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_has_its_commands_options(name):
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    wanted = declared(name)
+    assert set(parameters) == set(wanted)
+    for keyword, parameter in parameters.items():
+        if parameter.default is not inspect.Parameter.empty and wanted[keyword] is not None:
+            assert parameter.default == wanted[keyword], keyword
+
+
+def test_an_estimate_has_the_options_of_an_export():
+    assert list(inspect.signature(api.estimate).parameters) == list(
+        inspect.signature(api.export).parameters
+    )
+
+
+@pytest.mark.parametrize(("name", "kind"), [("export", Recipe), ("sweep", TrialOptions)])
+def test_what_a_stage_is_given_has_the_declared_defaults(name, kind):
+    wanted = declared(name)
+    held = {field.name: field.default for field in fields(kind) if field.name != "added"}
+    assert held.keys() == wanted.keys()
+    for key, default in held.items():
+        if default is not MISSING and key != "direction":
+            assert default == wanted[key], key
+
+
+def test_choices_are_those_of_the_stages():
+    for option, choices in (
+        (EXPORT["site"], ("auto", *ALL_SITES)),
+        (EXPORT["direction_site"], ALL_SITES),
+        (EXPORT["route"], ROUTES),
+        (EXPORT["law"], LAWS),
+        (EXPORT["method"], METHODS),
+        (EXPORT["shards"], SHARDS),
+        (EXPORT["dtype"], FLOAT_DTYPES),
+        (EXPORT["statistic"], STATISTICS),
+        (SWEEP["site"], SITES),
+    ):
+        assert tuple(option.choices) == tuple(choices), option.name
