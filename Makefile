@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test test-architectures architectures lint bench format wheel clean
+.PHONY: setup demo test test-architectures architectures docs lint bench format wheel clean
 
 setup: $(READY)
 
@@ -37,6 +37,10 @@ test-architectures: $(READY)
 # Write tests/data/architectures.csv anew; look at its difference before committing it.
 architectures: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/golden.py
+
+# The reference page, from the declarations of the options.
+docs: $(READY)
+	$(BIN)/python -m bake.cli.reference > docs/reference.md
 
 # Both sides of every comparison in one run; needs 7 GB of disk under build/.
 bench: $(READY)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
 from bake import api
 from bake.anatomy.routes import ROUTES
 from bake.cli.main import COMMANDS
+from bake.cli.reference import render
 from bake.directions.extract import METHODS
 from bake.io.copy import SHARDS
 from bake.options.export import EXPORT
@@ -95,3 +97,8 @@ def test_choices_are_those_of_the_stages():
         (SWEEP["site"], SITES),
     ):
         assert tuple(option.choices) == tuple(choices), option.name
+
+
+def test_the_reference_page_is_what_the_declarations_say():
+    page = Path(__file__).parents[2] / "docs" / "reference.md"
+    assert page.read_text(encoding="utf-8") == render(), "run make docs"
