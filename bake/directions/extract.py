@@ -15,7 +15,13 @@ from bake.directions.activations import parse_token, read_activations
 from bake.directions.direction import SCALE_KEY, Direction, normalise
 from bake.directions.fit import METHODS as FITTED_METHODS
 from bake.directions.fit import check_method, fit_directions
-from bake.directions.optimize import KL_WEIGHT, STEPS, check_training, optimize_push
+from bake.directions.optimize import (
+    KL_WEIGHT,
+    STEPS,
+    Optimization,
+    check_training,
+    optimize_push,
+)
 from bake.directions.separation import (
     KEY,
     LEAST_PAIRS,
@@ -115,40 +121,52 @@ def extract(
     if options.held_out:
         fresh = leave_out_known(read_pairs(options.held_out), pairs, str(options.held_out))
         held_out = read(encode(fresh))
-    extra: dict[str, str] = {}
+    fit: partial[dict[int, torch.Tensor]] | None = None
     if options.method == OPTIMIZE:
+        neutral = encode_texts(tokenizer, read_prompts(options.neutral), limit=limit)
         optimised = optimize_push(
             loaded,
             structure,
             site,
             encoded,
             found,
-            encode_texts(tokenizer, read_prompts(options.neutral), limit=limit),
+            neutral,
             steps=options.steps,
             kl_weight=options.kl_weight,
             seed=options.seed,
         )
-        vectors = {
-            layer: normalise(vector, f"the optimised push at layer {layer}")
-            for layer, vector in optimised.vectors.items()
-        }
-        lengths = {
-            "all" if options.from_layer is not None else str(layer): round(length, 6)
-            for layer, length in optimised.lengths.items()
-        }
-        extra = {
-            SCALE_KEY: json.dumps(lengths, separators=(",", ":")),
-            OPTIMIZATION_KEY: json.dumps(rounded(optimised.to_dict()), separators=(",", ":")),
-        }
+        vectors, extra = _describe_optimised(optimised, options)
         # It cannot be found again for every fold: the pairs left out of its training measure it.
         held_out = held_out or found.select(optimised.left_out)
-        separation = measure_separation(found, vectors, held_out=held_out, seed=options.seed)
     else:
-        fit = partial(fit_directions, method=options.method)
+        fit, extra = partial(fit_directions, method=options.method), {}
         vectors = fit(found)
-        separation = measure_separation(
-            found, vectors, fit=fit, held_out=held_out, seed=options.seed
-        )
+    separation = measure_separation(found, vectors, fit=fit, held_out=held_out, seed=options.seed)
+    _announce(separation)
+    extra |= describe_template(tokenizer, pairs, options.chat_template)
+    return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
+
+
+def _describe_optimised(
+    optimised: Optimization, options: ExtractionOptions
+) -> tuple[dict[int, torch.Tensor], dict[str, str]]:
+    """Return the unit vectors of an optimised push, and their lengths and figures as metadata."""
+    vectors = {
+        layer: normalise(vector, f"the optimised push at layer {layer}")
+        for layer, vector in optimised.vectors.items()
+    }
+    lengths = {
+        "all" if options.from_layer is not None else str(layer): round(length, 6)
+        for layer, length in optimised.lengths.items()
+    }
+    return vectors, {
+        SCALE_KEY: json.dumps(lengths, separators=(",", ":")),
+        OPTIMIZATION_KEY: json.dumps(rounded(optimised.to_dict()), separators=(",", ":")),
+    }
+
+
+def _announce(separation: Separation | None) -> None:
+    """Say where a direction does not separate, or where it cannot be known."""
     if separation is None:
         announce(
             f"fewer than {LEAST_PAIRS} pairs cannot say how well a direction separates: give more, or "
@@ -156,8 +174,6 @@ def extract(
         )
     elif separation.warning:
         announce(separation.warning)
-    extra |= describe_template(tokenizer, pairs, options.chat_template)
-    return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 
 
 def plain_values(direction: Direction) -> dict[str, Any]:

@@ -113,45 +113,73 @@ def optimize_push(
         sorted(index for place in places for index in groups[place])
         for places in (order[:count], order[count:])
     )
-    device, size = loaded.device, math.sqrt(loaded.hidden_size)
     units = fit_directions(read.select(kept), "mean")
-    scales = {layer: float(read.norms[layer].mean()) / size for layer in read.layers}
-    weights = {layer: unit.to(device).requires_grad_() for layer, unit in units.items()}
-    optimizer = torch.optim.Adam(weights.values(), lr=RATE / size)
+    push = _Push.starting_from(units, read, loaded)
     trainer = _Trainer(loaded, structure, site, kl_weight)
     checked = ([pairs[index] for index in left_out], _shorten(neutral[:NEUTRAL_CHECKED]))
-
-    def push() -> dict[int, torch.Tensor]:
-        return {layer: weight * scales[layer] for layer, weight in weights.items()}
-
     with _frozen(loaded):
         with torch.no_grad():
             before, _ = trainer.measure({}, *checked)
-            effect, best_loss = trainer.measure(push(), *checked)
-        best_step, found = 0, {layer: v.detach().clone() for layer, v in push().items()}
+            best = _Best.of(0, push, *trainer.measure(push(), *checked))
         step = 0
         for step in track(range(1, steps + 1), "optimising"):
             chosen = [kept[int(i)] for i in _draw(len(kept), PAIRS_A_STEP, generator)]
             texts = [neutral[int(i)] for i in _draw(len(neutral), NEUTRAL_A_STEP, generator)]
-            optimizer.zero_grad()
+            push.optimizer.zero_grad()
             trainer.descend(push, [pairs[index] for index in chosen], _shorten(texts))
-            optimizer.step()
+            push.optimizer.step()
             if step % CHECK_EVERY and step != steps:
                 continue
             with torch.no_grad():
-                reached, loss = trainer.measure(push(), *checked)
-            if not math.isfinite(loss):
+                reached = _Best.of(step, push, *trainer.measure(push(), *checked))
+            if not math.isfinite(reached.loss):
                 raise DirectionError(
                     f"the optimisation's loss is not finite at step {step}; try --dtype float32, or "
                     "take --method mean"
                 )
-            if loss < best_loss:
-                best_step, best_loss, effect = step, loss, reached
-                found = {layer: v.detach().clone() for layer, v in push().items()}
-            elif step - best_step >= PATIENCE * CHECK_EVERY:
+            if reached.loss < best.loss:
+                best = reached
+            elif step - best.step >= PATIENCE * CHECK_EVERY:
                 break
-    vectors = {layer: vector.float().cpu() for layer, vector in found.items()}
-    return Optimization(vectors, step, best_step, tuple(left_out), before, effect)
+    vectors = {layer: vector.float().cpu() for layer, vector in best.vectors.items()}
+    return Optimization(vectors, step, best.step, tuple(left_out), before, best.effect)
+
+
+@dataclass(frozen=True)
+class _Push:
+    """The vectors that are trained: weights (hidden_size,) in units of their layer's norm."""
+
+    weights: Mapping[int, torch.Tensor]
+    scales: Mapping[int, float]
+    optimizer: torch.optim.Optimizer
+
+    @staticmethod
+    def starting_from(
+        units: Mapping[int, torch.Tensor], read: PairActivations, loaded: LoadedModel
+    ) -> _Push:
+        import torch
+
+        size = math.sqrt(loaded.hidden_size)
+        scales = {layer: float(read.norms[layer].mean()) / size for layer in read.layers}
+        weights = {layer: unit.to(loaded.device).requires_grad_() for layer, unit in units.items()}
+        return _Push(weights, scales, torch.optim.Adam(weights.values(), lr=RATE / size))
+
+    def __call__(self) -> dict[int, torch.Tensor]:
+        return {layer: weight * self.scales[layer] for layer, weight in self.weights.items()}
+
+
+@dataclass(frozen=True)
+class _Best:
+    """A push on the way, with its loss and effect on the pairs that are left out."""
+
+    step: int
+    vectors: Mapping[int, torch.Tensor]
+    effect: Effect
+    loss: float
+
+    @staticmethod
+    def of(step: int, push: _Push, effect: Effect, loss: float) -> _Best:
+        return _Best(step, {layer: v.detach().clone() for layer, v in push().items()}, effect, loss)
 
 
 def check_training(steps: int, kl_weight: float) -> None:

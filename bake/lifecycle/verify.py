@@ -22,10 +22,10 @@ from bake.io.output_files import RESULT_FILE
 from bake.io.safetensors import encode_tensor, spec_of
 from bake.models.streaming import Placement
 from bake.pipeline.completion import check_shards, is_unproven, record_proof
-from bake.pipeline.export import prove
 from bake.pipeline.record import base_name, base_revision, read_result, rebuild_plan, rebuild_push
 from bake.plan.plan import Plan
 from bake.proof.equivalence import Equivalence
+from bake.proof.prove import prove
 from bake.support.progress import announce
 from bake.texts.prompts import load_tokenizer
 

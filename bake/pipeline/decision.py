@@ -1,17 +1,48 @@
-"""How far each layer is pushed, with what that was decided from: a recipe's law on measured norms."""
+"""How far each layer is pushed, and along what: given, saved, or measured on the loaded model.
+
+A direction is given or found from pairs, norms are saved or measured, the multiplier is a number or chosen
+by a short sweep. The model is loaded for what is neither given nor saved, and all of it is decided here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bake.directions.direction import Direction
-from bake.pipeline.given_directions import lengths_of
+from bake.anatomy.base import Base, load_base
+from bake.directions.direction import Direction, convert_to_input
+from bake.directions.extract import ExtractionOptions
+from bake.directions.extract import extract as extract_direction
+from bake.models.forward import LoadedModel
+from bake.models.streaming import Placement
+from bake.pipeline.given_directions import open_direction
 from bake.pipeline.recipe import Recipe
 from bake.plan.destination import Destination
-from bake.strength.coefficients import Push, compute_push
-from bake.strength.norms import ActivationNorms
+from bake.sites import INPUT_SITES, RESIDUAL_SITES
+from bake.strength.coefficients import Push
+from bake.strength.norms import ActivationNorms, measure_norms
+from bake.strength.saved_norms import read_calibration, read_norms
+from bake.support.progress import announce
+from bake.support.timing import Stopwatch
+from bake.sweeps.auto import choose_multiplier, read_trial_texts
+from bake.sweeps.evidence import Evidence, read_evidence
+from bake.sweeps.measurements import Texts
+from bake.texts.pairs import ContrastPair, read_pairs
+from bake.texts.prompts import (
+    batch_prompts,
+    identify_prompts,
+    read_prompts,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+from bake.pipeline.given_directions import lengths_of
+from bake.strength.coefficients import compute_push
 from bake.sweeps.auto import MultiplierChoice
-from bake.sweeps.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -47,3 +78,173 @@ def decide_push(
         explicit=destination.coefficients,
         **lengths_of(direction, destination.layers, keep_scale=recipe.keep_scale),
     )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
+
+    direction: Direction | None
+    pairs: Sequence[ContrastPair]
+    evidence: Evidence | None
+    prompts: Sequence[str]
+    trial_texts: Texts | None
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Read what a recipe names, so that a mistake in it is told before a model is opened."""
+    extraction_options(recipe)
+    if recipe.calibration:
+        read_calibration(Path(recipe.calibration))
+    return Inputs(
+        direction=open_direction(recipe),
+        pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
+        evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
+        prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
+        trial_texts=read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template)
+        if recipe.chooses_multiplier
+        else None,
+    )
+
+
+def decide(
+    base: Base,
+    destination: Destination,
+    recipe: Recipe,
+    inputs: Inputs,
+    given: Direction | None,
+    tokenizer: PreTrainedTokenizerBase,
+    placement: Placement | None,
+    clock: Stopwatch,
+) -> Decision:
+    """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved."""
+    saved = saved_norms(base, recipe, destination)
+
+    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
+        return decide_push(
+            recipe, destination, base.anatomy.hidden_size, direction, norms, multiplier
+        )
+
+    choice = None
+    if (
+        given is not None
+        and saved is not None
+        and not crosses_norm(given, destination.site)
+        and inputs.trial_texts is None
+    ):
+        direction, norms = given, saved
+    else:
+        with clock.stage("load"):
+            loaded = load_base(base.checkpoint, placement)
+        direction, norms = measure(
+            base, loaded, recipe, destination, given, saved, tokenizer, inputs, clock
+        )
+        if inputs.trial_texts is not None:
+            with clock.stage("strength"):
+                choice = choose_multiplier(
+                    loaded,
+                    base.anatomy.structure,
+                    tokenizer,
+                    destination.site,
+                    lambda m: push_at(m, direction, norms),
+                    inputs.trial_texts,
+                )
+            announce(choice.describe())
+    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
+    if push.warning:
+        announce(push.warning)
+    if inputs.evidence is not None:
+        inputs.evidence.check(base.to_dict(), destination.site, push)
+    return Decision(push, norms, direction, choice, inputs.evidence)
+
+
+def measure(
+    base: Base,
+    loaded: LoadedModel,
+    recipe: Recipe,
+    destination: Destination,
+    given: Direction | None,
+    saved: ActivationNorms | None,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
+    clock: Stopwatch,
+) -> tuple[Direction, ActivationNorms]:
+    """Find what is neither given nor saved: the direction at the site, the norms."""
+    site, layers = destination.site, destination.layers
+    with clock.stage("direction"):
+        direction = given or extract(base, loaded, tokenizer, recipe, inputs.pairs, site, layers)
+        if crosses_norm(direction, site):
+            direction = convert_to_input(
+                direction, loaded.model, base.anatomy.structure, site, layers
+            )
+    with clock.stage("calibrate"):
+        norms = saved or replace(
+            measure_norms(
+                loaded,
+                base.anatomy.structure,
+                site,
+                batch_prompts(tokenizer, inputs.prompts, loaded.model.config),
+                layers,
+                statistic=recipe.statistic,
+            ),
+            texts=identify_prompts(recipe.prompts, inputs.prompts),
+        )
+    return direction, norms
+
+
+def saved_norms(base: Base, recipe: Recipe, destination: Destination) -> ActivationNorms | None:
+    """Return the norms of the recipe's calibration file; None where it has none."""
+    if recipe.calibration is None:
+        return None
+    return read_norms(
+        Path(recipe.calibration),
+        base=base.to_dict(),
+        site=destination.site,
+        statistic=recipe.statistic,
+        hidden_size=base.anatomy.hidden_size,
+        layers=destination.layers,
+    )
+
+
+def crosses_norm(direction: Direction, site: str) -> bool:
+    """Tell whether a direction of the residual stream is used at a normalised input."""
+    return direction.site in RESIDUAL_SITES and site in INPUT_SITES
+
+
+def extract(
+    base: Base,
+    loaded: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    pairs: Sequence[ContrastPair],
+    site: str,
+    layers: Sequence[int],
+) -> Direction:
+    """Find the direction from the recipe's contrast pairs."""
+    return extract_direction(
+        loaded,
+        base.anatomy.structure,
+        site,
+        tokenizer,
+        pairs,
+        layers,
+        extraction_options(recipe),
+        model_name=base.to_dict()["id"],
+    )
+
+
+def extraction_options(recipe: Recipe) -> ExtractionOptions:
+    """Return how the recipe wants its direction found; raise DirectionError for an unknown choice."""
+    options = ExtractionOptions(
+        method=recipe.method,
+        token=recipe.token,
+        chat_template=recipe.chat_template,
+        held_out=recipe.held_out,
+        from_layer=recipe.from_layer,
+        seed=recipe.seed,
+        steps=recipe.steps,
+        kl_weight=recipe.kl_weight,
+        neutral=recipe.prompts,
+    )
+    options.check()
+    return options

@@ -22,7 +22,6 @@ from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.writer import check_links
 from bake.io.safetensors import TensorEntry
-from bake.pipeline.export import EQUIVALENCE_PROMPTS
 from bake.pipeline.given_directions import hold_against, open_direction
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.thin import check_base, check_route
@@ -30,6 +29,7 @@ from bake.plan.destination import choose_destination
 from bake.plan.plan import outline_edits
 from bake.proof.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.proof.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
+from bake.proof.prove import EQUIVALENCE_PROMPTS
 from bake.sweeps.auto import AUTO_MULTIPLIERS, SAMPLING, read_trial_texts
 from bake.sweeps.measurements import Texts
 from bake.texts.pairs import read_pairs

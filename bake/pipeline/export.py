@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake import hub
-from bake.anatomy.base import Base, load_base, open_base
+from bake.anatomy.base import Base, open_base
 from bake.card.render import write_story
-from bake.checkpoint.checkpoint import open_checkpoint
 from bake.checkpoint.licences import write_notice
 from bake.checkpoint.writer import (
     WrittenWeights,
@@ -20,46 +19,31 @@ from bake.checkpoint.writer import (
     write_config,
     write_weights,
 )
-from bake.directions.direction import Direction, convert_to_input
-from bake.directions.extract import ExtractionOptions
-from bake.directions.extract import extract as extract_direction
+from bake.directions.direction import Direction
 from bake.io.hashing import hash_files
 from bake.io.output_files import RESULT_FILE
 from bake.io.staging import check_output, staged_directory
-from bake.models.forward import LoadedModel, read_config
-from bake.models.streaming import Placement, choose_placement
-from bake.pipeline.decision import Decision, decide_push
-from bake.pipeline.given_directions import hold_against, open_direction
+from bake.models.streaming import choose_placement
+from bake.pipeline.decision import Decision, decide, read_inputs
+from bake.pipeline.given_directions import hold_against
+from bake.pipeline.publishing import check_access, check_rights, publish
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import carries_drafts, describe_bake, describe_left_out, encode_result
-from bake.plan.destination import Destination, choose_destination
+from bake.plan.destination import choose_destination
 from bake.plan.plan import Plan, make_plan
 from bake.plan.undo_record import describe_undo
-from bake.proof.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
-from bake.sites import INPUT_SITES, RESIDUAL_SITES
+from bake.proof.equivalence import Equivalence
+from bake.proof.prove import prove
 from bake.strength.coefficients import Push
-from bake.strength.norms import ActivationNorms, measure_norms
-from bake.strength.saved_norms import read_calibration, read_norms
 from bake.support.progress import announce, track_bytes
 from bake.support.timing import Stopwatch, peak_memory
-from bake.sweeps.auto import choose_multiplier, read_trial_texts
-from bake.sweeps.evidence import Evidence, read_evidence
-from bake.sweeps.measurements import Texts
-from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.prompts import (
-    batch_prompts,
-    encode,
-    identify_prompts,
     load_tokenizer,
-    position_limit,
-    read_prompts,
 )
 from bake.texts.tokenizer import keep_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-EQUIVALENCE_PROMPTS = "equivalence"
+    pass
 
 
 @dataclass(frozen=True)
@@ -98,17 +82,6 @@ class Export:
             "timings": dict(self.timings),
             "peak_memory": self.peak_memory,
         }
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
-
-    direction: Direction | None
-    pairs: Sequence[ContrastPair]
-    evidence: Evidence | None
-    prompts: Sequence[str]
-    trial_texts: Texts | None
 
 
 def export(recipe: Recipe) -> Export:
@@ -175,107 +148,6 @@ def export(recipe: Recipe) -> Export:
     )
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
-    """Read what a recipe names, so that a mistake in it is told before a model is opened."""
-    extraction_options(recipe)
-    if recipe.calibration:
-        read_calibration(Path(recipe.calibration))
-    return Inputs(
-        direction=open_direction(recipe),
-        pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
-        evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
-        prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
-        trial_texts=read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template)
-        if recipe.chooses_multiplier
-        else None,
-    )
-
-
-def check_access(recipe: Recipe, clock: Stopwatch) -> None:
-    """Raise HubError where the bake is to be published and this user may not, before any work."""
-    if recipe.push_to_hub:
-        with clock.stage("hub"):
-            hub.check_access(
-                recipe.push_to_hub, private=not recipe.public, create_pr=recipe.create_pr
-            )
-
-
-def check_rights(base: Base, recipe: Recipe, clock: Stopwatch) -> None:
-    """Raise HubError where the bake is to be published and the base's licence asks for more."""
-    if recipe.push_to_hub:
-        with clock.stage("hub"):
-            named = {"base": base.to_dict(), "licence": base.licence}
-            hub.check_rights(
-                named, recipe.push_to_hub, public=recipe.public, accepted=recipe.accept_licence
-            )
-
-
-def publish(output: Path, recipe: Recipe, clock: Stopwatch) -> hub.Publication | None:
-    """Publish the finished directory where the recipe says so."""
-    if recipe.push_to_hub is None:
-        return None
-    with clock.stage("publish"):
-        return hub.publish(
-            output,
-            recipe.push_to_hub,
-            private=not recipe.public,
-            commit_message=recipe.commit_message,
-            create_pr=recipe.create_pr,
-            accept_licence=recipe.accept_licence,
-        )
-
-
-def decide(
-    base: Base,
-    destination: Destination,
-    recipe: Recipe,
-    inputs: Inputs,
-    given: Direction | None,
-    tokenizer: PreTrainedTokenizerBase,
-    placement: Placement | None,
-    clock: Stopwatch,
-) -> Decision:
-    """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved."""
-    saved = saved_norms(base, recipe, destination)
-
-    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
-        return decide_push(
-            recipe, destination, base.anatomy.hidden_size, direction, norms, multiplier
-        )
-
-    choice = None
-    if (
-        given is not None
-        and saved is not None
-        and not crosses_norm(given, destination.site)
-        and inputs.trial_texts is None
-    ):
-        direction, norms = given, saved
-    else:
-        with clock.stage("load"):
-            loaded = load_base(base.checkpoint, placement)
-        direction, norms = measure(
-            base, loaded, recipe, destination, given, saved, tokenizer, inputs, clock
-        )
-        if inputs.trial_texts is not None:
-            with clock.stage("strength"):
-                choice = choose_multiplier(
-                    loaded,
-                    base.anatomy.structure,
-                    tokenizer,
-                    destination.site,
-                    lambda m: push_at(m, direction, norms),
-                    inputs.trial_texts,
-                )
-            announce(choice.describe())
-    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
-    if push.warning:
-        announce(push.warning)
-    if inputs.evidence is not None:
-        inputs.evidence.check(base.to_dict(), destination.site, push)
-    return Decision(push, norms, direction, choice, inputs.evidence)
-
-
 def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
     """Write weights, config and companions into the staging directory."""
     checkpoint = base.checkpoint
@@ -285,128 +157,3 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
         copy_companions(checkpoint, staging, drafts=carries_drafts(plan))
         write_notice(base.licence, staging)
     return written
-
-
-def measure(
-    base: Base,
-    loaded: LoadedModel,
-    recipe: Recipe,
-    destination: Destination,
-    given: Direction | None,
-    saved: ActivationNorms | None,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: Inputs,
-    clock: Stopwatch,
-) -> tuple[Direction, ActivationNorms]:
-    """Find what is neither given nor saved: the direction at the site, the norms."""
-    site, layers = destination.site, destination.layers
-    with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, inputs.pairs, site, layers)
-        if crosses_norm(direction, site):
-            direction = convert_to_input(
-                direction, loaded.model, base.anatomy.structure, site, layers
-            )
-    with clock.stage("calibrate"):
-        norms = saved or replace(
-            measure_norms(
-                loaded,
-                base.anatomy.structure,
-                site,
-                batch_prompts(tokenizer, inputs.prompts, loaded.model.config),
-                layers,
-                statistic=recipe.statistic,
-            ),
-            texts=identify_prompts(recipe.prompts, inputs.prompts),
-        )
-    return direction, norms
-
-
-def saved_norms(base: Base, recipe: Recipe, destination: Destination) -> ActivationNorms | None:
-    """Return the norms of the recipe's calibration file; None where it has none."""
-    if recipe.calibration is None:
-        return None
-    return read_norms(
-        Path(recipe.calibration),
-        base=base.to_dict(),
-        site=destination.site,
-        statistic=recipe.statistic,
-        hidden_size=base.anatomy.hidden_size,
-        layers=destination.layers,
-    )
-
-
-def crosses_norm(direction: Direction, site: str) -> bool:
-    """Tell whether a direction of the residual stream is used at a normalised input."""
-    return direction.site in RESIDUAL_SITES and site in INPUT_SITES
-
-
-def extract(
-    base: Base,
-    loaded: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    pairs: Sequence[ContrastPair],
-    site: str,
-    layers: Sequence[int],
-) -> Direction:
-    """Find the direction from the recipe's contrast pairs."""
-    return extract_direction(
-        loaded,
-        base.anatomy.structure,
-        site,
-        tokenizer,
-        pairs,
-        layers,
-        extraction_options(recipe),
-        model_name=base.to_dict()["id"],
-    )
-
-
-def extraction_options(recipe: Recipe) -> ExtractionOptions:
-    """Return how the recipe wants its direction found; raise DirectionError for an unknown choice."""
-    options = ExtractionOptions(
-        method=recipe.method,
-        token=recipe.token,
-        chat_template=recipe.chat_template,
-        held_out=recipe.held_out,
-        from_layer=recipe.from_layer,
-        seed=recipe.seed,
-        steps=recipe.steps,
-        kl_weight=recipe.kl_weight,
-        neutral=recipe.prompts,
-    )
-    options.check()
-    return options
-
-
-def prove(
-    base: Base,
-    directory: Path,
-    plan: Plan,
-    push: Push,
-    tokenizer: PreTrainedTokenizerBase,
-    allow_rounding: bool,
-    placement: Placement | None = None,
-    published: tuple[str, str] | None = None,
-) -> Equivalence:
-    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
-
-    published: (repository, commit) that the plain process loads by its id.
-    """
-    return prove_equivalence(
-        base.checkpoint,
-        open_checkpoint(str(directory), allowed=base.checkpoint.roots),
-        base.anatomy.structure,
-        plan,
-        push,
-        tokenizer,
-        encode(
-            tokenizer,
-            read_prompts(EQUIVALENCE_PROMPTS),
-            MAX_TOKENS,
-            limit=position_limit(read_config(base.checkpoint.directory)),
-        ),
-        allow_rounding=allow_rounding,
-        placement=placement,
-        published=published,
-    )

@@ -24,8 +24,7 @@ from bake.io.hashing import hash_files
 from bake.io.output_files import RESULT_FILE
 from bake.io.staging import check_output, staged_directory
 from bake.pipeline.completion import NeededShard, describe_needs, unproven
-from bake.pipeline.decision import Decision, decide_push
-from bake.pipeline.export import saved_norms
+from bake.pipeline.decision import Decision, decide_push, saved_norms
 from bake.pipeline.given_directions import hold_against, open_direction
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import describe_bake, describe_left_out, encode_result

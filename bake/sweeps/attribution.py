@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from bake.directions.direction import Direction
     from bake.models.forward import LoadedModel
     from bake.sites import LayerStructure
+    from bake.strength.coefficients import Push
     from bake.sweeps.design import Variant
 
+Bounds = tuple[int, int]  # of a part of the band: its first layer, and the one after its last
 KEPT_SHARE = 0.9
 EDGES = 12  # bands of more layers are cut at every second, third, … layer
 
@@ -113,35 +115,9 @@ def attribute(
 
     All arms of a text go through together, about a hundred of them for a band of 12 layers.
     """
-    whole_push = compute_variant_push(direction, variant, norms, layer_count, loaded.hidden_size)
-    push, layers = whole_push.vectors, [entry.layer for entry in whole_push.layers]
-
-    def arm(name: str, chosen: Sequence[int]) -> Arm:
-        return Arm(
-            name,
-            "direction",
-            1.0,
-            variant.site,
-            variant.law,
-            (chosen[0], chosen[-1] + 1),
-            push={layer: push[layer] for layer in chosen},
-        )
-
-    step = -(-len(layers) // EDGES)
-    edges = [*layers[::step], layers[-1] + 1]
-    wanted = [(start, stop) for start in edges for stop in edges if start < stop]
-    wanted += [(layer, layer + 1) for layer in layers]
-    parts = {
-        (start, stop): arm(
-            f"layers {start}:{stop}", [layer for layer in layers if start <= layer < stop]
-        )
-        for start, stop in dict.fromkeys(wanted)
-    }
-    without = {
-        layer: arm(f"without {layer}", [other for other in layers if other != layer])
-        for layer in layers
-        if len(layers) > 1
-    }
+    push = compute_variant_push(direction, variant, norms, layer_count, loaded.hidden_size)
+    layers = [entry.layer for entry in push.layers]
+    parts, without = _make_arms(push, variant)
     arms = [Arm("base", "base"), *parts.values(), *without.values()]
     measured = {
         "pairs": measure_pairs(
@@ -160,26 +136,70 @@ def attribute(
     points = {
         point.arm.name: point for point in summarise(arms, measured, tokenizer, texts, Sampling())
     }
-    whole = points[parts[layers[0], layers[-1] + 1].name]
+    effects = {bounds: _Effect.of(points[arm.name]) for bounds, arm in parts.items()}
+    rests = {layer: _Effect.of(points[arm.name]) for layer, arm in without.items()}
+    return _compare(layers, effects, rests, nothing=_Effect.of(points["base"]))
 
-    def kl(point: Point) -> float:
-        return point.neutral_kl["p95"].value
 
-    def shift(point: Point) -> float:
+def _make_arms(push: Push, variant: Variant) -> tuple[dict[Bounds, Arm], dict[int, Arm]]:
+    """Return {bounds: a contiguous part of the band} and {layer: the band without it}."""
+    layers = [entry.layer for entry in push.layers]
+
+    def arm(name: str, chosen: Sequence[int]) -> Arm:
+        return Arm(
+            name,
+            "direction",
+            1.0,
+            variant.site,
+            variant.law,
+            (chosen[0], chosen[-1] + 1),
+            push={layer: push.vectors[layer] for layer in chosen},
+        )
+
+    step = -(-len(layers) // EDGES)
+    edges = [*layers[::step], layers[-1] + 1]
+    wanted = [(start, stop) for start in edges for stop in edges if start < stop]
+    wanted += [(layer, layer + 1) for layer in layers]
+    parts = {
+        (start, stop): arm(
+            f"layers {start}:{stop}", [layer for layer in layers if start <= layer < stop]
+        )
+        for start, stop in dict.fromkeys(wanted)
+    }
+    without = {
+        layer: arm(f"without {layer}", [other for other in layers if other != layer])
+        for layer in layers
+        if len(layers) > 1
+    }
+    return parts, without
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What an arm does: the pairs' shift in nats a token, the KL on neutral text (95th percentile)."""
+
+    shift: float
+    kl: float
+
+    @staticmethod
+    def of(point: Point) -> _Effect:
         assert point.shift is not None
-        return point.shift.value
+        return _Effect(point.shift.value, point.neutral_kl["p95"].value)
 
+
+def _compare(
+    layers: Sequence[int],
+    parts: Mapping[Bounds, _Effect],
+    without: Mapping[int, _Effect],
+    nothing: _Effect,
+) -> Attribution:
+    """Say what each layer gives, and find the smallest part that keeps most of the shift."""
+    whole = parts[layers[0], layers[-1] + 1]
     shares = []
     for layer in layers:
-        alone = points[parts[layer, layer + 1].name]
-        rest = points[without[layer].name] if layer in without else points["base"]
-        lost = shift(whole) - shift(rest)
-        shares.append(LayerShare(layer, shift(alone), lost, kl(alone), kl(rest)))
-    keeping = [
-        bounds
-        for bounds, entry in parts.items()
-        if shift(points[entry.name]) / shift(whole) >= KEPT_SHARE
-    ]
+        alone, rest = parts[layer, layer + 1], without.get(layer, nothing)
+        shares.append(LayerShare(layer, alone.shift, whole.shift - rest.shift, alone.kl, rest.kl))
+    keeping = [bounds for bounds, part in parts.items() if part.shift / whole.shift >= KEPT_SHARE]
     smallest = min(keeping, key=lambda bounds: (bounds[1] - bounds[0], bounds[0]))
-    chosen = points[parts[smallest].name]
-    return Attribution(tuple(shares), shift(whole), kl(whole), smallest, shift(chosen), kl(chosen))
+    chosen = parts[smallest]
+    return Attribution(tuple(shares), whole.shift, whole.kl, smallest, chosen.shift, chosen.kl)

@@ -14,7 +14,7 @@ from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.separation import read_separation
 from bake.errors import BakeError, DirectionError
 from bake.io.shipped import DEMO_NAME
-from bake.pipeline import export as pipeline
+from bake.pipeline import decision
 from bake.pipeline.recipe import make_recipe
 from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.prompts import load_tokenizer
@@ -178,7 +178,7 @@ def test_export_finds_the_direction_that_bake_direction_finds(llama, pairs_file)
     found = extract_direction(str(llama), pairs=pairs_file, **choices)
     recipe = make_recipe({"model": str(llama), "output": "o", "pairs": str(pairs_file), **choices})
     base = open_base(str(llama))
-    exported = pipeline.extract(
+    exported = decision.extract(
         base,
         load_base(base.checkpoint),
         load_tokenizer(llama),

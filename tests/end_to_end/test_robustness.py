@@ -61,7 +61,7 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from canned import passed
 from bake.plan import destination
-from bake.pipeline import export as pipeline
+from bake.pipeline import decision, export as pipeline
 from bake.pipeline.recipe import make_recipe
 opened = {{}}
 real = pipeline.open_base
@@ -71,7 +71,7 @@ def open_once(model, revision=None, clock=None):
     return opened[model]
 pipeline.open_base = open_once
 pipeline.prove = passed
-pipeline.announce = destination.announce = lambda message: None
+pipeline.announce = decision.announce = destination.announce = lambda message: None
 calls = 0
 CHANGING = {{
     "mkdir", "open", "write", "copy_file_range", "sendfile", "ioctl", "flock", "fsync", "ftruncate",

@@ -95,7 +95,7 @@ def test_a_saved_calibration_takes_the_place_of_measuring(
     measured = export(str(base), output=tmp_path / "a", direction=direction, prompts=prompts_file)
     norms = calibration(base)
     monkeypatch.setattr(
-        "bake.pipeline.export.load_base", None
+        "bake.pipeline.decision.load_base", None
     )  # the model is not loaded to be measured
     read = export(str(base), output=tmp_path / "b", direction=direction, calibration=norms)
     for one, other in zip(measured.push.layers, read.push.layers, strict=True):
