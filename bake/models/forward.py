@@ -48,6 +48,20 @@ class LoadedModel:
         return int(config.get_text_config().hidden_size)
 
 
+class SpareModel:
+    """A loaded model that somebody may use once more, whole; nothing holds it after that."""
+
+    def __init__(self, loaded: LoadedModel | None) -> None:
+        self._loaded = loaded
+
+    def take(self, dtype: str) -> LoadedModel | None:
+        """Return the model, where it is in memory in that dtype, and forget it."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or loaded.weights is not None:
+            return None
+        return loaded if str(loaded.model.dtype).removeprefix("torch.") == dtype else None
+
+
 def read_config(directory: Path) -> PreTrainedConfig:
     """Load a checkpoint's config as transformers' class; raise UnsupportedError where it has none."""
     with config_errors_named(directory):

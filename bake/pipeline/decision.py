@@ -15,7 +15,7 @@ from bake.anatomy.base import Base, load_base
 from bake.directions.direction import Direction, convert_to_input
 from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
-from bake.models.forward import LoadedModel
+from bake.models.forward import LoadedModel, SpareModel
 from bake.models.streaming import Placement
 from bake.pipeline.given_directions import open_direction
 from bake.pipeline.recipe import Recipe
@@ -116,8 +116,12 @@ def decide(
     tokenizer: PreTrainedTokenizerBase,
     placement: Placement | None,
     clock: Stopwatch,
-) -> Decision:
-    """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved."""
+) -> tuple[Decision, SpareModel]:
+    """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved.
+
+    Returns it with the model, if it was loaded.
+    """
+    loaded: LoadedModel | None = None
     saved = saved_norms(base, recipe, destination)
 
     def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
@@ -155,7 +159,7 @@ def decide(
         announce(push.warning)
     if inputs.evidence is not None:
         inputs.evidence.check(base.to_dict(), destination.site, push)
-    return Decision(push, norms, direction, choice, inputs.evidence)
+    return Decision(push, norms, direction, choice, inputs.evidence), SpareModel(loaded)
 
 
 def measure(

@@ -33,6 +33,7 @@ from bake.plan.destination import choose_destination
 from bake.plan.plan import Plan, make_plan
 from bake.plan.undo_record import describe_undo
 from bake.proof.equivalence import Equivalence
+from bake.proof.plain_process import kept_plain_process
 from bake.proof.prove import prove
 from bake.strength.coefficients import Push
 from bake.support.progress import announce, track_bytes
@@ -95,57 +96,80 @@ def export(recipe: Recipe) -> Export:
     check_access(recipe, clock)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     inputs = read_inputs(recipe)
-    base = open_base(recipe.model, recipe.revision, clock)
-    checkpoint = base.checkpoint
-    check_rights(base, recipe, clock)
-    given = inputs.direction and hold_against(base, inputs.direction, recipe)
-    check_output(output, overwrite=recipe.overwrite, base_directory=checkpoint.source)
-    check_links(checkpoint, recipe.shards)
-    destination = choose_destination(base.anatomy, recipe.place, given)
-    tokenizer = load_tokenizer(checkpoint.directory)
-    decision = decide(base, destination, recipe, inputs, given, tokenizer, placement, clock)
-    push = decision.push
-    with clock.stage("plan"):
-        plan = make_plan(checkpoint, base.anatomy, destination.route, push, dtype=recipe.dtype)
-    with staged_directory(
-        output, overwrite=recipe.overwrite, base_directory=checkpoint.source
-    ) as staging:
-        written = write(base, plan, staging, recipe.shards, clock)
-        with clock.stage("tokenizer"):
-            note = keep_tokenizer(tokenizer, staging)
-        with clock.stage("prove"):
-            equivalence = prove(
-                base, staging, plan, push, tokenizer, recipe.allow_rounding, placement
+    with kept_plain_process(start=placement is None):
+        base = open_base(recipe.model, recipe.revision, clock)
+        check_rights(base, recipe, clock)
+        given = inputs.direction and hold_against(base, inputs.direction, recipe)
+        source = base.checkpoint.source
+        check_output(output, overwrite=recipe.overwrite, base_directory=source)
+        check_links(base.checkpoint, recipe.shards)
+        destination = choose_destination(base.anatomy, recipe.place, given)
+        tokenizer = load_tokenizer(base.checkpoint.directory)
+        decision, spare = decide(
+            base, destination, recipe, inputs, given, tokenizer, placement, clock
+        )
+        with clock.stage("plan"):
+            plan = make_plan(
+                base.checkpoint,
+                base.anatomy,
+                destination.route,
+                decision.push,
+                dtype=recipe.dtype,
             )
-            equivalence.raise_if_failed()
-        with clock.stage("describe"):
-            story = describe_bake(base, plan, decision)
-            story["undo"] = describe_undo(
-                checkpoint, plan, written.sources, tokenizer_changed=note is not None
+        with staged_directory(output, overwrite=recipe.overwrite, base_directory=source) as staging:
+            written = write(base, plan, staging, recipe.shards, clock)
+            with clock.stage("tokenizer"):
+                note = keep_tokenizer(tokenizer, staging)
+            with clock.stage("prove"):
+                equivalence = prove(
+                    base,
+                    staging,
+                    plan,
+                    decision.push,
+                    tokenizer,
+                    recipe.allow_rounding,
+                    placement,
+                    spare=spare,
+                )
+                equivalence.raise_if_failed()
+            undo = describe_undo(
+                base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
             )
-            story["equivalence"] = equivalence.to_dict()
-            write_story(staging, story, plan, decision)
-        with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
-            files = hash_files(staging, known=written.known_sha256, progress=progress)
-        text = encode_result({**story, "files": files})
-        (staging / RESULT_FILE).write_text(text, encoding="utf-8")
-    links = explain_links(checkpoint, written, recipe.shards)
+            files = describe(base, plan, decision, equivalence, undo, staging, written, clock)
+    links = explain_links(base.checkpoint, written, recipe.shards)
     left_out = [entry.describe() for entry in describe_left_out(base, plan)]
     for warning in (*equivalence.warnings, note, links, *left_out):
         if warning:
             announce(warning)
     publication = publish(output, recipe, clock)
     return Export(
-        output,
-        base,
-        plan,
-        decision,
-        equivalence,
-        files,
-        clock.seconds,
-        peak_memory(),
-        publication,
+        output, base, plan, decision, equivalence, files, clock.seconds, peak_memory(), publication
     )
+
+
+def describe(
+    base: Base,
+    plan: Plan,
+    decision: Decision,
+    equivalence: Equivalence,
+    undo: Mapping[str, Any],
+    staging: Path,
+    written: WrittenWeights,
+    clock: Stopwatch,
+) -> Mapping[str, Mapping[str, Any]]:
+    """Write direction, figures, card and `bake.json` beside the weights; return every file's hash."""
+    with clock.stage("describe"):
+        story = {
+            **describe_bake(base, plan, decision),
+            "undo": undo,
+            "equivalence": equivalence.to_dict(),
+        }
+        write_story(staging, story, plan, decision)
+    with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
+        files = hash_files(staging, known=written.known_sha256, progress=progress)
+    text = encode_result({**story, "files": files})
+    (staging / RESULT_FILE).write_text(text, encoding="utf-8")
+    return files
 
 
 def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:

@@ -17,6 +17,7 @@ from bake.checkpoint.edits import Add
 from bake.checkpoint.quantization import quantization_method
 from bake.errors import EquivalenceError
 from bake.io.work_directory import temporary_directory
+from bake.models.forward import SpareModel
 from bake.models.padding import CAUSE, PaddingError, farthest
 from bake.plan.plan import Plan
 from bake.proof.observation import (
@@ -164,10 +165,12 @@ def prove_equivalence(
     allow_rounding: bool = False,
     placement: Placement | None = None,
     published: tuple[str, str] | None = None,
+    spare: SpareModel | None = None,
 ) -> Equivalence:
     """Compare a baked directory with the hooked base on prompts that are not the calibration's.
 
     published: (repository, commit) on the Hub, whose files these are: the plain process loads it by its id.
+    spare: the base, where it is still in memory; it is used up.
 
     Raises EquivalenceError where nothing can be compared: a push without effect, a baked directory
     that does not load. What was compared and differs is in the result's `failures`.
@@ -183,6 +186,7 @@ def prove_equivalence(
             folder,
             placement=placement,
             published=published,
+            spare=spare,
         )
         reference = run_reference(base.directory, exam)
         plain = run_plain(baked.directory, exam)

@@ -19,6 +19,7 @@ from bake.hooks import steered
 from bake.io.work_directory import temporary_directory
 from bake.models.forward import (
     LoadedModel,
+    SpareModel,
     choose_greedily,
     compute_logits,
     continue_greedily,
@@ -56,7 +57,8 @@ class Exam:
     """What every run is given: the encoded prompts, site, push, and where things may lie.
 
     folder: where logits are kept, so that two runs are never in memory together. published: the
-    repository and commit that the plain process loads, instead of the directory.
+    repository and commit that the plain process loads, instead of the directory. spare: the base, where
+    it is still in memory.
     """
 
     structure: LayerStructure
@@ -67,6 +69,7 @@ class Exam:
     device: torch.device | None = None
     placement: Placement | None = None
     published: tuple[str, str] | None = None
+    spare: SpareModel | None = None
 
     @property
     def few(self) -> tuple[Encoded, ...]:
@@ -176,7 +179,8 @@ class BakedRun:
 
 def run_reference(directory: Path, exam: Exam) -> Reference:
     """Run the base in float32. Raises EquivalenceError for a push that moves nothing."""
-    loaded = exam.load(directory, "float32")
+    spare = exam.spare.take("float32") if exam.spare else None
+    loaded = spare or exam.load(directory, "float32")
     batches = exam.batches(loaded)
     vectors = exam.push.vectors
     base = exam.logits("base", loaded, batches)

@@ -70,8 +70,11 @@ def main() -> None:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
+    # What every model needs is imported now, while whoever asks is still busy.
     import torch
-    from transformers import dynamic_module_utils
+    import transformers.generation.utils
+    import transformers.modeling_utils
+    from transformers import AutoModelForCausalLM, dynamic_module_utils  # noqa: F401
     from transformers.utils import logging
 
     # Inner calls of transformers refuse instead of asking.

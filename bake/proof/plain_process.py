@@ -87,11 +87,16 @@ _keepers = 0
 
 
 @contextlib.contextmanager
-def kept_plain_process() -> Iterator[None]:
-    """Keep one plain process for all requests of the block; the first one starts it, the end closes it."""
+def kept_plain_process(*, start: bool = False) -> Iterator[None]:
+    """Keep one plain process for all requests of the block; the first one starts it, the end closes it.
+
+    start: start it at once, so that it imports what it needs while other work goes on.
+    """
     global _keepers
     _keepers += 1
     try:
+        if start:
+            _usable()
         yield
     finally:
         _keepers -= 1
@@ -102,10 +107,14 @@ def kept_plain_process() -> Iterator[None]:
 def ask_plain_process(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Ask the kept process, or one that is started for this request. Raises EquivalenceError."""
     with kept_plain_process():
-        if not _kept or not _kept[0].usable:
-            _close_kept()
-            _kept[:] = [PlainProcess()]
-        return _kept[0].ask(request, folder)
+        return _usable().ask(request, folder)
+
+
+def _usable() -> PlainProcess:
+    if not _kept or not _kept[0].usable:
+        _close_kept()
+        _kept[:] = [PlainProcess()]
+    return _kept[0]
 
 
 def _close_kept() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bake.anatomy.base import Base
 from bake.checkpoint.checkpoint import open_checkpoint
-from bake.models.forward import read_config
+from bake.models.forward import SpareModel, read_config
 from bake.models.streaming import Placement
 from bake.plan.plan import Plan
 from bake.proof.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
@@ -34,10 +34,12 @@ def prove(
     allow_rounding: bool,
     placement: Placement | None = None,
     published: tuple[str, str] | None = None,
+    spare: SpareModel | None = None,
 ) -> Equivalence:
     """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
 
-    published: (repository, commit) that the plain process loads by its id.
+    published: (repository, commit) that the plain process loads by its id. spare: the base, where it is
+    still in memory; it is used up.
     """
     return prove_equivalence(
         base.checkpoint,
@@ -55,4 +57,5 @@ def prove(
         allow_rounding=allow_rounding,
         placement=placement,
         published=published,
+        spare=spare,
     )
