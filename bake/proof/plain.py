@@ -72,8 +72,6 @@ def main() -> None:
 
     # What every model needs is imported now, while whoever asks is still busy.
     import torch
-    import transformers.generation.utils
-    import transformers.modeling_utils
     from transformers import AutoModelForCausalLM, dynamic_module_utils  # noqa: F401
     from transformers.utils import logging
 
