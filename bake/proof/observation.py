@@ -78,8 +78,9 @@ class Exam:
 
     @property
     def canaries(self) -> list[tuple[int, ...]]:
-        """The beginnings of the first prompts, to be continued greedily."""
-        return [text.ids[:CANARY_TOKENS] for text in self.few]
+        """The beginnings of the first prompts, to be continued greedily: of one length, in one batch."""
+        length = min(CANARY_TOKENS, *(len(text.ids) for text in self.few))
+        return [text.ids[:length] for text in self.few]
 
     def load(self, directory: Path, dtype: str) -> LoadedModel:
         """Load a directory in a dtype, where the exam says weights may be."""

@@ -8,6 +8,7 @@ nothing, so that is checked too.
 """
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -70,15 +71,15 @@ def main() -> None:
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
-    # What every model needs is imported now, while whoever asks is still busy.
     import torch
-    from transformers import AutoModelForCausalLM, dynamic_module_utils  # noqa: F401
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
 
     # Inner calls of transformers refuse instead of asking.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    import_what_models_need()
     for line in requests:
         request = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
         torch.set_num_threads(request["threads"])
@@ -90,6 +91,17 @@ def main() -> None:
         Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
         give_memory_back()
         print("done", file=answers, flush=True)
+
+
+def import_what_models_need() -> None:
+    """Import most of it now, while whoever will ask is still busy."""
+    for name in (
+        "modeling_utils",
+        "generation.utils",
+        "models.auto.modeling_auto",
+        "masking_utils",
+    ):
+        importlib.import_module(f"transformers.{name}")
 
 
 def serve(request: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from typing import IO, Any
 from bake.errors import EquivalenceError
 
 SCRIPT = Path(__file__).with_name("plain.py")
+# What libraries set for themselves while they run; nobody who asks meant a change by it.
+_OWN_OF_OTHERS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
 
 
 class PlainProcess:
@@ -123,7 +125,7 @@ def _close_kept() -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if name not in _OWN_OF_OTHERS}
 
 
 def _cannot_load(reason: str) -> str:
