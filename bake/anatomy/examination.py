@@ -6,10 +6,11 @@ the real model, on the meta device, and to the twin. Which route is taken is dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bake.anatomy.choice import Anatomy
 from bake.anatomy.flags import added_parameters, find_bias_flags, parameter_shapes
@@ -34,10 +35,64 @@ if TYPE_CHECKING:
 def examine(config: PreTrainedConfig) -> Anatomy:
     """Find every exact route of a configuration's architecture, each proven on its twin.
 
-    Takes a second; touches no weight of the model and none of torch's random state. Raises
-    UnsupportedError where transformers has no causal language model for the configuration, where it
-    has no list of decoder layers, or where no small twin of it can be made.
+    Takes a second; touches no weight of the model and none of torch's random state. An equal
+    configuration is examined once in a process. Raises UnsupportedError where transformers has no causal
+    language model for the configuration, where it has no list of decoder layers, or where no small twin
+    of it can be made.
     """
+    return replace(_once(_anatomies, config, _examine), config=config)
+
+
+def prove_insertion(config: PreTrainedConfig) -> SiteRoute:
+    """Return the route `insert` of a configuration's architecture, proven on its twin.
+
+    An equal configuration is examined once in a process. Raises UnsupportedError with the reason where no
+    layer can be inserted.
+    """
+    return _once(_insertions, config, _prove_insertion)
+
+
+Key = tuple[type, str]
+Found = TypeVar("Found")
+MOST_KEPT = 32  # configurations
+_anatomies: dict[Key, Anatomy] = {}
+_insertions: dict[Key, SiteRoute] = {}
+
+
+def forget_examinations() -> None:
+    """Examine anew whatever comes next, for tests that change the code that examines."""
+    _anatomies.clear()
+    _insertions.clear()
+
+
+def _once(
+    kept: dict[Key, Found], config: PreTrainedConfig, examine: Callable[[PreTrainedConfig], Found]
+) -> Found:
+    """Return what was found for an equal configuration before, or now; the last few are kept."""
+    key = (type(config), _content(config))
+    if key not in kept:
+        found = examine(config)
+        while len(kept) >= MOST_KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = found
+    return kept[key]
+
+
+def _content(config: PreTrainedConfig) -> str:
+    """Return all that a configuration says, but for where it was read."""
+
+    def without_place(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: without_place(value) if isinstance(value, Mapping) else value
+            for key, value in values.items()
+            if key != "_name_or_path"
+        }
+
+    told = {**config.to_dict(), "attention": config._attn_implementation_internal}
+    return json.dumps(without_place(told), sort_keys=True, default=repr)
+
+
+def _examine(config: PreTrainedConfig) -> Anatomy:
     import torch
 
     with single_thread(), quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -50,11 +105,7 @@ def examine(config: PreTrainedConfig) -> Anatomy:
             ) from error
 
 
-def prove_insertion(config: PreTrainedConfig) -> SiteRoute:
-    """Return the route `insert` of a configuration's architecture, proven on its twin.
-
-    Raises UnsupportedError with the reason where no layer can be inserted.
-    """
+def _prove_insertion(config: PreTrainedConfig) -> SiteRoute:
     import torch
 
     with single_thread(), quiet_transformers(), torch.random.fork_rng(devices=[]):

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from bake.anatomy import TwinVerdict, examine
+from bake.anatomy.examination import forget_examinations
 from bake.anatomy.flags import added_parameters, build_on_meta, find_bias_flags, parameter_shapes
 from bake.anatomy.residual import trace_residual
 from bake.anatomy.scales import scale_of_real
@@ -348,6 +349,7 @@ def test_examine_leaves_the_process_as_it_was(family):
     torch.manual_seed(3)
     state = torch.get_rng_state()
     torch.set_num_threads(2)
+    forget_examinations()
     try:
         examine(config)
         assert torch.get_num_threads() == 2
@@ -376,7 +378,22 @@ def test_single_thread_is_one_and_ends_on_an_exception():
 
 
 def test_examine_gives_the_same_every_time():
-    assert examine(CONFIG_MAPPING["qwen3"]()).to_dict() == anatomy("qwen3").to_dict()
+    known = anatomy("qwen3").to_dict()
+    forget_examinations()
+    assert examine(CONFIG_MAPPING["qwen3"]()).to_dict() == known
+
+
+def test_an_equal_configuration_is_examined_once(monkeypatch):
+    config = CONFIG_MAPPING["llama"](num_hidden_layers=3)
+    known = examine(config)
+    monkeypatch.setattr("bake.anatomy.examination._Examination", None)  # Nothing can be examined.
+    again = CONFIG_MAPPING["llama"](num_hidden_layers=3, name_or_path="elsewhere")
+    found = examine(again)
+    assert found == known
+    assert found.config is again
+    for options in ({"num_hidden_layers": 4}, {"num_hidden_layers": 3, "rope_theta": 7.0}):
+        with pytest.raises(TypeError):
+            examine(CONFIG_MAPPING["llama"](**options))
 
 
 def sites_or_refusal(model_type):
