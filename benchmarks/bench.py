@@ -57,7 +57,8 @@ def write_direction(path: Path) -> Path:
     """Write one random direction of the base's width."""
     import torch
 
-    from bake.directions.direction import Direction, direction_bytes, normalise
+    from bake.directions.direction_file import direction_bytes
+    from bake.directions.direction import Direction, normalise
 
     vector = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
     path.write_bytes(direction_bytes(Direction({None: normalise(vector, "random")}, "mlp_out")))
@@ -69,7 +70,7 @@ def bench_write(work: Path, base: Path, runs: int) -> dict[str, float]:
     from bake.anatomy import examine
     from bake.checkpoint.checkpoint import open_checkpoint
     from bake.strength.coefficients import band_layers, compute_push
-    from bake.directions.direction import load_direction
+    from bake.directions.direction_file import load_direction
     from bake.models.forward import read_config
     from bake.plan.plan import make_plan
     from bake.checkpoint.writer import copy_companions, write_config, write_weights

@@ -128,7 +128,8 @@ def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs:
     from bake.anatomy import examine
     from bake.directions.fit import find_direction
     from bake.models.forward import load_model, read_config
-    from bake.texts.pairs import ContrastPair, encode_pairs
+    from bake.texts.pair_tokens import encode_pairs
+    from bake.texts.pairs import ContrastPair
     from bake.texts.prompts import load_tokenizer
 
     loaded, tokenizer = load_model(base), load_tokenizer(base)

@@ -64,7 +64,8 @@ class Trial:
         from bake.strength.coefficients import band_layers
         from bake.demo.grammar import generate_documents, generate_pairs
         from bake.models.forward import load_model
-        from bake.texts.pairs import ContrastPair, encode_pairs
+        from bake.texts.pair_tokens import encode_pairs
+        from bake.texts.pairs import ContrastPair
         from bake.texts.prompts import encode, load_tokenizer
         from bake.io.shipped import DEMO_MODEL
 
@@ -99,7 +100,7 @@ class Trial:
 
     def find_optimised(self, seed: int) -> Push:
         """Return what gradient descent found, as long as it came out."""
-        from bake.directions.direction import direction_bytes, load_direction
+        from bake.directions.direction_file import direction_bytes, load_direction
 
         direction = self.find(method="optimize", seed=seed)
         with tempfile.TemporaryDirectory(prefix="bake-optimized-") as folder:

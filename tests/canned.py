@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bake.proof.equivalence import Canary, Equivalence
+from bake.proof.canary import Canary
+from bake.proof.equivalence import Equivalence
 
 REPORT: dict[str, list[str]] = {
     name: [] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from bake.anatomy import examine
 from bake.anatomy.base import load_base, open_base
 from bake.checkpoint.checkpoint import open_description
-from bake.directions.direction import Direction, direction_bytes
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes
 from bake.directions.extract import OPTIMIZE, ExtractionOptions, extract
 from bake.directions.formats import conversion, fit_direction, read_direction, understanding
 from bake.directions.formats.conversion import ConvertedDirection

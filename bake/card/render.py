@@ -17,7 +17,8 @@ from bake.card.figures import ALTERNATIVES, FIGURES, draw_norms, draw_separation
 from bake.checkpoint import left_out
 from bake.checkpoint.front_matter import compose_front_matter
 from bake.checkpoint.licences import card_lines
-from bake.directions.direction import Direction, direction_bytes
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes
 from bake.directions.separation import parse_separation
 from bake.errors import CheckpointError
 from bake.io.output_files import CARD_FILE, DIRECTION_FILE

@@ -10,25 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bake.directions.shared_prompts import (
+    Reads,
+    SharedBatch,
+    longest,
+    make_reads,
+    pack,
+    row_length,
+    saves,
+)
 from bake.errors import DirectionError
 from bake.hooks import captured, check_activation, submodule
 from bake.models.forward import LoadedModel, run_layers
 from bake.sites import LayerStructure
 from bake.support.progress import announce, track
-from bake.texts.pairs import EncodedPair
-from bake.texts.prompts import BATCH_TOKENS, Encoded, TokenBatch, make_batches
+from bake.texts.pair_tokens import EncodedPair
+from bake.texts.prompts import Encoded, TokenBatch, make_batches
 
 if TYPE_CHECKING:
     import torch
 
 TOKENS = ("last", "mean", "all")
-CPU_TOKENS, GPU_TOKENS = 768, 8192
-# Sharing pays when it saves this part of the tokens: a row with its own mask costs a little more.
-SHARED_SHARE = 0.1
-UNLIMITED = 10**9  # tokens: one forward, for a streamed model's weights move once for each
-LONGEST_ROW = 4096  # tokens; the mask of a row grows with their square
 # How far sharing may move activations, relative to their largest and to their median entry, by dtype.
 SHARING_BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 
@@ -80,35 +84,6 @@ class PairActivations:
         for index in range(self.count):
             found.setdefault(self.alike[index] if self.alike else index, []).append(index)
         return list(found.values())
-
-
-@dataclass(frozen=True)
-class SharedBatch:
-    """Rows of prompt + positive + negative: (rows, positions), with a (rows, 1, positions, positions)
-    mask that is added to attention scores."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-
-    def inputs(self, device: Any = "cpu") -> dict[str, torch.Tensor]:
-        """Return the keyword arguments of a model's forward."""
-        return {
-            "input_ids": self.input_ids.to(device),
-            "attention_mask": self.attention_mask.to(device),
-            "position_ids": self.position_ids.to(device),
-        }
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """Which (row, column) of a batch's activation goes to which text, with what weight."""
-
-    texts: list[int]
-    owners: torch.Tensor  # (reads,) places in `texts`
-    rows: torch.Tensor
-    columns: torch.Tensor
-    weights: torch.Tensor
 
 
 def parse_token(token: str | int) -> str | int:
@@ -169,21 +144,21 @@ def read_activations(
     """
     import torch
 
-    batch_tokens = batch_tokens or _batch_tokens(loaded)
+    batch_tokens = batch_tokens or batch_tokens(loaded)
     positions = [
         chosen
         for number, pair in enumerate(pairs, start=1)
         for chosen in choose_positions(pair, token, number)
     ]
     texts = [text for pair in pairs for text in pair.texts]
-    together = [i for i, pair in enumerate(pairs) if share and _saves(pair)]
+    together = [i for i, pair in enumerate(pairs) if share and saves(pair)]
     reader = _Reader(loaded, structure, site, layers, texts, positions, padding_side)
-    if together and not reader.may_share(pairs, _longest(pairs, together)):
+    if together and not reader.may_share(pairs, longest(pairs, together)):
         announce("this model computes shared prompts otherwise; every text runs by itself")
         together = []
     rest = set(range(len(pairs))) - set(together)
     alone = [text for i in sorted(rest) for text in (2 * i, 2 * i + 1)]
-    batches: list[tuple[TokenBatch | SharedBatch, _Reads]] = [
+    batches: list[tuple[TokenBatch | SharedBatch, Reads]] = [
         *reader.shared_batches(pairs, together, batch_tokens),
         *reader.plain_batches(alone, batch_tokens),
     ]
@@ -206,30 +181,6 @@ def _number_alike(pairs: Sequence[EncodedPair]) -> tuple[int, ...]:
     return tuple(numbers) if len(first) < len(pairs) else ()
 
 
-def _batch_tokens(loaded: LoadedModel) -> int:
-    """A GPU wants many tokens at once, a CPU's cache few; streamed weights move once a forward."""
-    if loaded.weights is not None:
-        return BATCH_TOKENS
-    return CPU_TOKENS if loaded.device.type == "cpu" else GPU_TOKENS
-
-
-def _row_length(pair: EncodedPair) -> int:
-    return sum(len(text.ids) for text in pair.texts) - pair.shared
-
-
-def _longest(pairs: Sequence[EncodedPair], chosen: Sequence[int]) -> list[int]:
-    """Return the pair with the longest text, which a window cuts first, and that with the longest row."""
-    text = max(chosen, key=lambda i: max(len(text.ids) for text in pairs[i].texts))
-    row = max(chosen, key=lambda i: _row_length(pairs[i]))
-    return sorted({text, row})
-
-
-def _saves(pair: EncodedPair) -> bool:
-    """Tell whether sharing is worth a mask of its own; a very long row's mask would not fit."""
-    tokens = sum(len(text.ids) for text in pair.texts)
-    return pair.shared >= SHARED_SHARE * tokens and tokens - pair.shared <= LONGEST_ROW
-
-
 @dataclass(frozen=True)
 class _Reader:
     """One reading: the model, where it is read, the texts, and the positions that are read of each."""
@@ -244,7 +195,7 @@ class _Reader:
 
     def plain_batches(
         self, chosen: Sequence[int], batch_tokens: int
-    ) -> list[tuple[TokenBatch, _Reads]]:
+    ) -> list[tuple[TokenBatch, Reads]]:
         """Return batches of texts that run by themselves."""
         made = make_batches(
             [self.texts[index] for index in chosen],
@@ -261,28 +212,28 @@ class _Reader:
                 tuple(position + shift for position in self.positions[index])
                 for index, shift in zip(owners, shifts, strict=True)
             ]
-            found.append((batch, _make_reads(owners, range(len(owners)), columns)))
+            found.append((batch, make_reads(owners, range(len(owners)), columns)))
         return found
 
     def shared_batches(
         self, pairs: Sequence[EncodedPair], chosen: Sequence[int], batch_tokens: int
-    ) -> list[tuple[SharedBatch, _Reads]]:
+    ) -> list[tuple[SharedBatch, Reads]]:
         """Return batches of rows of prompt + positive + negative, rows of like length together."""
-        order = sorted(chosen, key=lambda index: (_row_length(pairs[index]), index))
+        order = sorted(chosen, key=lambda index: (row_length(pairs[index]), index))
         groups: list[list[int]] = []
         for index in order:
-            width = _row_length(pairs[index])
+            width = row_length(pairs[index])
             if groups and (len(groups[-1]) + 1) * width <= batch_tokens:
                 groups[-1].append(index)
             else:
                 groups.append([index])
         dtype = next(self.loaded.model.parameters()).dtype
         return [
-            (_pack([pairs[index] for index in group], dtype), self._packed_reads(pairs, group))
+            (pack([pairs[index] for index in group], dtype), self._packed_reads(pairs, group))
             for group in groups
         ]
 
-    def _packed_reads(self, pairs: Sequence[EncodedPair], group: Sequence[int]) -> _Reads:
+    def _packed_reads(self, pairs: Sequence[EncodedPair], group: Sequence[int]) -> Reads:
         owners, rows, columns = [], [], []
         for row, index in enumerate(group):
             pair = pairs[index]
@@ -293,7 +244,7 @@ class _Reader:
             columns.append(
                 tuple(p if p < pair.shared else p + behind for p in self.positions[2 * index + 1])
             )
-        return _make_reads(owners, rows, columns)
+        return make_reads(owners, rows, columns)
 
     def may_share(self, pairs: Sequence[EncodedPair], chosen: Sequence[int]) -> bool:
         """Measure on these pairs whether a shared prompt gives what two whole texts give."""
@@ -316,7 +267,7 @@ class _Reader:
         )
 
     def read(
-        self, batches: Sequence[tuple[TokenBatch | SharedBatch, _Reads]]
+        self, batches: Sequence[tuple[TokenBatch | SharedBatch, Reads]]
     ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
         """Run batches; return {layer: (texts, hidden_size)} and {layer: (texts,)} mean norms.
 
@@ -328,7 +279,7 @@ class _Reader:
             layer: [] for layer in self.layers
         }
         reads = iter([entry for _, entry in batches])
-        current: list[tuple[TokenBatch | SharedBatch, _Reads]] = []
+        current: list[tuple[TokenBatch | SharedBatch, Reads]] = []
 
         def before(batch: TokenBatch | SharedBatch) -> None:
             current[:] = [(batch, next(reads))]
@@ -369,41 +320,3 @@ def _alike(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
         return True  # Which is reported where the direction is made of them.
     error, scale = (found - expected).abs(), expected.abs()
     return bool(error.max() <= bound * scale.max() and error.median() <= bound * scale.median())
-
-
-def _make_reads(
-    owners: Sequence[int], rows: Sequence[int], columns: Sequence[tuple[int, ...]]
-) -> _Reads:
-    import torch
-
-    flat = [
-        (place, row, column, 1.0 / len(chosen))
-        for place, (row, chosen) in enumerate(zip(rows, columns, strict=True))
-        for column in chosen
-    ]
-    places, all_rows, all_columns, weights = zip(*flat, strict=True)
-    return _Reads(
-        list(owners),
-        torch.tensor(places),
-        torch.tensor(all_rows),
-        torch.tensor(all_columns),
-        torch.tensor(weights, dtype=torch.float64),
-    )
-
-
-def _pack(pairs: Sequence[EncodedPair], dtype: torch.dtype) -> SharedBatch:
-    import torch
-
-    width = max(_row_length(pair) for pair in pairs)
-    input_ids = torch.zeros(len(pairs), width, dtype=torch.long)
-    position_ids = torch.zeros(len(pairs), width, dtype=torch.long)
-    visible = torch.ones(width, width, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
-    for row, pair in enumerate(pairs):
-        first, second = (text.ids for text in pair.texts)
-        end, length = len(first), _row_length(pair)
-        input_ids[row, :length] = torch.tensor([*first, *second[pair.shared :]])
-        position_ids[row, :end] = torch.arange(end)
-        position_ids[row, end:length] = torch.arange(pair.shared, len(second))
-        visible[row, end:, pair.shared : end] = False
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-    return SharedBatch(input_ids, mask[:, None], position_ids)

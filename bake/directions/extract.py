@@ -36,14 +36,8 @@ from bake.models.forward import LoadedModel
 from bake.models.generation import check_seed
 from bake.sites import LayerStructure
 from bake.support.progress import announce
-from bake.texts.pairs import (
-    CHAT_TEMPLATES,
-    ContrastPair,
-    describe_template,
-    encode_pairs,
-    leave_out_known,
-    read_pairs,
-)
+from bake.texts.pair_tokens import CHAT_TEMPLATES, describe_template, encode_pairs
+from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
 from bake.texts.prompts import encode as encode_texts
 from bake.texts.prompts import position_limit, read_prompts
 

@@ -16,7 +16,8 @@ from bake.directions.direction import Direction, normalise
 from bake.errors import DirectionError
 from bake.models.forward import LoadedModel
 from bake.sites import LayerStructure
-from bake.texts.pairs import ContrastPair, describe_template, encode_pairs, read_pairs
+from bake.texts.pair_tokens import describe_template, encode_pairs
+from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.prompts import position_limit
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from bake.hooks import steered
 from bake.models.forward import LoadedModel
 from bake.sites import LayerStructure
 from bake.support.progress import track
-from bake.texts.pairs import EncodedPair
+from bake.texts.pair_tokens import EncodedPair
 from bake.texts.prompts import Encoded, TokenBatch, make_batches
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from bake.checkpoint.left_out import LeftOut, find_left_out, is_draft
 from bake.checkpoint.loading import auto_class
 from bake.checkpoint.own_code import find_code_keys
 from bake.checkpoint.writer import find_companion_code
-from bake.directions.direction import load_direction
+from bake.directions.direction_file import load_direction
 from bake.engines.survival import survivals, to_values
 from bake.errors import CheckpointError, EndpointError
 from bake.io.foreign_json import read_json

@@ -7,7 +7,6 @@ dtype cannot hold the push.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from bake.io.work_directory import temporary_directory
 from bake.models.forward import SpareModel
 from bake.models.padding import CAUSE, PaddingError, farthest
 from bake.plan.plan import Plan
+from bake.proof.canary import Canary, find_canary
 from bake.proof.observation import (
     NEW_TOKENS,
     BakedRun,
@@ -52,15 +52,6 @@ TOLERANCES = {
 REPRESENTATION_WARNING = 0.02
 DROPPED_EFFECT = 0.1  # of the hook's effect; another thread count alone moves logits a little
 MAX_PROMPTS, MAX_TOKENS = 8, 32
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A prompt by which anyone can see whether an engine dropped the biases: greedy continuations."""
-
-    prompt: str
-    base: str
-    baked: str
 
 
 @dataclass(frozen=True)
@@ -233,7 +224,7 @@ def _compare(
         top1_agreement=top1,
         prompts=len(exam.encoded),
         stored_dtype=dtype,
-        canary=_find_canary(tokenizer, exam, stored_base, plain),
+        canary=find_canary(tokenizer, exam, stored_base, plain),
         experts_flipped=run.flipped,
         same_experts_error=None
         if run.held is None
@@ -371,28 +362,6 @@ def _agreement(found: Logits, expected: Logits) -> tuple[float, float]:
         agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
         positions += len(left)
     return max(divergence / positions, 0.0), agreeing / positions
-
-
-def _find_canary(
-    tokenizer: Any, exam: Exam, stored_base: StoredBase, plain: PlainRun
-) -> Canary | None:
-    """Return the first prompt whose greedy continuation differs between base and baked.
-
-    Continuations end where a server would end them, before the first special token.
-    """
-    special = set(tokenizer.all_special_ids)
-
-    def text(ids: Sequence[int]) -> str:
-        kept = itertools.takewhile(lambda token: token not in special, ids)
-        return str(tokenizer.decode(list(kept)))
-
-    runs = zip(exam.canaries, stored_base.greedy, plain.continuations, strict=True)
-    for prompt, *continuations in runs:
-        base, baked = map(text, continuations)
-        if base != baked:
-            asked = tokenizer.decode(list(prompt), skip_special_tokens=True)
-            return Canary(asked, base, baked)
-    return None
 
 
 def _beyond(report: Report, base: Report) -> Mapping[str, list[str]]:

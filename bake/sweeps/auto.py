@@ -24,7 +24,8 @@ from bake.sweeps.measurements import (
 from bake.sweeps.points import Interval, Point
 from bake.sweeps.summary import summarise
 from bake.sweeps.window import Bounds, find_windows
-from bake.texts.pairs import describe_template, read_pairs
+from bake.texts.pair_tokens import describe_template
+from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.card.figures import FIGURES
-from bake.directions.direction import hash_vectors
+from bake.directions.direction_file import hash_vectors
 from bake.errors import BakeError
 from bake.io.foreign_json import read_json
 from bake.io.foreign_paths import check_links

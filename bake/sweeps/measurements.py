@@ -23,7 +23,8 @@ from bake.models.generation import draw_noise
 from bake.sites import LayerStructure
 from bake.support.progress import track
 from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
-from bake.texts.pairs import ContrastPair, encode_pairs, is_rendered
+from bake.texts.pair_tokens import encode_pairs, is_rendered
+from bake.texts.pairs import ContrastPair
 from bake.texts.prompts import Encoded, encode, position_limit, without_prefix
 
 if TYPE_CHECKING:

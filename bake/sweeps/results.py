@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.base import Base
-from bake.directions.direction import Direction, hash_vectors
+from bake.directions.direction import Direction
+from bake.directions.direction_file import hash_vectors
 from bake.sweeps.findings import DoseResponse
 from bake.sweeps.measurements import Texts
 

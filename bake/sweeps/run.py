@@ -32,7 +32,7 @@ from bake.sweeps.results import Trial
 from bake.sweeps.store import Store
 from bake.sweeps.sweep import measure_sites, run_sweep
 from bake.sweeps.window import Bounds
-from bake.texts.pairs import describe_template
+from bake.texts.pair_tokens import describe_template
 from bake.texts.prompts import load_tokenizer, read_prompts
 from bake.version import __version__
 

@@ -26,7 +26,8 @@ from bake.checkpoint.edits import Drop, Rename
 from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.writer import write_config, write_weights
 from bake.cli.main import main
-from bake.directions.direction import Direction, direction_bytes
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes
 from bake.errors import CheckpointError, UnsupportedError
 from bake.hooks import steered
 from bake.pipeline.thin import check_route

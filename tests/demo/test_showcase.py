@@ -12,7 +12,7 @@ import pytest
 
 from bake.anatomy.base import open_base
 from bake.demo import showcase
-from bake.directions.direction import load_direction
+from bake.directions.direction_file import load_direction
 from bake.hooks import steered
 from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME
 from bake.models.forward import load_model

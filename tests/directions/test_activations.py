@@ -9,7 +9,8 @@ from bake.directions import activations
 from bake.directions.activations import read_activations
 from bake.directions.fit import find_direction
 from bake.errors import UnsupportedError
-from bake.texts.pairs import ContrastPair, encode_pairs
+from bake.texts.pair_tokens import encode_pairs
+from bake.texts.pairs import ContrastPair
 from bake.texts.prompts import position_limit
 
 SHARED = [

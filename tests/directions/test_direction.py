@@ -13,11 +13,10 @@ from bake.directions.direction import (
     SCALE_KEY,
     Direction,
     convert_to_input,
-    direction_bytes,
     effective_weight,
-    load_direction,
     normalise,
 )
+from bake.directions.direction_file import direction_bytes, load_direction
 from bake.errors import DirectionError
 
 

@@ -9,7 +9,7 @@ from conftest import PAIRS
 from bake import extract_direction
 from bake.anatomy.base import load_base, open_base
 from bake.cli.main import main
-from bake.directions.direction import load_direction
+from bake.directions.direction_file import load_direction
 from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.separation import read_separation
 from bake.errors import BakeError, DirectionError

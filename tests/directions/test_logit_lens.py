@@ -10,7 +10,8 @@ from conftest import CONFIGS, FINAL_NORMS, HIDDEN, STRUCTURES
 from bake import show_direction
 from bake.anatomy import examine
 from bake.cli.main import main
-from bake.directions.direction import Direction, direction_bytes, normalise
+from bake.directions.direction import Direction, normalise
+from bake.directions.direction_file import direction_bytes
 from bake.directions.logit_lens import compare_directions, find_final_norm, read_tokens
 from bake.errors import BakeError
 from bake.io.shipped import DEMO_NAME

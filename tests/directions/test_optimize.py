@@ -11,7 +11,8 @@ from conftest import CONFIGS, HIDDEN, PAIRS, PROMPTS, STRUCTURES
 from bake.anatomy import examine
 from bake.demo.grammar import generate_documents, generate_pairs
 from bake.directions.activations import read_activations
-from bake.directions.direction import SCALE_KEY, direction_bytes, load_direction
+from bake.directions.direction import SCALE_KEY
+from bake.directions.direction_file import direction_bytes, load_direction
 from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.optimize import measure_effect, optimize_push
 from bake.directions.separation import read_separation
@@ -19,7 +20,8 @@ from bake.errors import BakeError
 from bake.hooks import steered
 from bake.io.shipped import DEMO_MODEL
 from bake.models.forward import load_model
-from bake.texts.pairs import ContrastPair, encode_pairs, read_pairs
+from bake.texts.pair_tokens import encode_pairs
+from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.prompts import encode, load_tokenizer
 
 CONTRAST = [

@@ -20,7 +20,7 @@ from publishing import sent_weights
 from safetensors.torch import load_file
 
 from bake.api import inspect
-from bake.directions.direction import load_direction
+from bake.directions.direction_file import load_direction
 from bake.hooks import steered
 from bake.models.forward import compute_logits, load_model
 from bake.strength.coefficients import LayerPush, Push

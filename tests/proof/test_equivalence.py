@@ -22,7 +22,8 @@ EXTRA = "model-00002-of-00002.safetensors"
 @pytest.fixture(scope="module")
 def direction_file(tmp_path_factory) -> Path:
     """One random direction of the tiny models' width, for all layers."""
-    from bake.directions.direction import Direction, direction_bytes, normalise
+    from bake.directions.direction import Direction, normalise
+    from bake.directions.direction_file import direction_bytes
 
     path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
     vector = torch.randn(32, generator=torch.Generator().manual_seed(9))

@@ -7,7 +7,8 @@ import torch
 
 from bake.anatomy import examine
 from bake.cli.main import main
-from bake.directions.direction import Direction, load_direction, normalise
+from bake.directions.direction import Direction, normalise
+from bake.directions.direction_file import load_direction
 from bake.errors import BakeError
 from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL
 from bake.models.forward import load_model, read_config

@@ -6,7 +6,8 @@ import pytest
 from conftest import PAIRS, byte_tokenizer
 
 from bake.errors import DirectionError, PromptError
-from bake.texts.pairs import ContrastPair, encode_pairs, read_pairs
+from bake.texts.pair_tokens import encode_pairs
+from bake.texts.pairs import ContrastPair, read_pairs
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}"

@@ -10,7 +10,8 @@ from conftest import byte_tokenizer
 from transformers.utils import chat_template_utils
 
 from bake.errors import PromptError
-from bake.texts.pairs import ContrastPair, describe_template, encode_pairs
+from bake.texts.pair_tokens import describe_template, encode_pairs
+from bake.texts.pairs import ContrastPair
 from bake.texts.rendering import Conversation, render
 
 ASKED = ({"role": "user", "content": "How was it?"},)

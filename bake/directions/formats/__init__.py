@@ -13,16 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bake.directions.direction import (
-    DEFAULT_SITE,
-    SCALE_KEY,
-    Direction,
-    describe_absent,
-    load_direction,
-    open_header,
-    own_scale,
-    read_vectors,
-)
+from bake.directions.direction import DEFAULT_SITE, SCALE_KEY, Direction, describe_absent
+from bake.directions.direction_file import load_direction, open_header, own_scale, read_vectors
 from bake.directions.formats import (
     arrays,
     autoencoders,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.directions.direction import DEFAULT_SITE, Direction, direction_bytes, normalise_all
+from bake.directions.direction import DEFAULT_SITE, Direction, normalise_all
+from bake.directions.direction_file import direction_bytes
 from bake.directions.formats import NATIVE, read_given
 from bake.directions.formats.arrays import write_npy, write_npz
 from bake.directions.formats.gguf_writer import write_gguf

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.directions.direction import Direction, direction_bytes
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes
 from bake.directions.formats.given import Array, GivenVectors, from_tensor, gather, shorten
 from bake.directions.formats.places import parse_place
 from bake.errors import DirectionError

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.directions.direction import bound_metadata, open_header
+from bake.directions.direction_file import bound_metadata, open_header
 from bake.directions.formats.declared import is_layer_list
 from bake.directions.formats.given import Array, GivenVectors, Pick, gather
 from bake.errors import CheckpointError, DirectionError

@@ -10,7 +10,8 @@ from conftest import HIDDEN, LAYERS
 from safetensors.torch import load_file, save_file
 
 from bake import api
-from bake.directions.direction import Direction, direction_bytes, load_direction
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes, load_direction
 from bake.directions.formats import fit_direction, read_direction
 from bake.directions.formats.gguf_writer import write_gguf
 from bake.directions.formats.given import name_layers

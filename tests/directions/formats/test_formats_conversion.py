@@ -10,7 +10,8 @@ from conftest import HIDDEN, LAYERS
 
 from bake import api
 from bake.cli.main import main
-from bake.directions.direction import SCALE_KEY, Direction, direction_bytes, load_direction
+from bake.directions.direction import SCALE_KEY, Direction
+from bake.directions.direction_file import direction_bytes, load_direction
 from bake.directions.formats import read_direction, read_given
 from bake.directions.formats.conversion import convert
 from bake.directions.formats.gguf_writer import write_gguf

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from bake.directions.direction import Direction, direction_bytes
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes
 from bake.directions.formats import read_direction
 from bake.directions.formats.gguf_writer import write_gguf
 from bake.errors import BakeError
