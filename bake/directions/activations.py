@@ -144,7 +144,7 @@ def read_activations(
     """
     import torch
 
-    batch_tokens = batch_tokens or batch_tokens(loaded)
+    batch_tokens = batch_tokens or tokens_per_batch(loaded)
     positions = [
         chosen
         for number, pair in enumerate(pairs, start=1)
@@ -199,7 +199,8 @@ class _Reader:
         """Return batches of texts that run by themselves."""
         made = make_batches(
             [self.texts[index] for index in chosen],
-            batch_tokens=batch_tokens,
+            batch_tokens=tokens_per_batch,
+    UNLIMITED,
             padding_side=self.padding_side,
         )
         found = []

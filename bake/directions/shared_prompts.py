@@ -49,7 +49,7 @@ class Reads:
     weights: torch.Tensor
 
 
-def batch_tokens(loaded: LoadedModel) -> int:
+def tokens_per_batch(loaded: LoadedModel) -> int:
     """A GPU wants many tokens at once, a CPU's cache few; streamed weights move once a forward."""
     if loaded.weights is not None:
         return BATCH_TOKENS

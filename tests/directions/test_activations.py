@@ -8,6 +8,7 @@ from bake.anatomy import examine
 from bake.directions import activations
 from bake.directions.activations import read_activations
 from bake.directions.fit import find_direction
+from bake.directions.shared_prompts import row_length
 from bake.errors import UnsupportedError
 from bake.texts.pair_tokens import encode_pairs
 from bake.texts.pairs import ContrastPair
@@ -107,9 +108,7 @@ def test_a_window_is_seen_on_the_longest_text(load_tiny, capsys):
         ContrastPair("The day was long, the road went on and on: it was ", "good", "grey"),
     ]
     first, _ = encoded = encode_pairs(tiny.tokenizer, pairs)
-    texts, rows = (
-        [function(pair) for pair in encoded] for function in (longest_text, activations._row_length)
-    )
+    texts, rows = ([function(pair) for pair in encoded] for function in (longest_text, row_length))
     assert texts[0] < 40 < texts[1]
     assert rows[0] > rows[1]
     arguments = (tiny.loaded, structure, "mlp_out")
