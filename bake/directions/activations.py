@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bake.directions.shared_prompts import (
+    UNLIMITED,
     Reads,
     SharedBatch,
     longest,
@@ -20,6 +21,7 @@ from bake.directions.shared_prompts import (
     pack,
     row_length,
     saves,
+    tokens_per_batch,
 )
 from bake.errors import DirectionError
 from bake.hooks import captured, check_activation, submodule
@@ -199,8 +201,7 @@ class _Reader:
         """Return batches of texts that run by themselves."""
         made = make_batches(
             [self.texts[index] for index in chosen],
-            batch_tokens=tokens_per_batch,
-    UNLIMITED,
+            batch_tokens=batch_tokens,
             padding_side=self.padding_side,
         )
         found = []
