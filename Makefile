@@ -30,9 +30,9 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-# Every architecture of transformers; not part of `make test`, because it takes minutes.
+# Every architecture of transformers, and the whole of the matrix; not part of `make test`: minutes.
 test-architectures: $(READY)
-	$(BIN)/python -m pytest -m architectures
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "architectures or exhaustive"
 
 # Write tests/data/architectures.csv anew; look at its difference before committing it.
 architectures: $(READY)
