@@ -36,7 +36,7 @@ CARD_VALUES = {
             "name": "SGLang",
             "version": "0.5.23",
             "verdict": "dropped",
-            "reason": "no slot for mlp.down_proj.bias, not told in any log",
+            "reason": "no slot for mlp.down_proj.bias, ignored without a warning",
             "seen": "read: llama.py",
         },
     },

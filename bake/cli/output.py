@@ -50,7 +50,7 @@ def print_text(text: str) -> None:
 def prepare_streams() -> None:
     """Make stdout and stderr take whatever is printed.
 
-    One that is closed gets a place that forgets, because a message would go to the other one; an encoding
+    A closed one becomes an in-memory sink, so that nothing goes to the other one instead; an encoding
     that lacks a letter, as ASCII lacks α, prints a question mark instead of failing after the work.
     """
     for name in ("stdout", "stderr"):

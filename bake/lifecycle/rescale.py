@@ -330,8 +330,7 @@ def plan_strength(
 def _check_multiplier(push: Push, multiplier: float) -> Push:
     if multiplier == 0 or not math.isfinite(multiplier):
         raise BakeError(
-            f"multiplier {multiplier:g} steers nothing; bake undo gives the base back, any other number "
-            f"another strength"
+            f"multiplier {multiplier:g}: it must be finite and not zero; bake undo gives the base back"
         )
     return push.at(multiplier)
 

@@ -122,7 +122,7 @@ def tell(
     *,
     known: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the card and `bake.json`, with the hashes of all files as they will be, into `staging`.
+    """Write the card and `bake.json`, with each file's hash after the commit, into `staging`.
 
     staging: what changes in `directory`, see `staging.changed_directory`. story: `bake.json` without
     "files". words: what the card needs besides. known: {file of `directory`: its SHA-256}.

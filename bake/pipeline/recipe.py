@@ -148,7 +148,7 @@ class Recipe:
             (("orthogonalize",), self.added, "is about several directions; repeat --direction"),
             (_FINDING, self.direction is None, "is about --pairs, and a direction is given"),
             (("steps", "kl_weight"), optimizes, "is about --method optimize; give it, or leave this out"),
-            (("law", "band"), self.coefficients is None, "has no say beside --coefficients: leave one out"),
+            (("law", "band"), self.coefficients is None, "has no effect with --coefficients"),
             (
                 ("prompts",),
                 self.calibration is None or optimizes,
@@ -182,13 +182,13 @@ class Recipe:
         return isinstance(self.multiplier, str)
 
     def _check_multiplier(self) -> None:
-        """Raise BakeError for a multiplier that steers nothing or is not one."""
+        """Raise BakeError for a multiplier that is zero, not finite or no number."""
         if isinstance(self.multiplier, str):
             if self.multiplier != AUTO:
                 raise BakeError(f"multiplier {self.multiplier!r} is neither a number nor auto")
         elif self.multiplier == 0 or not math.isfinite(self.multiplier):
             raise BakeError(
-                f"multiplier {abs(self.multiplier):g} steers nothing; give a number such as 1.0"
+                f"multiplier {self.multiplier:g}: it must be finite and not zero; give a number such as 1.0"
             )
         if self.held_out is not None and self.pairs is None and not self.chooses_multiplier:
             raise BakeError("--held-out pairs go with --pairs or with --multiplier auto")

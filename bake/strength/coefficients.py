@@ -223,7 +223,7 @@ def compute_push(
     """
     if multiplier == 0 or not math.isfinite(multiplier):
         raise BakeError(
-            f"multiplier {multiplier:g} steers nothing; give a number other than 0, such as 1.0"
+            f"multiplier {multiplier:g}: it must be finite and not zero; give a number such as 1.0"
         )
     for layer, norm in norms.items():
         if not (math.isfinite(norm) and norm > 0):
@@ -251,7 +251,7 @@ def compute_push(
         LayerPush(layer, float(norms[layer]), multiplier * unit[layer]) for layer in sorted(norms)
     )
     if not any(entry.coefficient for entry in layers):
-        raise BakeError("every coefficient is 0, which steers nothing; give at least one other")
+        raise BakeError("every coefficient is zero; give at least one that is not")
     _check_finite(multiplier, layers)
     return Push(
         law=law,

@@ -125,9 +125,9 @@ def choose_multiplier(
         shift = next(p.shift for p in points if p.arm.multiplier == window.largest)
         assert shift is not None
         raise BakeError(
-            f"--multiplier auto: up to m = {window.largest:g}, where the window ends, no shift of the "
-            f"{len(texts.pairs)} held-out pairs is above 0 beyond doubt (there {shift.value:+.3f} "
-            f"[{shift.low:+.3f}, {shift.high:+.3f}] nats a token); try another direction, or give "
+            f"--multiplier auto: no significant shift of the {len(texts.pairs)} held-out pairs up to "
+            f"m = {window.largest:g}, where the window ends (there {shift.value:+.3f} nats a token, 95 % "
+            f"interval {shift.low:+.3f} to {shift.high:+.3f}); try another direction, or give "
             f"--multiplier M"
         )
     return MultiplierChoice(

@@ -148,7 +148,7 @@ def test_every_engine_is_a_row_with_its_verdict_and_how_it_is_known():
         [
             "SGLang 0.5.23",
             "dropped",
-            "no slot for mlp.down_proj.bias, not told in any log",
+            "no slot for mlp.down_proj.bias, ignored without a warning",
             "read: llama.py",
         ],
     ]

@@ -154,7 +154,7 @@ def test_refused_target_says_why_what_survives_there_and_where_this_survives():
         anatomy("llama").choose("mlp_out", target="sglang")
     text = str(refused.value)
     assert "llama cannot be baked for SGLang" in text
-    assert "mlp_out is dropped (no slot for mlp.down_proj.bias, not told in any log)" in text
+    assert "mlp_out is dropped (no slot for mlp.down_proj.bias, ignored without a warning)" in text
     assert "--site attn_out, --site attn_in" in text
     assert "mlp_out survives in transformers, vLLM, llama.cpp, MLX-lm" in text
     assert "\n" not in text

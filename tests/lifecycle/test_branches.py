@@ -117,7 +117,7 @@ def test_strengths_that_are_none_are_one_line(baked):
     for text, says in (("1,x", "no list of multipliers"), ("1,1.0", "twice"), ("", "no list")):
         with pytest.raises(BakeError, match=says):
             parse_strengths(text)
-    with pytest.raises(BakeError, match="steers nothing"):
+    with pytest.raises(BakeError, match="must be finite and not zero"):
         publish(baked, REPO_ID, strengths=[0])
     for options in ({"revision": "x"}, {"create_pr": True}, {"verify_remote": True}):
         with pytest.raises(BakeError, match="--strengths makes branches of its own"):

@@ -248,7 +248,9 @@ def test_a_shared_shard_stays_as_it_is_where_it_is_shared(tmp_path):
 def test_a_strength_of_zero_is_refused(tmp_path):
     base = build_model(tmp_path / "base", TinyModel("llama"))
     export(str(base), output=tmp_path / "bake", direction=torch.arange(HIDDEN).float())
-    with pytest.raises(BakeError, match="steers nothing; bake undo gives the base back"):
+    with pytest.raises(
+        BakeError, match="must be finite and not zero; bake undo gives the base back"
+    ):
         rescale(tmp_path / "bake", multiplier=0)
 
 

@@ -129,8 +129,8 @@ def test_sound_recipe_passes():
     [
         ({"pairs": "p.jsonl"}, "one of --direction FILE and --pairs FILE"),
         ({"direction": None}, "one of --direction FILE and --pairs FILE"),
-        ({"multiplier": 0}, "multiplier 0 steers nothing"),
-        ({"multiplier": -0.0}, "multiplier 0 steers nothing"),
+        ({"multiplier": 0}, "must be finite and not zero"),
+        ({"multiplier": -0.0}, "must be finite and not zero"),
         ({"law": "cubic"}, "unknown law 'cubic'; one of inverse-sqrt-d"),
         ({"site": "mlp"}, "unknown site 'mlp'; one of auto, mlp_out"),
         ({"route": "bias"}, "unknown route 'bias'; one of auto, native"),
@@ -144,8 +144,8 @@ def test_sound_recipe_passes():
         ({"method": "pca"}, "--method is about --pairs, and a direction is given"),
         ({"from_layer": 3}, "--from-layer is about --pairs"),
         ({"direction": None, "pairs": "p", "steps": 9}, "--steps is about --method optimize"),
-        ({"coefficients": "3=1", "law": "norm"}, "--law has no say beside --coefficients"),
-        ({"coefficients": "3=1", "band": "0:50"}, "--band has no say beside --coefficients"),
+        ({"coefficients": "3=1", "law": "norm"}, "--law has no effect with --coefficients"),
+        ({"coefficients": "3=1", "band": "0:50"}, "--band has no effect with --coefficients"),
         ({"calibration": "n.json", "prompts": "p.txt"}, "--prompts is what norms are measured on"),
     ],
 )

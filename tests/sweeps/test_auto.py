@@ -131,7 +131,7 @@ def test_a_direction_that_does_nothing_is_refused_with_what_it_did(choose):
     with pytest.raises(BakeError) as caught:
         choose(chance=3)
     text = str(caught.value)
-    assert "no shift of the 8 held-out pairs is above 0 beyond doubt" in text
+    assert "no significant shift of the 8 held-out pairs" in text
     assert "try another direction, or give --multiplier M" in text
 
 
