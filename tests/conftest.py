@@ -30,6 +30,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from bake.anatomy.examination import forget_examinations
 from bake.models.forward import LoadedModel, load_model
 from bake.proof.plain_process import kept_plain_process
 from bake.sites import LayerStructure
@@ -166,6 +167,17 @@ def one_thread():
     """Put the thread count back after a test that sets it, as training does."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_examinations(request):
+    """Forget what is kept of examinations around the modules on them: some change what examines."""
+    about = "anatomy" in request.path.parts
+    if about:
+        forget_examinations()
+    yield
+    if about:
+        forget_examinations()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -392,7 +392,7 @@ def test_an_equal_configuration_is_examined_once(monkeypatch):
     assert found == known
     assert found.config is again
     for options in ({"num_hidden_layers": 4}, {"num_hidden_layers": 3, "rope_theta": 7.0}):
-        with pytest.raises(TypeError):
+        with pytest.raises(UnsupportedError, match="no small twin"):
             examine(CONFIG_MAPPING["llama"](**options))
 
 

@@ -157,9 +157,11 @@ def test_layer_of_a_kind_that_the_twin_lacks_is_not_covered(monkeypatch):
     from bake.anatomy import examination as module
 
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [[0, 1, 2]])
+    module.forget_examinations()
     found = examine(config_of("deepseek_v2"))
     assert found.choose("mlp_out").layers == (0, 1, 2, 3)
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [[1, 2, 3]])
+    module.forget_examinations()
     found = examine(config_of("deepseek_v2"))
     assert found.choose("mlp_out").layers == (1, 2, 3)
 
@@ -168,6 +170,7 @@ def test_too_many_kinds_are_refused(monkeypatch):
     from bake.anatomy import examination as module
 
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [])
+    module.forget_examinations()
     with pytest.raises(UnsupportedError, match="4 layers are of 2 kinds, too many"):
         examine(config_of("deepseek_v2"))
 

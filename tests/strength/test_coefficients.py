@@ -92,7 +92,7 @@ def test_explicit_coefficients_replace_the_law_and_the_multiplier_still_multipli
 
 
 def test_explicit_coefficients_of_zero_are_refused():
-    with pytest.raises(BakeError, match="every coefficient is 0"):
+    with pytest.raises(BakeError, match="every coefficient is zero"):
         push(explicit=dict.fromkeys(NORMS, 0.0))
 
 
