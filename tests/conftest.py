@@ -169,15 +169,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fresh_examinations(request):
-    """Forget what is kept of examinations around the modules on them: some change what examines."""
-    about = "anatomy" in request.path.parts
-    if about:
-        forget_examinations()
+@pytest.fixture
+def examined_anew():
+    """Forget what is kept of examinations before and after a test that changes what examines."""
+    forget_examinations()
     yield
-    if about:
-        forget_examinations()
+    forget_examinations()
 
 
 @pytest.fixture(scope="session", autouse=True)

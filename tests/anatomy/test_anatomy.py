@@ -34,7 +34,7 @@ from bake.sites import SITES, LayerStructure, Slot
 
 
 @pytest.fixture(autouse=True)
-def no_hosts(monkeypatch):
+def no_hosts(monkeypatch, examined_anew):
     """Here is what is exact in place; hosts are test_hosts' business."""
     monkeypatch.setattr("bake.anatomy.examination.find_hosts", lambda *_: ([], []))
 
@@ -349,7 +349,6 @@ def test_examine_leaves_the_process_as_it_was(family):
     torch.manual_seed(3)
     state = torch.get_rng_state()
     torch.set_num_threads(2)
-    forget_examinations()
     try:
         examine(config)
         assert torch.get_num_threads() == 2

@@ -152,12 +152,11 @@ def test_layer_map_matches_by_kind():
     assert found.probed_layer("a") == 1
 
 
-def test_layer_of_a_kind_that_the_twin_lacks_is_not_covered(monkeypatch):
+def test_layer_of_a_kind_that_the_twin_lacks_is_not_covered(monkeypatch, examined_anew):
     """What the twin cannot show is not claimed, even where the names would fit."""
     from bake.anatomy import examination as module
 
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [[0, 1, 2]])
-    module.forget_examinations()
     found = examine(config_of("deepseek_v2"))
     assert found.choose("mlp_out").layers == (0, 1, 2, 3)
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [[1, 2, 3]])
@@ -166,11 +165,10 @@ def test_layer_of_a_kind_that_the_twin_lacks_is_not_covered(monkeypatch):
     assert found.choose("mlp_out").layers == (1, 2, 3)
 
 
-def test_too_many_kinds_are_refused(monkeypatch):
+def test_too_many_kinds_are_refused(monkeypatch, examined_anew):
     from bake.anatomy import examination as module
 
     monkeypatch.setattr(module, "choose_layers_to_keep", lambda _kinds: [])
-    module.forget_examinations()
     with pytest.raises(UnsupportedError, match="4 layers are of 2 kinds, too many"):
         examine(config_of("deepseek_v2"))
 

@@ -12,7 +12,7 @@ from bake.cli.main import main
 from bake.directions.direction_file import load_direction
 from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.separation import read_separation
-from bake.errors import BakeError, DirectionError
+from bake.errors import BakeError
 from bake.io.shipped import DEMO_NAME
 from bake.pipeline import decision
 from bake.pipeline.recipe import make_recipe
@@ -199,5 +199,5 @@ def test_recipe_takes_a_tokens_index_and_refuses_unknown_choices_before_any_work
 
     values = {"model": "m", "output": "o", "pairs": "p"}
     assert make_recipe({**values, "token": -2}).token == "-2"
-    with pytest.raises(DirectionError, match="unknown method 'lda'"):
+    with pytest.raises(BakeError, match="unknown method 'lda'"):
         export("no-such-model", pairs="p", output=tmp_path / "o", method="lda")

@@ -250,10 +250,10 @@ def test_the_proof_runs_as_many_forwards_as_was_said(
 
     real = pipeline.prove
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         handle = module.register_module_forward_pre_hook(count)
         try:
-            return real(*arguments)
+            return real(*arguments, **options)
         finally:
             handle.remove()
 

@@ -282,7 +282,7 @@ def test_a_wrong_matrix_is_a_mechanism_error(loud_gpt2, options, monkeypatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_twin_refuses_a_wrong_matrix(make_model, monkeypatch):
+def test_the_twin_refuses_a_wrong_matrix(make_model, monkeypatch, examined_anew):
     from bake.api import inspect
 
     real = Slot.delta

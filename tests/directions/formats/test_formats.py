@@ -266,14 +266,16 @@ def test_export_of_a_control_vector_keeps_its_scale(llama, prompts_file, tmp_pat
 
 def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(api.pipeline, "export", lambda recipe: seen.append(open_direction(recipe)))
+    monkeypatch.setattr(
+        "bake.api.baking.run_export", lambda recipe: seen.append(open_direction(recipe))
+    )
     given = vectors([1, 4])
     for direction in (SteeringVector(given), given, read_direction(given)):
         api.export("model", direction=direction, output=tmp_path / "out", keep_scale=True)
     assert len(seen) == 3
     for found in seen:
         assert_same_lines(found, given)
-    monkeypatch.setattr(api, "estimate_cost", lambda recipe: open_direction(recipe))
+    monkeypatch.setattr("bake.api.baking.estimate_cost", lambda recipe: open_direction(recipe))
     assert_same_lines(api.estimate("model", direction=SteeringVector(given)), given)
 
 
