@@ -126,7 +126,7 @@ def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs:
     """Time every side on one set of pairs, and compare the directions they find."""
     from bake.directions.activations import read_activations
     from bake.anatomy import examine
-    from bake.directions.fit import find_direction
+    from bake.directions.fit import fit_directions
     from bake.models.forward import load_model, read_config
     from bake.texts.pair_tokens import encode_pairs
     from bake.texts.pairs import ContrastPair
@@ -139,10 +139,10 @@ def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs:
     found: dict[str, dict[int, Any]] = {}
 
     def ours(method: str, asked: range = layers) -> dict[int, Any]:
-        direction = find_direction(
-            loaded, structure, "mlp_out", tokenizer, contrast, asked, method=method
+        encoded = encode_pairs(tokenizer, contrast)
+        return fit_directions(
+            read_activations(loaded, structure, "mlp_out", encoded, list(asked)), method
         )
-        return {layer: direction.layer(layer) for layer in asked}
 
     def kept(name: str, find: Callable[[], dict[int, Any]]) -> Callable[[], float]:
         def side() -> float:

@@ -9,16 +9,12 @@ defines `pca_diff`; linear probe, "Discovering Latent Knowledge" and after it mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bake.directions.activations import TOKENS, PairActivations, read_activations
-from bake.directions.direction import Direction, normalise
+from bake.directions.activations import TOKENS, PairActivations
+from bake.directions.direction import normalise
 from bake.errors import DirectionError
-from bake.models.forward import LoadedModel
-from bake.sites import LayerStructure
-from bake.texts.pair_tokens import describe_template, encode_pairs
 from bake.texts.pairs import ContrastPair, read_pairs
-from bake.texts.prompts import position_limit
 
 if TYPE_CHECKING:
     import torch
@@ -27,41 +23,6 @@ METHODS = ("mean", "pca", "probe")
 PROBE_ITERATIONS = 1000
 # A principal component of almost nothing would be rounding noise: relative to the activations' size.
 _FLAT = 1e-6
-
-
-def find_direction(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    site: str,
-    tokenizer: Any,
-    pairs: Sequence[ContrastPair],
-    layers: Sequence[int],
-    *,
-    method: str = "mean",
-    token: str | int = "last",
-    chat_template: str = "auto",
-    model_name: str = "",
-) -> Direction:
-    """Return one unit direction per layer, positive − negative, fitted to the pairs by `method`.
-
-    token: "last" reads a completion's last content token, "mean" averages over its tokens, "all" over
-    every content token, and an index picks one of its tokens. Raises DirectionError where a difference
-    is zero or not finite.
-    """
-    check_method(method)
-    encoded = encode_pairs(
-        tokenizer, pairs, chat_template=chat_template, limit=position_limit(loaded.model.config)
-    )
-    read = read_activations(loaded, structure, site, encoded, layers, token=token)
-    metadata = {
-        "method": method,
-        "token": str(token),
-        "pairs": str(len(pairs)),
-        "model": model_name,
-        **describe_template(tokenizer, pairs, chat_template),
-    }
-    vectors: dict[int | None, torch.Tensor] = dict(fit_directions(read, method).items())
-    return Direction(vectors, site, metadata)
 
 
 def check_method(method: str, methods: Sequence[str] = METHODS) -> None:
@@ -145,7 +106,6 @@ __all__ = [
     "TOKENS",
     "ContrastPair",
     "check_method",
-    "find_direction",
     "fit_directions",
     "read_pairs",
 ]

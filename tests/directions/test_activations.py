@@ -7,7 +7,7 @@ from conftest import PAIRS
 from bake.anatomy import examine
 from bake.directions import activations
 from bake.directions.activations import read_activations
-from bake.directions.fit import find_direction
+from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.shared_prompts import row_length
 from bake.errors import UnsupportedError
 from bake.texts.pair_tokens import encode_pairs
@@ -178,8 +178,7 @@ def test_texts_longer_than_learned_positions_are_cut(load_tiny, capsys):
     pairs = [*SHARED, ContrastPair("so " * 30, "good", "bad")]
     with pytest.raises(IndexError):
         read(tiny, pairs)
-    found = find_direction(
-        tiny.loaded, tiny.structure, "mlp_out", tiny.tokenizer, pairs, LAYERS, token="mean"
-    )
+    chosen = ExtractionOptions(token="mean")
+    found = extract(tiny.loaded, tiny.structure, "mlp_out", tiny.tokenizer, pairs, LAYERS, chosen)
     assert capsys.readouterr().err.count("cut to the model's 40 positions") == 1
     assert sorted(found.vectors) == LAYERS

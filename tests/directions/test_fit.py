@@ -1,12 +1,15 @@
 """Contrast pairs: the direction against a plain difference of means, and what may not matter."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, PAIRS, byte_tokenizer, read_site
 
 from bake.directions.activations import TOKENS, PairActivations
-from bake.directions.fit import find_direction, fit_directions
+from bake.directions.extract import ExtractionOptions, extract
+from bake.directions.fit import fit_directions
 from bake.errors import DirectionError
 from bake.hooks import submodule
 from bake.sites import SITES
@@ -16,9 +19,16 @@ CONTRAST = [ContrastPair(**pair) for pair in PAIRS]
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 
 
-def find(tiny, pairs=CONTRAST, site="mlp_out", layers=(1, 3), **options):
-    return find_direction(
-        tiny.loaded, tiny.structure, site, tiny.tokenizer, pairs, list(layers), **options
+def find(tiny, pairs=CONTRAST, site="mlp_out", layers=(1, 3), model_name="", **options):
+    return extract(
+        tiny.loaded,
+        tiny.structure,
+        site,
+        tiny.tokenizer,
+        pairs,
+        list(layers),
+        ExtractionOptions(**options),
+        model_name=model_name,
     )
 
 
@@ -71,7 +81,8 @@ def test_token_positions_give_different_directions(open_tiny):
 
 def test_direction_says_where_it_came_from(open_tiny):
     found = find(open_tiny("llama"), token="mean", model_name="org/model")
-    assert found.metadata == {
+    assert json.loads(found.metadata["separation"])["pairs"] == 4
+    assert {key: value for key, value in found.metadata.items() if key != "separation"} == {
         "method": "mean",
         "token": "mean",
         "pairs": "4",
