@@ -44,6 +44,19 @@ def test_hook_adds_exactly_the_push_at_every_position(open_tiny, architecture, s
 
 @BOTH
 @EVERY_SITE
+def test_with_a_mask_the_push_is_at_the_texts_own_tokens_alone(open_tiny, architecture, site):
+    tiny = open_tiny(architecture)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0]])
+    before = read_site(tiny, site, 2, IDS)
+    with steered(tiny.loaded.model, tiny.structure, site, {2: vector()}, mask=mask):
+        after = read_site(tiny, site, 2, IDS)
+    expected = before + mask[0, :, None] * vector()
+    torch.testing.assert_close(after, expected, rtol=0, atol=2e-6)
+    assert torch.equal(after[:2], before[:2])
+
+
+@BOTH
+@EVERY_SITE
 def test_only_what_follows_the_site_changes(open_tiny, architecture, site):
     tiny = open_tiny(architecture)
     previous, following = read_site(tiny, site, 1, IDS), read_site(tiny, site, 3, IDS)
