@@ -54,16 +54,20 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[str, a
         name = " ".join(plain[:length])
         if name in commands and len(plain) >= length:
             parser = _fill(Parser(prog=f"bake {name}"), commands[name])
-            parsed = parser.parse_args(plain[length:])
-            parsed.json = len(plain) < len(words)
-            return name, parsed
-    _overview(commands).parse_args(list(words))
-    raise AssertionError("a line without a command is answered by the overview")
+            given = argparse.Namespace(json=len(plain) < len(words))
+            return name, parser.parse_args(plain[length:], given)
+    return _answer_without_command(commands, words)
 
 
 def options_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Return a command's options by name, without what belongs to the command line itself."""
     return {name: value for name, value in vars(parsed).items() if name != JSON.name}
+
+
+def _answer_without_command(commands: Mapping[str, Command], words: Sequence[str]) -> NoReturn:
+    overview = _overview(commands)
+    overview.parse_args(list(words))
+    overview.error("the command stands first: bake COMMAND …")
 
 
 def _overview(commands: Mapping[str, Command]) -> Parser:

@@ -56,10 +56,23 @@ def test_help_is_instant_because_nothing_heavy_is_imported():
 
 
 def test_usage_errors_exit_with_2(run):
-    for arguments in (["no-such-command"], ["export", "m", "--law", "no-such-law"], []):
+    wrong = ["export", "m", "--law", "no-such-law"]
+    for arguments in (["no-such-command"], wrong, [], ["--json"], ["--", "demo"], ["prompts"]):
         with pytest.raises(SystemExit) as caught:
             run(*arguments)
         assert caught.value.code == 2
+
+
+def test_json_may_stand_anywhere(run):
+    for arguments in (
+        ["--json", "prompts", "list"],
+        ["prompts", "--json", "list"],
+        ["prompts", "list", "--json"],
+        ["prompts", "list", "--js"],
+    ):
+        code, text, _ = run(*arguments)
+        assert code == 0
+        assert json.loads(text)["sets"]
 
 
 def test_a_number_that_is_none_is_named(capsys):
