@@ -17,6 +17,7 @@ os.environ.update(
 )
 os.environ.pop("HF_TOKEN", None)
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from bake.anatomy.examination import forget_examinations
+from bake.card import figures, render
 from bake.models.forward import LoadedModel, load_model
 from bake.proof.plain_process import kept_plain_process
 from bake.sites import LayerStructure
@@ -175,6 +177,31 @@ def examined_anew():
     forget_examinations()
     yield
     forget_examinations()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketched_figures():
+    """Draw no figure of a bake but write a digest of what it would show: drawing takes as long as the
+    rest of a tiny export. Equal values still give equal bytes.
+    """
+
+    def sketch(path: Path, *values: Any) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(repr(values).encode()).digest()
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + digest)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "draw_norms", sketch)
+        patch.setattr(render, "draw_separation", sketch)
+        yield
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch):
+    """Draw a bake's figures for real, in a test of them."""
+    monkeypatch.setattr(render, "draw_norms", figures.draw_norms)
+    monkeypatch.setattr(render, "draw_separation", figures.draw_separation)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from matplotlib import image
 
 from bake.cli.main import main
 
@@ -51,12 +52,15 @@ def export(llama, directions, prompts_file, tmp_path, capsys):
     return call
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_bake_carries_table_figures_and_samples(export, swept, tmp_path):
     code, errors, output = export(swept, "-m", "2")
     assert code == 0, errors
     assert sorted(path.name for path in (output / "figures").iterdir()) == [
         "dose-response.png", "norms.png", "separation.png",
     ]  # fmt: skip
+    for path in (output / "figures").iterdir():
+        assert image.imread(path).std() > 0.05  # Something is on the paper.
     drawn = (output / "figures" / "dose-response.png").read_bytes()
     assert drawn == (swept / "figures" / "dose-response.png").read_bytes()
     result = json.loads((output / "bake.json").read_text())
