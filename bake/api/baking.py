@@ -21,7 +21,6 @@ from bake.pipeline.estimate import Estimate, estimate_cost
 from bake.pipeline.export import Export
 from bake.pipeline.export import export as run_export
 from bake.pipeline.recipe import make_recipe
-from bake.pipeline.thin import ThinExport, export_thin
 from bake.sites import check_site, layers_with
 from bake.strength.norms import ActivationNorms, measure_norms
 from bake.support.processes import divide, is_main
@@ -76,7 +75,7 @@ def export(
     create_pr: bool = False,
     commit_message: str | None = None,
     accept_licence: bool = False,
-) -> Export | ThinExport:
+) -> Export:
     """Bake a direction into `model` and write the checkpoint to `output`.
 
     The options are explained in `bake.options.export`, as `bake export --help` shows them.
@@ -86,8 +85,7 @@ def export(
     """
     options = dict(locals())
     with given_as_file(direction) as given:
-        recipe = make_recipe(_as_text({**options, "direction": given}))
-        return export_thin(recipe) if recipe.thin else run_export(recipe)
+        return run_export(make_recipe(_as_text({**options, "direction": given})))
 
 
 def estimate(

@@ -59,14 +59,23 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """The weight files of the output, sorted as the base's; the extra shard, the originals last."""
+    """The weight files of the output, sorted as the base's; the extra shard, the originals last.
+
+    without_kept: the base shards that keep their bytes are listed and not there.
+    """
 
     files: tuple[WrittenFile, ...]
+    without_kept: bool = False
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
+        """Bytes of all files that are there."""
+        return sum(file.size for file in self.files if file not in self.left_out)
+
+    @property
+    def left_out(self) -> tuple[WrittenFile, ...]:
+        """The base shards that are not there."""
+        return tuple(file for file in self.files if self.without_kept and file.action == "kept")
 
     @property
     def sources(self) -> dict[str, str]:
@@ -97,17 +106,23 @@ def write_weights(
     """Write the weight files, their index and the originals into the directory `staging`.
 
     shards: "copy", or "hardlink" or "symlink" for base shards that keep their bytes; what is
-    patched is always a copy. `progress` is told bytes as they are written. Raises
-    CheckpointError, before anything is written, for edits that contradict the checkpoint, and
+    patched is always a copy. "none" leaves them out, reads no byte of the base, and takes no edit of
+    a tensor that exists. `progress` is told bytes as they are written. Raises CheckpointError, before
+    anything is written, for edits that contradict the checkpoint or need the base's bytes, and
     OutputError where the disk has no room for the result or a link cannot be made.
     """
     layout = plan_layout(checkpoint, edits)
-    check_links(checkpoint, shards)
+    if shards == "none":
+        _check_only_new(layout)
+    else:
+        check_links(checkpoint, shards)
     _check_room(checkpoint, layout, staging, linked=shards != "copy")
     copies: list[tuple[PlannedFile, Path]] = []
     for file in layout.files:
         target = staging / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if file.action == "kept" and shards == "none":
+            continue
         if file.action == "kept" and shards != "copy":
             link_file(checkpoint.directory / str(file.base_file), target, shards)
         elif file.action == "kept" and _moved(checkpoint, file, target):
@@ -118,28 +133,8 @@ def write_weights(
             _write_pieces(checkpoint, file, target, progress)
     _copy_shards(checkpoint, copies, progress)
     _write_text(staging / INDEX_FILE, layout.index_text)
-    return WrittenWeights(tuple(_describe(checkpoint, file) for file in layout.files))
-
-
-def write_new_weights(
-    checkpoint: Checkpoint, edits: Sequence[Edit], staging: Path
-) -> tuple[PlannedFile, ...]:
-    """Write the new tensors and the index of everything; returns the base shards that are left out.
-
-    No byte of the base is read. Raises CheckpointError where an edit changes a tensor that exists.
-    """
-    layout = plan_layout(checkpoint, edits)
-    changed = [file for file in layout.files if file.action not in ("kept", "added")]
-    if changed:
-        raise CheckpointError(
-            f"{changed[0].name} would have to be {changed[0].action}, so the base's own bytes are "
-            "needed: leave --thin out."
-        )
-    for file in layout.files:
-        if file.action == "added":
-            _write_pieces(checkpoint, file, staging / file.name, None)
-    _write_text(staging / INDEX_FILE, layout.index_text)
-    return tuple(file for file in layout.files if file.action == "kept")
+    files = tuple(_describe(checkpoint, file) for file in layout.files)
+    return WrittenWeights(files, without_kept=shards == "none")
 
 
 def write_config(checkpoint: Checkpoint, changes: Mapping[str, Any], staging: Path) -> None:
@@ -193,7 +188,7 @@ def check_links(checkpoint: Checkpoint, shards: str) -> None:
 def explain_links(checkpoint: Checkpoint, written: WrittenWeights, shards: str) -> str | None:
     """What somebody should know of an output that shares files with its base; None for copies."""
     kept = sum(file.action == "kept" for file in written.files)
-    if shards == "copy" or not kept:
+    if shards in ("copy", "none") or not kept:
         return None
     folders = {(checkpoint.directory / file).resolve().parent.name for file in checkpoint.shards}
     owner = "the Hub's cache" if "blobs" in folders else f"the base {checkpoint.model_id}"
@@ -203,6 +198,15 @@ def explain_links(checkpoint: Checkpoint, written: WrittenWeights, shards: str) 
         else "writing into one changes both"
     )
     return f"the output shares {kept} files with {owner} ({shards}): {consequence}"
+
+
+def _check_only_new(layout: Layout) -> None:
+    changed = [file for file in layout.files if file.action not in ("kept", "added")]
+    if changed:
+        raise CheckpointError(
+            f"{changed[0].name} would have to be {changed[0].action}, so the base's own bytes are "
+            "needed: leave --thin out."
+        )
 
 
 def _moved(checkpoint: Checkpoint, file: PlannedFile, target: Path) -> bool:

@@ -14,7 +14,7 @@ def run(parsed: argparse.Namespace) -> int:
     from bake import report
     from bake.pipeline import estimate as cost
     from bake.pipeline import export as pipeline
-    from bake.pipeline import recipe, thin
+    from bake.pipeline import recipe
 
     given = options_of(parsed)
     file, only = given.pop("recipe", None), given.pop("estimate", False)
@@ -26,9 +26,6 @@ def run(parsed: argparse.Namespace) -> int:
     if only:
         estimate = cost.estimate_cost(wanted)
         print_result(parsed, estimate.to_dict(), report.describe_estimate(estimate))
-    elif wanted.thin:
-        added = thin.export_thin(wanted)
-        print_result(parsed, added.to_dict(), report.describe_thin(added))
     else:
         result = pipeline.export(wanted)
         print_result(parsed, result.to_dict(), report.describe_export(result))

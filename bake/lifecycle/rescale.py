@@ -28,7 +28,7 @@ from bake.io.foreign_paths import resolve_name
 from bake.io.output_files import RESULT_FILE
 from bake.io.safetensors import TensorEntry, encode_header, encode_tensor, read_header
 from bake.io.staging import changed_directory, staged_directory
-from bake.pipeline.completion import check_shards, is_unproven, tell, unproven
+from bake.pipeline.completion import Unproven, check_shards, is_unproven, tell
 from bake.pipeline.record import read_result, rebuild_push
 from bake.sites import Slot
 from bake.support.progress import announce
@@ -269,7 +269,7 @@ def _retold(recorded: Mapping[str, Any], push: Push, revision: str | None) -> di
     proof = recorded["equivalence"]
     if not is_unproven(recorded):
         reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
-        proof = {**unproven(rounding_allowed=bool(proof.get("rounding_allowed"))), "reason": reason}
+        proof = Unproven(bool(proof.get("rounding_allowed")), reason).to_dict()
     return {**story, "equivalence": proof}
 
 

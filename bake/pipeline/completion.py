@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.card.render import render_card
-from bake.checkpoint.checkpoint import Checkpoint
-from bake.checkpoint.layout import PlannedFile
+from bake.checkpoint.writer import WrittenWeights
 from bake.errors import CheckpointError, OutputError
 from bake.io.hashing import hash_files
 from bake.io.output_files import CARD_FILE, RESULT_FILE
@@ -30,26 +29,36 @@ class NeededShard:
     size: int
     sha256: str | None
 
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, file: PlannedFile) -> NeededShard:
-        """Describe a file that a thin bake leaves out."""
-        base_file = str(file.base_file)
-        return cls(file.name, base_file, file.size, checkpoint.known_sha256(base_file))
+
+@dataclass(frozen=True)
+class Unproven:
+    """A proof that has not been made, and why."""
+
+    rounding_allowed: bool
+    reason: str = "a thin bake holds none of its base's shards, so there was nothing to load"
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`."""
+        return {
+            "passed": False,
+            "verified": False,
+            "reason": self.reason,
+            "rounding_allowed": self.rounding_allowed,
+        }
 
 
-def unproven(*, rounding_allowed: bool) -> dict[str, Any]:
-    """Return what `bake.json` says of a proof that has not been made."""
-    return {
-        "passed": False,
-        "verified": False,
-        "reason": "a thin bake holds none of its base's shards, so there was nothing to load",
-        "rounding_allowed": rounding_allowed,
-    }
+def find_needs(written: WrittenWeights) -> tuple[NeededShard, ...]:
+    """Return the base's shards that were left out of what was written."""
+    return tuple(
+        NeededShard(file.name, str(file.base_file), file.size, file.known_sha256)
+        for file in written.left_out
+    )
 
 
 def describe_needs(needs: Sequence[NeededShard]) -> dict[str, Any]:
-    """Return the part of `bake.json` that makes a bake a thin one."""
-    return {_KEY: {"shards": [asdict(shard) for shard in needs]}}
+    """Return the part of `bake.json` that makes a bake a thin one; nothing for any other."""
+    return {_KEY: {"shards": [asdict(shard) for shard in needs]}} if needs else {}
 
 
 def is_thin(recorded: Mapping[str, Any]) -> bool:

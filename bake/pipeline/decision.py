@@ -113,13 +113,14 @@ def decide(
     recipe: Recipe,
     inputs: Inputs,
     given: Direction | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     placement: Placement | None,
     clock: Stopwatch,
 ) -> tuple[Decision, SpareModel]:
     """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved.
 
-    Returns it with the model, if it was loaded.
+    tokenizer: None for a thin bake, whose direction is given and whose norms are saved (see Recipe.check).
+    Returns the decision with the model, if it was loaded.
     """
     loaded: LoadedModel | None = None
     saved = saved_norms(base, recipe, destination)
@@ -138,6 +139,7 @@ def decide(
     ):
         direction, norms = given, saved
     else:
+        assert tokenizer is not None
         with clock.stage("load"):
             loaded = load_base(base.checkpoint, placement)
         direction, norms = measure(

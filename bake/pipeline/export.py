@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bake import hub
 from bake.anatomy.base import Base, open_base
@@ -24,11 +24,13 @@ from bake.io.hashing import hash_files
 from bake.io.output_files import RESULT_FILE
 from bake.io.staging import check_output, staged_directory
 from bake.models.streaming import choose_placement
+from bake.pipeline.completion import NeededShard, Unproven, describe_needs, find_needs
 from bake.pipeline.decision import Decision, decide, read_inputs
 from bake.pipeline.given_directions import hold_against
 from bake.pipeline.publishing import check_access, check_rights, publish
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import carries_drafts, describe_bake, describe_left_out, encode_result
+from bake.pipeline.thin import check_base, check_route
 from bake.plan.destination import choose_destination
 from bake.plan.plan import Plan, make_plan
 from bake.plan.undo_record import describe_undo
@@ -38,27 +40,26 @@ from bake.proof.prove import prove
 from bake.strength.coefficients import Push
 from bake.support.progress import announce, track_bytes
 from bake.support.timing import Stopwatch, peak_memory
-from bake.texts.prompts import (
-    load_tokenizer,
-)
+from bake.texts.prompts import load_tokenizer
 from bake.texts.tokenizer import keep_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export made. `output` is the directory, everything else is in its bake.json too."""
+    """What an export made. `output` is the directory, everything else is in its bake.json too.
+
+    needs: the base's shards that have to be put beside a thin bake before it can be proven.
+    """
 
     output: Path
     base: Base
     plan: Plan
     decision: Decision
-    equivalence: Equivalence
+    equivalence: Equivalence | Unproven
     files: Mapping[str, Mapping[str, Any]]
     timings: Mapping[str, float]
     peak_memory: int
+    needs: tuple[NeededShard, ...] = ()
     publication: hub.Publication | None = None
 
     @property
@@ -78,6 +79,7 @@ class Export:
             "output": str(self.output),
             **published,
             **describe_bake(self.base, self.plan, self.decision),
+            **describe_needs(self.needs),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
             "timings": dict(self.timings),
@@ -88,7 +90,9 @@ class Export:
 def export(recipe: Recipe) -> Export:
     """Bake a direction into a checkpoint: measure, decide, write, prove. See `bake export --help`.
 
-    Raises a BakeError that names what is wrong; then nothing is left at the output path.
+    A thin one is decided from config and headers; the base's shards are neither read nor written, and
+    so nothing is proven. Raises a BakeError that names what is wrong; then nothing is left at the
+    output path.
     """
     recipe.check()
     clock = Stopwatch()
@@ -96,88 +100,103 @@ def export(recipe: Recipe) -> Export:
     check_access(recipe, clock)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     inputs = read_inputs(recipe)
-    with kept_plain_process(start=placement is None):
-        base = open_base(recipe.model, recipe.revision, clock)
+    with kept_plain_process(start=placement is None and not recipe.thin):
+        base = open_base(recipe.model, recipe.revision, clock, headers_only=recipe.thin)
         check_rights(base, recipe, clock)
         given = inputs.direction and hold_against(base, inputs.direction, recipe)
-        source = base.checkpoint.source
+        checkpoint, source = base.checkpoint, base.checkpoint.source
         check_output(output, overwrite=recipe.overwrite, base_directory=source)
-        check_links(base.checkpoint, recipe.shards)
+        if recipe.thin:
+            check_base(base)
+        check_links(checkpoint, recipe.shards)
         destination = choose_destination(base.anatomy, recipe.place, given)
-        tokenizer = load_tokenizer(base.checkpoint.directory)
+        if recipe.thin:
+            check_route(base.anatomy, destination.route)
+        tokenizer = None if recipe.thin else load_tokenizer(checkpoint.directory)
         decision, spare = decide(
             base, destination, recipe, inputs, given, tokenizer, placement, clock
         )
         with clock.stage("plan"):
             plan = make_plan(
-                base.checkpoint,
-                base.anatomy,
-                destination.route,
-                decision.push,
-                dtype=recipe.dtype,
+                checkpoint, base.anatomy, destination.route, decision.push, dtype=recipe.dtype
             )
         with staged_directory(output, overwrite=recipe.overwrite, base_directory=source) as staging:
-            written = write(base, plan, staging, recipe.shards, clock)
-            with clock.stage("tokenizer"):
-                note = keep_tokenizer(tokenizer, staging)
-            with clock.stage("prove"):
-                equivalence = prove(
-                    base,
-                    staging,
-                    plan,
-                    decision.push,
-                    tokenizer,
-                    recipe.allow_rounding,
-                    placement,
-                    spare=spare,
-                )
-                equivalence.raise_if_failed()
-            undo = describe_undo(
-                base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
-            )
-            files = describe(base, plan, decision, equivalence, undo, staging, written, clock)
-    links = explain_links(base.checkpoint, written, recipe.shards)
+            written = write(base, plan, staging, "none" if recipe.thin else recipe.shards, clock)
+            needs = find_needs(written)
+            equivalence: Equivalence | Unproven = Unproven(recipe.allow_rounding)
+            note = None
+            if tokenizer is not None:
+                with clock.stage("tokenizer"):
+                    note = keep_tokenizer(tokenizer, staging)
+                with clock.stage("prove"):
+                    equivalence = prove(
+                        base,
+                        staging,
+                        plan,
+                        decision.push,
+                        tokenizer,
+                        recipe.allow_rounding,
+                        placement,
+                        spare=spare,
+                    )
+                    equivalence.raise_if_failed()
+            story = {
+                **describe_bake(base, plan, decision),
+                **describe_needs(needs),
+                "undo": describe_undo(
+                    checkpoint, plan, written.sources, tokenizer_changed=note is not None
+                ),
+                "equivalence": equivalence.to_dict(),
+            }
+            files = describe(story, plan, decision, staging, written, clock)
+    links = explain_links(checkpoint, written, recipe.shards)
     left_out = [entry.describe() for entry in describe_left_out(base, plan)]
     for warning in (*equivalence.warnings, note, links, *left_out):
         if warning:
             announce(warning)
     publication = publish(output, recipe, clock)
     return Export(
-        output, base, plan, decision, equivalence, files, clock.seconds, peak_memory(), publication
+        output,
+        base,
+        plan,
+        decision,
+        equivalence,
+        files,
+        clock.seconds,
+        peak_memory(),
+        needs,
+        publication,
     )
 
 
+def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
+    """Write weights, config and companions into the staging directory."""
+    checkpoint, total = base.checkpoint, 0 if shards == "none" else base.checkpoint.size
+    drafts = carries_drafts(plan) and shards != "none"
+    with clock.stage("write"), track_bytes(total, "writing") as progress:
+        written = write_weights(checkpoint, plan.edits, staging, shards=shards, progress=progress)
+        write_config(checkpoint, plan.config_changes, staging)
+        copy_companions(checkpoint, staging, drafts=drafts)
+        write_notice(base.licence, staging)
+    return written
+
+
 def describe(
-    base: Base,
+    story: Mapping[str, Any],
     plan: Plan,
     decision: Decision,
-    equivalence: Equivalence,
-    undo: Mapping[str, Any],
     staging: Path,
     written: WrittenWeights,
     clock: Stopwatch,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """Write direction, figures, card and `bake.json` beside the weights; return every file's hash."""
+    """Write direction, figures, card and `bake.json` beside the weights; return every file's hash.
+
+    story: the values of `bake.json`, without its files.
+    """
     with clock.stage("describe"):
-        story = {
-            **describe_bake(base, plan, decision),
-            "undo": undo,
-            "equivalence": equivalence.to_dict(),
-        }
         write_story(staging, story, plan, decision)
     with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
         files = hash_files(staging, known=written.known_sha256, progress=progress)
     text = encode_result({**story, "files": files})
     (staging / RESULT_FILE).write_text(text, encoding="utf-8")
     return files
-
-
-def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
-    """Write weights, config and companions into the staging directory."""
-    checkpoint = base.checkpoint
-    with clock.stage("write"), track_bytes(checkpoint.size, "writing") as progress:
-        written = write_weights(checkpoint, plan.edits, staging, shards=shards, progress=progress)
-        write_config(checkpoint, plan.config_changes, staging)
-        copy_companions(checkpoint, staging, drafts=carries_drafts(plan))
-        write_notice(base.licence, staging)
-    return written

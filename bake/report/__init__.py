@@ -6,7 +6,6 @@ from bake.report.bakes import (
     describe_estimate,
     describe_export,
     describe_proven,
-    describe_thin,
 )
 from bake.report.directions import (
     describe_direction,
@@ -29,7 +28,6 @@ __all__ = [
     "describe_reading",
     "describe_set",
     "describe_sets",
-    "describe_thin",
     "describe_totals",
     "format_table",
 ]

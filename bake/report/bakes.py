@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bake.checkpoint.loading import auto_class
+from bake.pipeline.completion import Unproven
 from bake.support.tables import format_table
 
 if TYPE_CHECKING:
     from bake.directions.direction import Direction
     from bake.pipeline.estimate import Estimate
     from bake.pipeline.export import Export
-    from bake.pipeline.thin import ThinExport
     from bake.proof.equivalence import Equivalence
 
 SHOWN_SHARDS = 4
@@ -23,7 +23,9 @@ def describe_proven(result: Export) -> str:
 
 
 def describe_export(result: Export) -> str:
-    """Return the summary of an export: the layers, the proof, the files, how to load them."""
+    """Return the summary of an export: the layers, the proof, the files, how to load or complete them."""
+    if result.needs:
+        return "\n".join([describe_proven(result), "", *_describe_needs(result)])
     parts = [
         describe_proven(result),
         "",
@@ -43,28 +45,25 @@ def describe_export(result: Export) -> str:
     return "\n".join(parts)
 
 
-def describe_thin(result: ThinExport) -> str:
-    """Return the summary of a thin export: the layers, what was written, what is still needed."""
+def _describe_needs(result: Export) -> list[str]:
+    """Return the lines that say what a thin bake still needs."""
     base = result.base.to_dict()
     where = base["id"] + (f" at revision {base['revision']}" if base["revision"] else "")
     size = sum(shard.size for shard in result.needs) / 1e9
     rows = [(shard.base_file, shard.name) for shard in result.needs[:SHOWN_SHARDS]]
-    parts = [
-        *_describe_push(result),
-        "",
-        "NOT verified: a thin bake holds none of its base's weights",
-        "",
+    more = len(result.needs) - SHOWN_SHARDS
+    return [
         f"written to {result.output} ({len(result.files) + 1} files); it needs {len(result.needs)} "
         f"shards of {where} ({size:.1f} GB), copied or linked in under these names:",
         "",
         format_table(("base's file", "name here"), rows),
+        *([f"… and {more} more, listed in bake.json"] if more > 0 else []),
+        "",
+        f"then: bake verify {result.output} --base MODEL",
     ]
-    if len(result.needs) > SHOWN_SHARDS:
-        parts.append(f"… and {len(result.needs) - SHOWN_SHARDS} more, listed in bake.json")
-    return "\n".join([*parts, "", f"then: bake verify {result.output} --base MODEL"])
 
 
-def _describe_push(result: Export | ThinExport) -> list[str]:
+def _describe_push(result: Export) -> list[str]:
     """Return the lines that say what was pushed where."""
     route, push = result.plan.route, result.push
     rows = [
@@ -118,8 +117,10 @@ def _as_stored(found: Equivalence) -> list[tuple[str, str, str]]:
     ]
 
 
-def describe_equivalence(found: Equivalence) -> str:
-    """Return the figures of a proof, and its verdict."""
+def describe_equivalence(found: Equivalence | Unproven) -> str:
+    """Return the figures of a proof, and its verdict; of one that was not made, why."""
+    if isinstance(found, Unproven):
+        return f"NOT verified: {found.reason}"
     rows = [
         ("mechanism (exact slots, float32)", f"{found.mechanism_error:.1e}", "1e-04"),
         *_as_stored(found),
