@@ -66,9 +66,9 @@ from bake.pipeline import decision, export as pipeline
 from bake.pipeline.recipe import make_recipe
 opened = {{}}
 real = pipeline.open_base
-def open_once(model, revision=None, clock=None):
+def open_once(model, *arguments, **options):
     if model not in opened:
-        opened[model] = real(model, revision)
+        opened[model] = real(model, *arguments, **options)
     return opened[model]
 pipeline.open_base = open_once
 pipeline.prove = passed
