@@ -153,19 +153,16 @@ def bench_calibration(work: Path, base: Path, runs: int) -> dict[str, float]:
     """(c) Calibration of the band's layers against a bare forward of the same batches."""
     import torch
 
-    from bake.anatomy import examine
+    from bake.anatomy.base import load_base, open_base
     from bake.strength.coefficients import band_layers
-    from bake.models.forward import load_model, read_config
     from bake.strength.norms import measure_norms
-    from bake.texts.prompts import encode, load_tokenizer, make_batches
 
-    structure = examine(read_config(base)).structure
-    loaded = load_model(base)
-    batches = make_batches(encode(load_tokenizer(base), TEXTS))
+    loaded = load_base(open_base(str(base)))
+    batches = loaded.batches(TEXTS)
 
     def calibrate() -> float:
         start = time.perf_counter()
-        measure_norms(loaded, structure, "mlp_out", batches, band_layers(LAYERS))
+        measure_norms(loaded, "mlp_out", batches, band_layers(LAYERS))
         return time.perf_counter() - start
 
     def forward() -> float:
@@ -199,19 +196,17 @@ def bench_help(_work: Path, _base: Path, runs: int) -> dict[str, float]:
 
 def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
     """(e) Greedy tokens a second with a key-value cache, float32, one prompt."""
-    from bake.anatomy import examine
-    from bake.models.forward import continue_greedily, load_model, read_config
-    from bake.texts.prompts import encode, load_tokenizer
-    from bake.hooks import steered
+    from bake.anatomy.base import load_base, open_base
+    from bake.models.forward import continue_greedily, load_model
+    from bake.texts.prompts import encode
     from bake.pipeline.record import read_result, rebuild_push
 
     baked = work / "baked"
     if not baked.exists():
         raise SystemExit("(e) needs the bake that (b) writes; run --only b,e")
-    structure = examine(read_config(base)).structure
     vectors = rebuild_push(read_result(baked), baked).vectors
-    models = {"base": load_model(base), "baked": load_model(baked)}
-    prompt = [encode(load_tokenizer(base), TEXTS[:1])[0].ids]
+    models = {"base": load_base(open_base(str(base))), "baked": load_model(baked)}
+    prompt = [encode(models["base"].tokenizer, TEXTS[:1])[0].ids]
     tokens = 16
 
     def generate(name: str) -> float:
@@ -220,7 +215,7 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
         return time.perf_counter() - start
 
     def hooked() -> float:
-        with steered(models["base"].model, structure, "mlp_out", vectors):
+        with models["base"].steered("mlp_out", vectors):
             return generate("base")
 
     seconds = alternate(
@@ -237,20 +232,19 @@ def bench_generation(work: Path, base: Path, runs: int) -> dict[str, float]:
 
 def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
     """(f) The shipped model, its direction and sets: all rows together, and one push after the other."""
-    from bake.anatomy import examine
+    from bake.anatomy.base import load_base, open_base
     from bake.sweeps.design import Design, make_arms
     from bake.sweeps.measurements import Sampling, measure_neutral, measure_pairs, measure_rollouts
     from bake.sweeps.sweep import measure_sites
     from bake.directions.formats import read_direction
-    from bake.models.forward import load_model, read_config
     from bake.texts.pairs import read_pairs
-    from bake.texts.prompts import load_tokenizer, read_prompts
-    from bake.io.shipped import DEMO_MODEL, DEMO_NAME
+    from bake.texts.prompts import read_prompts
+    from bake.io.shipped import DEMO_NAME
 
-    anatomy = examine(read_config(DEMO_MODEL))
-    given = load_model(DEMO_MODEL), anatomy.structure, load_tokenizer(DEMO_MODEL)
+    base = open_base(DEMO_NAME)
+    anatomy, loaded = base.anatomy, load_base(base)
     layer_count, neutral = anatomy.layer_count, read_prompts("neutral-stories")[:16]
-    norms = measure_sites(*given, {"mlp_out": range(layer_count)}, neutral)
+    norms = measure_sites(loaded, {"mlp_out": range(layer_count)}, neutral)
     design = Design(multipliers=(-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0), control_seeds=0)
     direction = read_direction(DEMO_NAME)
     arms = make_arms(direction, design, norms, layer_count, anatomy.hidden_size)[1:]
@@ -259,9 +253,9 @@ def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
     sampling = Sampling(samples=1, new_tokens=32)
 
     def measure(chosen: list[Any]) -> None:
-        measure_pairs(*given, chosen, pairs)
-        measure_neutral(*given, chosen, neutral)
-        measure_rollouts(*given, chosen, openings, sampling)
+        measure_pairs(loaded, chosen, pairs)
+        measure_neutral(loaded, chosen, neutral)
+        measure_rollouts(loaded, chosen, openings, sampling)
 
     def together() -> float:
         start = time.perf_counter()

@@ -125,24 +125,20 @@ def _words(draw: random.Random, least: int, most: int) -> str:
 def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs: int) -> None:
     """Time every side on one set of pairs, and compare the directions they find."""
     from bake.directions.activations import read_activations
-    from bake.anatomy import examine
+    from bake.anatomy.base import load_base, open_base
     from bake.directions.fit import fit_directions
-    from bake.models.forward import load_model, read_config
     from bake.texts.pair_tokens import encode_pairs
     from bake.texts.pairs import ContrastPair
-    from bake.texts.prompts import load_tokenizer
 
-    loaded, tokenizer = load_model(base), load_tokenizer(base)
-    anatomy = examine(read_config(base))
-    structure, layers = anatomy.structure, range(anatomy.layer_count)
+    opened = open_base(str(base))
+    loaded, layers = load_base(opened), range(opened.anatomy.layer_count)
+    tokenizer = loaded.tokenizer
     contrast = [ContrastPair(*pair) for pair in pairs]
     found: dict[str, dict[int, Any]] = {}
 
     def ours(method: str, asked: range = layers) -> dict[int, Any]:
         encoded = encode_pairs(tokenizer, contrast)
-        return fit_directions(
-            read_activations(loaded, structure, "mlp_out", encoded, list(asked)), method
-        )
+        return fit_directions(read_activations(loaded, "mlp_out", encoded, list(asked)), method)
 
     def kept(name: str, find: Callable[[], dict[int, Any]]) -> Callable[[], float]:
         def side() -> float:
@@ -165,10 +161,10 @@ def compare(base: Path, title: str, pairs: Sequence[tuple[str, str, str]], runs:
     seconds = alternate(sides, runs)
     report(f"{title} ({len(pairs)})", seconds, "CPU s", "floor")
     read = read_activations(
-        loaded, structure, "mlp_out", encode_pairs(tokenizer, contrast), layers, share=False
+        loaded, "mlp_out", encode_pairs(tokenizer, contrast), layers, share=False
     )
     found["exact component"] = exact_components(read)
-    found["bake pca behind the final norm"] = behind_final_norm(loaded.model, structure, read)
+    found["bake pca behind the final norm"] = behind_final_norm(loaded, read)
     for mine, theirs in (
         ("bake mean", "steering-vectors"),
         ("bake pca", "repeng"),
@@ -243,7 +239,7 @@ def exact_components(read: Any) -> dict[int, Any]:
     return found
 
 
-def behind_final_norm(model: Any, structure: Any, read: Any) -> dict[int, Any]:
+def behind_final_norm(loaded: Any, read: Any) -> dict[int, Any]:
     """Return bake's component of what the model's final norm makes of the last layer's activations."""
     import torch
 
@@ -251,7 +247,7 @@ def behind_final_norm(model: Any, structure: Any, read: Any) -> dict[int, Any]:
     from bake.directions.fit import fit_directions
     from bake.directions.logit_lens import find_final_norm
 
-    last, norm = read.layers[-1], find_final_norm(model, structure)
+    last, norm = read.layers[-1], find_final_norm(loaded)
     with torch.no_grad():
         positive, negative = norm(read.positive[last]), norm(read.negative[last])
     lengths = torch.stack([positive, negative], dim=1).flatten(0, 1).norm(dim=1)

@@ -60,22 +60,20 @@ class Trial:
     """The model that ships, what directions are found from, and the fresh text they are tried on."""
 
     def __init__(self, pairs: int, documents: int) -> None:
-        from bake.anatomy import examine
+        from bake.anatomy.base import load_base, open_base
         from bake.strength.coefficients import band_layers
         from bake.demo.grammar import generate_documents, generate_pairs
-        from bake.models.forward import load_model
         from bake.texts.pair_tokens import encode_pairs
         from bake.texts.pairs import ContrastPair
-        from bake.texts.prompts import encode, load_tokenizer
-        from bake.io.shipped import DEMO_MODEL
+        from bake.texts.prompts import encode
+        from bake.io.shipped import DEMO_NAME
 
-        self.loaded, self.tokenizer = load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
-        anatomy = examine(self.loaded.model.config)
-        self.structure, self.layers = anatomy.structure, band_layers(anatomy.layer_count)
+        base = open_base(DEMO_NAME)
+        self.loaded, self.layers = load_base(base), band_layers(base.anatomy.layer_count)
         fresh = [ContrastPair(*pair) for pair in generate_pairs(pairs, SEED)]
-        self.pairs = encode_pairs(self.tokenizer, fresh)
+        self.pairs = encode_pairs(self.loaded.tokenizer, fresh)
         texts = [d.text for d in generate_documents(4 * documents, SEED) if d.mood == "neutral"]
-        self.neutral = encode(self.tokenizer, texts[:documents])
+        self.neutral = encode(self.loaded.tokenizer, texts[:documents])
 
     def find(self, **options: Any) -> Any:
         """Return a direction of the shipped pairs, found as `bake direction` does."""
@@ -84,9 +82,7 @@ class Trial:
 
         return extract(
             self.loaded,
-            self.structure,
             "mlp_out",
-            self.tokenizer,
             read_pairs("cheerful-gloomy"),
             self.layers,
             ExtractionOptions(neutral="neutral-stories", **options),
@@ -113,10 +109,10 @@ class Trial:
     def norms(self) -> dict[int, float]:
         """Activation norms on neutral text, {layer: μ}."""
         from bake.strength.norms import measure_norms
-        from bake.texts.prompts import encode, make_batches, read_prompts
+        from bake.texts.prompts import read_prompts
 
-        batches = make_batches(encode(self.tokenizer, read_prompts("neutral-stories")))
-        found = measure_norms(self.loaded, self.structure, "mlp_out", batches, self.layers)
+        batches = self.loaded.batches(read_prompts("neutral-stories"))
+        found = measure_norms(self.loaded, "mlp_out", batches, self.layers)
         return {entry.layer: entry.mean for entry in found.layers}
 
     def margins(self, push: Push) -> list[float]:
@@ -135,7 +131,7 @@ class Trial:
     def _measure(self, push: Push, pairs: Sequence[Any], neutral: Sequence[Any]) -> Any:
         from bake.directions.optimize import measure_effect
 
-        return measure_effect(self.loaded, self.structure, "mlp_out", push, pairs, neutral)
+        return measure_effect(self.loaded, "mlp_out", push, pairs, neutral)
 
 
 def scale(push: Push, multiplier: float) -> Push:

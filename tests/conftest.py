@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from bake.anatomy.examination import forget_examinations
 from bake.card import figures, render
-from bake.models.forward import LoadedModel, load_model
+from bake.models.forward import LanguageModel, load_model
 from bake.proof.plain_process import kept_plain_process
 from bake.sites import LayerStructure
 from bake.texts.prompts import load_tokenizer
@@ -264,12 +264,18 @@ def unhurried(monkeypatch):
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A small model in memory, the names of its layer's parts written by hand, and its tokenizer."""
+    """A small model in memory, the names of its layer's parts written by hand."""
 
     architecture: str
-    loaded: LoadedModel
-    structure: LayerStructure
-    tokenizer: Any
+    loaded: LanguageModel
+
+    @property
+    def structure(self) -> LayerStructure:
+        return self.loaded.structure
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
 
 
 STRUCTURES = {
@@ -295,7 +301,10 @@ def load_tiny(make_model):
     def load(architecture: str = "llama", **options: Any) -> OpenModel:
         directory = make_model(architecture=architecture, **options)
         loaded = load_model(directory, device=torch.device("cpu"))
-        return OpenModel(architecture, loaded, STRUCTURES[architecture], load_tokenizer(directory))
+        structure, tokenizer = STRUCTURES[architecture], load_tokenizer(directory)
+        return OpenModel(
+            architecture, LanguageModel(**vars(loaded), structure=structure, tokenizer=tokenizer)
+        )
 
     return load
 

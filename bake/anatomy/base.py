@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy, examine
 from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -12,9 +12,13 @@ from bake.checkpoint.licences import read_licence
 from bake.checkpoint.quantization import check_quantization
 from bake.errors import CheckpointError
 from bake.io.shipped import DEMO_MODEL, DEMO_NAME, find_model
-from bake.models.forward import LoadedModel, load_model, read_config
+from bake.models.forward import LanguageModel, load_model, read_config
 from bake.models.streaming import Placement
 from bake.support.timing import Stopwatch
+from bake.texts.prompts import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Base:
         if self.checkpoint.revision:
             return identity
         return {**identity, "headers_sha256": self.checkpoint.headers_sha256}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer. Raises CheckpointError where it has none that loads and runs no code."""
+        return load_tokenizer(self.checkpoint.directory)
 
     @cached_property
     def licence(self) -> dict[str, Any]:
@@ -64,8 +73,9 @@ def open_base(
     return Base(checkpoint, anatomy)
 
 
-def load_base(checkpoint: Checkpoint, placement: Placement | None = None) -> LoadedModel:
+def load_base(base: Base, placement: Placement | None = None) -> LanguageModel:
     """Load the base; refuse one whose weights are incomplete, which transformers fills at random."""
+    checkpoint, tokenizer = base.checkpoint, base.tokenizer  # the cheap part first
     loaded = load_model(checkpoint.directory, placement=placement)
     missing = loaded.report["missing_keys"] + loaded.report["mismatched_keys"]
     if missing:
@@ -73,4 +83,11 @@ def load_base(checkpoint: Checkpoint, placement: Placement | None = None) -> Loa
             f"{checkpoint.model_id} lacks weights that its architecture needs ({missing[0]}); "
             f"transformers would fill them at random, so it cannot be measured"
         )
-    return loaded
+    return LanguageModel(
+        loaded.model,
+        loaded.report,
+        loaded.device,
+        loaded.weights,
+        structure=base.anatomy.structure,
+        tokenizer=tokenizer,
+    )

@@ -25,7 +25,7 @@ from bake.sites import check_site, layers_with
 from bake.strength.norms import ActivationNorms, measure_norms
 from bake.support.processes import divide, is_main
 from bake.support.progress import track
-from bake.texts.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
+from bake.texts.prompts import identify_prompts, read_prompts
 
 if TYPE_CHECKING:
     from bake.sweeps.results import Trial
@@ -186,13 +186,11 @@ def calibrate(
     if output is not None:
         check_file(Path(output))
     base = open_base(model, revision)
-    tokenizer = load_tokenizer(base.checkpoint.directory)
-    loaded = load_base(base.checkpoint, placement)
+    loaded = load_base(base, placement)
     measured = measure_norms(
         loaded,
-        base.anatomy.structure,
         site,
-        batch_prompts(tokenizer, divide(texts), loaded.model.config),
+        loaded.batches(divide(texts)),
         layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )

@@ -27,7 +27,6 @@ from bake.sites import check_site, layers_with
 from bake.strength.coefficients import band_layers, parse_band
 from bake.support.progress import announce
 from bake.texts.pairs import read_pairs
-from bake.texts.prompts import load_tokenizer
 
 if TYPE_CHECKING:
     pass
@@ -91,10 +90,8 @@ def extract_direction(
             band if method == OPTIMIZE else range(base.anatomy.layer_count),
         )
     direction = extract(
-        load_base(base.checkpoint, placement),
-        base.anatomy.structure,
+        load_base(base, placement),
         site,
-        load_tokenizer(base.checkpoint.directory),
         read,
         layers,
         options,
@@ -173,7 +170,5 @@ def show_direction(
     for note in notes:
         announce(note)
     cosines = compare_directions(given, others)
-    loaded = load_base(base.checkpoint)
-    tokenizer = load_tokenizer(base.checkpoint.directory)
-    found = read_tokens(loaded, base.anatomy.structure, tokenizer, given, count=tokens)
+    found = read_tokens(load_base(base), given, count=tokens)
     return given, Reading(found, cosines)

@@ -24,9 +24,8 @@ from bake.directions.shared_prompts import (
     tokens_per_batch,
 )
 from bake.errors import DirectionError
-from bake.hooks import captured, check_activation, submodule
-from bake.models.forward import LoadedModel, run_layers
-from bake.sites import LayerStructure
+from bake.hooks import check_activation
+from bake.models.forward import LanguageModel, run_layers
 from bake.support.progress import announce, track
 from bake.texts.pair_tokens import EncodedPair
 from bake.texts.prompts import Encoded, TokenBatch, make_batches
@@ -127,8 +126,7 @@ def choose_positions(pair: EncodedPair, token: str | int, number: int) -> list[t
 
 
 def read_activations(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
     pairs: Sequence[EncodedPair],
     layers: Sequence[int],
@@ -154,7 +152,7 @@ def read_activations(
     ]
     texts = [text for pair in pairs for text in pair.texts]
     together = [i for i, pair in enumerate(pairs) if share and saves(pair)]
-    reader = _Reader(loaded, structure, site, layers, texts, positions, padding_side)
+    reader = _Reader(loaded, site, layers, texts, positions, padding_side)
     if together and not reader.may_share(pairs, longest(pairs, together)):
         announce("this model computes shared prompts otherwise; every text runs by itself")
         together = []
@@ -187,8 +185,7 @@ def _number_alike(pairs: Sequence[EncodedPair]) -> tuple[int, ...]:
 class _Reader:
     """One reading: the model, where it is read, the texts, and the positions that are read of each."""
 
-    loaded: LoadedModel
-    structure: LayerStructure
+    loaded: LanguageModel
     site: str
     layers: Sequence[int]
     texts: Sequence[Encoded]
@@ -298,8 +295,8 @@ class _Reader:
             norms.index_add_(0, owners, chosen.norm(dim=-1) * weights)
             kept[layer].append((sums.float(), norms.float()))
 
-        last = submodule(self.loaded.model, self.structure, max(self.layers), "")
-        with captured(self.loaded.model, self.structure, self.site, list(self.layers), receive):
+        last = self.loaded.layer(max(self.layers), "")
+        with self.loaded.captured(self.site, list(self.layers), receive):
             run_layers(self.loaded, [batch for batch, _ in batches], last, before)
         order = torch.tensor([text for _, entry in batches for text in entry.texts])
         found = {}

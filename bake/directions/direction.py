@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.hooks import submodule
-from bake.sites import LayerStructure
 from bake.support.text import list_numbers
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from bake.models.forward import LanguageModel
 
 _LAYER_KEY = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 DEFAULT_SITE = "mlp_out"
@@ -159,8 +159,7 @@ def measure_length(vector: torch.Tensor, name: str) -> float:
 
 def convert_to_input(
     direction: Direction,
-    model: nn.Module,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
     layers: Sequence[int],
 ) -> Direction:
@@ -169,7 +168,7 @@ def convert_to_input(
     The norm's weight is read off its behaviour, so that a norm that multiplies by 1 + w (Gemma) is
     converted like one that multiplies by w. Raises DirectionError where no norm feeds the site.
     """
-    if any(site not in structure.at(layer).input_norms for layer in layers):
+    if any(site not in loaded.structure.at(layer).input_norms for layer in layers):
         raise DirectionError(
             f"no norm's output is {site} in this architecture, so a residual direction cannot be "
             f"converted; find one there (bake direction --site {site})"
@@ -178,7 +177,7 @@ def convert_to_input(
         layer: normalise(
             direction.layer(layer)
             * effective_weight(
-                submodule(model, structure, layer, structure.at(layer).input_norms[site]),
+                loaded.layer(layer, loaded.structure.at(layer).input_norms[site]),
                 direction.hidden_size,
             ),
             f"the direction converted to {site} at layer {layer}",

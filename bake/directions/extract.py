@@ -32,9 +32,8 @@ from bake.directions.separation import (
 )
 from bake.errors import DirectionError
 from bake.io.foreign_json import parse_json
-from bake.models.forward import LoadedModel
+from bake.models.forward import LanguageModel
 from bake.models.generation import check_seed
-from bake.sites import LayerStructure
 from bake.support.progress import announce
 from bake.texts.pair_tokens import CHAT_TEMPLATES, describe_template, encode_pairs
 from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
@@ -85,10 +84,8 @@ class ExtractionOptions:
 
 
 def extract(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
-    tokenizer: Any,
     pairs: Sequence[ContrastPair],
     layers: Sequence[int],
     options: ExtractionOptions | None = None,
@@ -104,10 +101,12 @@ def extract(
     options = options or ExtractionOptions()
     options.check()
     layers = [options.from_layer] if options.from_layer is not None else list(layers)
-    _check_layers(loaded, structure, layers)
+    _check_layers(loaded, layers)
     limit = position_limit(loaded.model.config)
-    encode = partial(encode_pairs, tokenizer, chat_template=options.chat_template, limit=limit)
-    read = partial(read_activations, loaded, structure, site, layers=layers, token=options.token)
+    encode = partial(
+        encode_pairs, loaded.tokenizer, chat_template=options.chat_template, limit=limit
+    )
+    read = partial(read_activations, loaded, site, layers=layers, token=options.token)
 
     encoded = encode(pairs)
     found = read(encoded)
@@ -117,10 +116,9 @@ def extract(
         held_out = read(encode(fresh))
     fit: partial[dict[int, torch.Tensor]] | None = None
     if options.method == OPTIMIZE:
-        neutral = encode_texts(tokenizer, read_prompts(options.neutral), limit=limit)
+        neutral = encode_texts(loaded.tokenizer, read_prompts(options.neutral), limit=limit)
         optimised = optimize_push(
             loaded,
-            structure,
             site,
             encoded,
             found,
@@ -137,7 +135,7 @@ def extract(
         vectors = fit(found)
     separation = measure_separation(found, vectors, fit=fit, held_out=held_out, seed=options.seed)
     _announce(separation)
-    extra |= describe_template(tokenizer, pairs, options.chat_template)
+    extra |= describe_template(loaded.tokenizer, pairs, options.chat_template)
     return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 
 
@@ -182,8 +180,8 @@ def plain_values(direction: Direction) -> dict[str, Any]:
     return values
 
 
-def _check_layers(loaded: LoadedModel, structure: LayerStructure, layers: Sequence[int]) -> None:
-    modules: Any = loaded.model.get_submodule(structure.layers)
+def _check_layers(loaded: LanguageModel, layers: Sequence[int]) -> None:
+    modules: Any = loaded.model.get_submodule(loaded.structure.layers)
     wrong = [layer for layer in layers if not 0 <= layer < len(modules)]
     if wrong:
         raise DirectionError(

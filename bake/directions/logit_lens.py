@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from bake.directions.direction import Direction, effective_weight, removes_mean
 from bake.errors import DirectionError, UnsupportedError
-from bake.hooks import captured
-from bake.models.forward import LoadedModel
-from bake.sites import RESIDUAL_SITES, LayerStructure, suits
+from bake.models.forward import LanguageModel
+from bake.sites import RESIDUAL_SITES, suits
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +71,7 @@ class Reading:
 
 
 def read_tokens(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     direction: Direction,
     *,
     count: int = TOKENS,
@@ -98,9 +95,9 @@ def read_tokens(
     head = model.get_output_embeddings()
     if head is None or loaded.weights is not None:
         raise UnsupportedError("the model has no unembedding in memory to show tokens with")
-    norm = find_final_norm(loaded.model, structure)
+    norm = find_final_norm(loaded)
     matrix = head.weight.detach()
-    names = [tokenizer.decode([index]) for index in range(len(tokenizer))]
+    names = [loaded.tokenizer.decode([index]) for index in range(len(loaded.tokenizer))]
     found = []
     for layer in sorted(direction.vectors, key=lambda layer: -1 if layer is None else layer):
         vector = _through(norm, direction.vectors[layer], loaded.hidden_size)
@@ -121,7 +118,7 @@ def read_tokens(
     return tuple(found)
 
 
-def find_final_norm(model: Any, structure: LayerStructure) -> nn.Module | None:
+def find_final_norm(loaded: LanguageModel) -> nn.Module | None:
     """Return the module that stands between the last decoder layer and the unembedding; None for nothing.
 
     Found by what flows: names and places differ too much (LFM 2's is called embedding_norm, and Gemma 4
@@ -130,9 +127,10 @@ def find_final_norm(model: Any, structure: LayerStructure) -> nn.Module | None:
     """
     import torch
 
-    last = len(list(model.get_submodule(structure.layers).children())) - 1
+    model: Any = loaded.model
+    last = len(list(model.get_submodule(loaded.structure.layers).children())) - 1
     head = model.get_output_embeddings()
-    inside = f"{structure.layers}."
+    inside = f"{loaded.structure.layers}."
     seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
     stream: list[torch.Tensor] = []
     read: list[torch.Tensor] = []
@@ -150,7 +148,7 @@ def find_final_norm(model: Any, structure: LayerStructure) -> nn.Module | None:
             head.register_forward_pre_hook(lambda _, given: read.append(given[0])).remove
         )
         hooks.enter_context(
-            captured(model, structure, "mlp_out", [last], lambda _, output: stream.append(output))
+            loaded.captured("mlp_out", [last], lambda _, output: stream.append(output))
         )
         ids = torch.arange(1, 1 + TRIED, device=head.weight.device)[None]
         model(input_ids=ids, use_cache=False)

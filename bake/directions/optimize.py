@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bake.directions.activations import PairActivations
 from bake.directions.fit import fit_directions
 from bake.errors import DirectionError, UnsupportedError
-from bake.hooks import steered
-from bake.models.forward import LoadedModel
-from bake.sites import LayerStructure
+from bake.models.forward import LanguageModel, LoadedModel
 from bake.support.progress import track
 from bake.texts.pair_tokens import EncodedPair
 from bake.texts.prompts import Encoded, TokenBatch, make_batches
@@ -86,8 +84,7 @@ class Optimization:
 
 
 def optimize_push(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
     pairs: Sequence[EncodedPair],
     read: PairActivations,
@@ -115,7 +112,7 @@ def optimize_push(
     )
     units = fit_directions(read.select(kept), "mean")
     push = _Push.starting_from(units, read, loaded)
-    trainer = _Trainer(loaded, structure, site, kl_weight)
+    trainer = _Trainer(loaded, site, kl_weight)
     checked = ([pairs[index] for index in left_out], _shorten(neutral[:NEUTRAL_CHECKED]))
     with _frozen(loaded):
         with torch.no_grad():
@@ -192,8 +189,7 @@ def check_training(steps: int, kl_weight: float) -> None:
 
 
 def measure_effect(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
     push: Mapping[int, torch.Tensor],
     pairs: Sequence[EncodedPair],
@@ -203,7 +199,7 @@ def measure_effect(
     import torch
 
     with torch.no_grad():
-        trainer = _Trainer(loaded, structure, site, 0.0)
+        trainer = _Trainer(loaded, site, 0.0)
         return trainer.measure(push, pairs, _shorten(neutral))[0]
 
 
@@ -233,8 +229,7 @@ def _check(
 class _Trainer:
     """The loss of a push, and its gradient."""
 
-    loaded: LoadedModel
-    structure: LayerStructure
+    loaded: LanguageModel
     site: str
     kl_weight: float
 
@@ -284,7 +279,7 @@ class _Trainer:
 
     def _pushed(self, push: Mapping[int, torch.Tensor]) -> Any:
         vectors = {layer: vector.to(self.loaded.device) for layer, vector in push.items()}
-        return steered(self.loaded.model, self.structure, self.site, vectors)
+        return self.loaded.steered(self.site, vectors)
 
     def _margins(self, pairs: Sequence[EncodedPair]) -> torch.Tensor:
         """Return Δ of every pair, (pairs,): log-likelihood per completion token, positive − negative."""

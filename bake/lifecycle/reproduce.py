@@ -33,7 +33,7 @@ from bake.pipeline.record import (
 )
 from bake.strength.norms import measure_norms
 from bake.support.progress import announce
-from bake.texts.prompts import batch_prompts, identify_prompts, load_tokenizer, read_prompts
+from bake.texts.prompts import identify_prompts, read_prompts
 from bake.texts.tokenizer import keep_tokenizer
 
 _SAME_NORMS = 5e-5  # relative; two machines' kernels differ by less
@@ -116,7 +116,7 @@ def reproduce(
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again, drafts=carries_drafts(plan))
         write_notice(recorded.get("licence") or {}, again)
-        keep_tokenizer(load_tokenizer(opened.checkpoint.directory), again)
+        keep_tokenizer(opened.tokenizer, again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
         draw_figures(again, push, recorded["site"], recorded["direction"]["metadata"])
         for name in recorded.get("sweep", {}).get("figures", ()):  # A sweep's are data, as it is.
@@ -162,12 +162,11 @@ def _measure(
     opened: Base, recorded: Mapping[str, Any], prompts: Sequence[str], placement: Placement | None
 ) -> dict[int, tuple[float, float]]:
     layers = {int(entry["layer"]): float(entry["activation_norm"]) for entry in recorded["layers"]}
-    tokenizer = load_tokenizer(opened.checkpoint.directory)
+    loaded = load_base(opened, placement)
     norms = measure_norms(
-        load_base(opened.checkpoint, placement),
-        opened.anatomy.structure,
+        loaded,
         recorded["site"],
-        batch_prompts(tokenizer, prompts, opened.anatomy.config),
+        loaded.batches(prompts),
         sorted(layers),
         statistic=recorded["calibration"].get("statistic", "mean"),
     ).values()

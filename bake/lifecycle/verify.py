@@ -27,7 +27,6 @@ from bake.plan.plan import Plan
 from bake.proof.equivalence import Equivalence
 from bake.proof.prove import prove
 from bake.support.progress import announce
-from bake.texts.prompts import load_tokenizer
 
 CHUNK = 64 * 1024 * 1024  # bytes compared at a time
 
@@ -76,7 +75,6 @@ def verify(
         directory,
         plan,
         push,
-        load_tokenizer(opened.checkpoint.directory),
         bool(recorded["equivalence"].get("rounding_allowed")),
         placement,
         published,

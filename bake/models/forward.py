@@ -7,8 +7,8 @@ machines without bfloat16 arithmetic nearly three times as fast.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -17,14 +17,16 @@ from bake.checkpoint.foreign_config import check_methods, config_errors_named
 from bake.checkpoint.loading import load_pretrained
 from bake.checkpoint.pretrained import load_config
 from bake.errors import BakeError, CheckpointError, PromptError
+from bake.hooks import captured, steered, submodule
 from bake.models.streaming import CheckpointWeights, Placement, stream_model
+from bake.sites import LayerStructure
 from bake.support.text import explain_briefly
-from bake.texts.prompts import TokenBatch, position_limit
+from bake.texts.prompts import TokenBatch, batch_prompts, position_limit
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -46,6 +48,37 @@ class LoadedModel:
         """The width of the residual stream."""
         config: Any = self.model.config
         return int(config.get_text_config().hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(LoadedModel):
+    """A base in memory with all that measuring and steering it takes.
+
+    structure: what its decoder's parts are called. tokenizer: the checkpoint's.
+    """
+
+    structure: LayerStructure
+    tokenizer: PreTrainedTokenizerBase
+
+    def layer(self, index: int, path: str = "") -> nn.Module:
+        """Return the module at `path` inside decoder layer `index` (0-based; "" is the layer itself)."""
+        return submodule(self.model, self.structure, index, path)
+
+    def batches(self, prompts: Sequence[str]) -> list[TokenBatch]:
+        """Return texts as batches of tokens, cut where the model's positions end."""
+        return batch_prompts(self.tokenizer, prompts, self.model.config)
+
+    def steered(
+        self, site: str, push: Mapping[int, torch.Tensor], **options: Any
+    ) -> AbstractContextManager[None]:
+        """Return the context in which a push is added at a site; see `hooks.steered`."""
+        return steered(self.model, self.structure, site, push, **options)
+
+    def captured(
+        self, site: str, layers: list[int], receive: Callable[[int, torch.Tensor], None]
+    ) -> AbstractContextManager[None]:
+        """Return the context in which a site's activations are handed over; see `hooks.captured`."""
+        return captured(self.model, self.structure, site, layers, receive)
 
 
 class SpareModel:

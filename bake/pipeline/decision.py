@@ -6,43 +6,36 @@ by a short sweep. The model is loaded for what is neither given nor saved, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bake.anatomy.base import Base, load_base
 from bake.directions.direction import Direction, convert_to_input
 from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
-from bake.models.forward import LoadedModel, SpareModel
+from bake.models.forward import LanguageModel, SpareModel
 from bake.models.streaming import Placement
 from bake.pipeline.given_directions import open_direction
 from bake.pipeline.recipe import Recipe
 from bake.plan.destination import Destination
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
-from bake.strength.coefficients import Push
+from bake.strength.coefficients import (
+    EXPLICIT_LAW,
+    OWN_LENGTH_LAW,
+    Push,
+    apply_law,
+    compute_push,
+)
 from bake.strength.norms import ActivationNorms, measure_norms
 from bake.strength.saved_norms import read_calibration, read_norms
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch
-from bake.sweeps.auto import choose_multiplier, read_trial_texts
+from bake.sweeps.auto import MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.sweeps.evidence import Evidence, read_evidence
 from bake.sweeps.measurements import Texts
 from bake.texts.pairs import ContrastPair, read_pairs
-from bake.texts.prompts import (
-    batch_prompts,
-    identify_prompts,
-    read_prompts,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-from bake.pipeline.given_directions import lengths_of
-from bake.strength.coefficients import compute_push
-from bake.sweeps.auto import MultiplierChoice
+from bake.texts.prompts import identify_prompts, read_prompts
 
 
 @dataclass(frozen=True)
@@ -68,16 +61,42 @@ def decide_push(
     norms: ActivationNorms,
     multiplier: float,
 ) -> Push:
-    """Return the push of a recipe at a multiplier: its law, or the coefficients that it gives."""
+    """Return the push of a recipe at a multiplier."""
+    law, given = choose_coefficients(recipe, destination, hidden_size, direction, norms)
     return compute_push(
         norms.values(),
         direction.select(destination.layers, hidden_size),
         hidden_size=hidden_size,
         multiplier=multiplier,
-        law=recipe.law,
-        explicit=destination.coefficients,
-        **lengths_of(direction, destination.layers, keep_scale=recipe.keep_scale),
+        law=law,
+        given=given,
     )
+
+
+def choose_coefficients(
+    recipe: Recipe,
+    destination: Destination,
+    hidden_size: int,
+    direction: Direction,
+    norms: ActivationNorms,
+) -> tuple[str, Mapping[int, float] | None]:
+    """Return a law's name and {layer: α at m = 1}, None where the law alone says that.
+
+    The user's coefficients come first, then the length of vectors that keep theirs, then the law; a sum
+    of several unit vectors is pushed in proportion to its length.
+    """
+    own = direction.own_lengths(destination.layers)
+    if destination.coefficients is not None:
+        law, unit = EXPLICIT_LAW, destination.coefficients
+    elif recipe.keep_scale:
+        return OWN_LENGTH_LAW, own
+    elif direction.parts:
+        law, unit = recipe.law, apply_law(recipe.law, norms.values(), hidden_size)
+    else:
+        return recipe.law, None
+    if direction.parts and not recipe.keep_scale:
+        unit = {layer: unit[layer] * length for layer, length in own.items()}
+    return law, unit
 
 
 @dataclass(frozen=True)
@@ -113,16 +132,14 @@ def decide(
     recipe: Recipe,
     inputs: Inputs,
     given: Direction | None,
-    tokenizer: PreTrainedTokenizerBase | None,
     placement: Placement | None,
     clock: Stopwatch,
 ) -> tuple[Decision, SpareModel]:
     """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved.
 
-    tokenizer: None for a thin bake, whose direction is given and whose norms are saved (see Recipe.check).
     Returns the decision with the model, if it was loaded.
     """
-    loaded: LoadedModel | None = None
+    loaded: LanguageModel | None = None
     saved = saved_norms(base, recipe, destination)
 
     def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
@@ -139,18 +156,13 @@ def decide(
     ):
         direction, norms = given, saved
     else:
-        assert tokenizer is not None
         with clock.stage("load"):
-            loaded = load_base(base.checkpoint, placement)
-        direction, norms = measure(
-            base, loaded, recipe, destination, given, saved, tokenizer, inputs, clock
-        )
+            loaded = load_base(base, placement)
+        direction, norms = measure(base, loaded, recipe, destination, given, saved, inputs, clock)
         if inputs.trial_texts is not None:
             with clock.stage("strength"):
                 choice = choose_multiplier(
                     loaded,
-                    base.anatomy.structure,
-                    tokenizer,
                     destination.site,
                     lambda m: push_at(m, direction, norms),
                     inputs.trial_texts,
@@ -166,30 +178,26 @@ def decide(
 
 def measure(
     base: Base,
-    loaded: LoadedModel,
+    loaded: LanguageModel,
     recipe: Recipe,
     destination: Destination,
     given: Direction | None,
     saved: ActivationNorms | None,
-    tokenizer: PreTrainedTokenizerBase,
     inputs: Inputs,
     clock: Stopwatch,
 ) -> tuple[Direction, ActivationNorms]:
     """Find what is neither given nor saved: the direction at the site, the norms."""
     site, layers = destination.site, destination.layers
     with clock.stage("direction"):
-        direction = given or extract(base, loaded, tokenizer, recipe, inputs.pairs, site, layers)
+        direction = given or extract(base, loaded, recipe, inputs.pairs, site, layers)
         if crosses_norm(direction, site):
-            direction = convert_to_input(
-                direction, loaded.model, base.anatomy.structure, site, layers
-            )
+            direction = convert_to_input(direction, loaded, site, layers)
     with clock.stage("calibrate"):
         norms = saved or replace(
             measure_norms(
                 loaded,
-                base.anatomy.structure,
                 site,
-                batch_prompts(tokenizer, inputs.prompts, loaded.model.config),
+                loaded.batches(inputs.prompts),
                 layers,
                 statistic=recipe.statistic,
             ),
@@ -219,8 +227,7 @@ def crosses_norm(direction: Direction, site: str) -> bool:
 
 def extract(
     base: Base,
-    loaded: LoadedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LanguageModel,
     recipe: Recipe,
     pairs: Sequence[ContrastPair],
     site: str,
@@ -229,9 +236,7 @@ def extract(
     """Find the direction from the recipe's contrast pairs."""
     return extract_direction(
         loaded,
-        base.anatomy.structure,
         site,
-        tokenizer,
         pairs,
         layers,
         extraction_options(recipe),

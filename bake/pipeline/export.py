@@ -40,7 +40,6 @@ from bake.proof.prove import prove
 from bake.strength.coefficients import Push
 from bake.support.progress import announce, track_bytes
 from bake.support.timing import Stopwatch, peak_memory
-from bake.texts.prompts import load_tokenizer
 from bake.texts.tokenizer import keep_tokenizer
 
 
@@ -112,10 +111,9 @@ def export(recipe: Recipe) -> Export:
         destination = choose_destination(base.anatomy, recipe.place, given)
         if recipe.thin:
             check_route(base.anatomy, destination.route)
-        tokenizer = None if recipe.thin else load_tokenizer(checkpoint.directory)
-        decision, spare = decide(
-            base, destination, recipe, inputs, given, tokenizer, placement, clock
-        )
+        # A tokenizer that cannot be loaded is refused before the work.
+        tokenizer = None if recipe.thin else base.tokenizer
+        decision, spare = decide(base, destination, recipe, inputs, given, placement, clock)
         with clock.stage("plan"):
             plan = make_plan(
                 checkpoint, base.anatomy, destination.route, decision.push, dtype=recipe.dtype
@@ -134,7 +132,6 @@ def export(recipe: Recipe) -> Export:
                         staging,
                         plan,
                         decision.push,
-                        tokenizer,
                         recipe.allow_rounding,
                         placement,
                         spare=spare,

@@ -64,12 +64,3 @@ def _join(recipe: Recipe, directions: Sequence[Direction]) -> Direction:
         for (reference, strength), direction in zip(_references(recipe), directions, strict=True)
     ]
     return combine(named, orthogonalize=recipe.orthogonalize, keep_scale=recipe.keep_scale)
-
-
-def lengths_of(
-    direction: Direction, layers: Sequence[int], *, keep_scale: bool
-) -> dict[str, dict[int, float]]:
-    """Return what `compute_push` is told of a direction's length: nothing of a single unit vector."""
-    if keep_scale:
-        return {"lengths": direction.own_lengths(layers)}
-    return {"scales": direction.own_lengths(layers)} if direction.parts else {}

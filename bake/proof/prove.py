@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bake.anatomy.base import Base
 from bake.checkpoint.checkpoint import open_checkpoint
@@ -18,10 +17,6 @@ from bake.texts.prompts import (
     read_prompts,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 EQUIVALENCE_PROMPTS = "equivalence"
 
 
@@ -30,7 +25,6 @@ def prove(
     directory: Path,
     plan: Plan,
     push: Push,
-    tokenizer: PreTrainedTokenizerBase,
     allow_rounding: bool,
     placement: Placement | None = None,
     published: tuple[str, str] | None = None,
@@ -47,9 +41,9 @@ def prove(
         base.anatomy.structure,
         plan,
         push,
-        tokenizer,
+        base.tokenizer,
         encode(
-            tokenizer,
+            base.tokenizer,
             read_prompts(EQUIVALENCE_PROMPTS),
             MAX_TOKENS,
             limit=position_limit(read_config(base.checkpoint.directory)),

@@ -202,6 +202,13 @@ def parse_coefficients(text: str) -> dict[int, float]:
     return coefficients
 
 
+def apply_law(law: str, norms: Mapping[int, float], hidden_size: int) -> dict[int, float]:
+    """Return {layer: α_l at m = 1} by a law, from {layer: μ_l}. Raises BakeError for an unknown law."""
+    if law not in LAWS:
+        raise BakeError(f"unknown law {law!r}; the laws are {', '.join(LAWS)}")
+    return LAWS[law](norms, hidden_size)
+
+
 def compute_push(
     norms: Mapping[int, float],
     directions: Mapping[int, torch.Tensor],
@@ -209,17 +216,15 @@ def compute_push(
     hidden_size: int,
     multiplier: float = 1.0,
     law: str = DEFAULT_LAW,
-    explicit: Mapping[int, float] | None = None,
-    lengths: Mapping[int, float] | None = None,
-    scales: Mapping[int, float] | None = None,
+    given: Mapping[int, float] | None = None,
 ) -> Push:
     """Return the push of a band.
 
     norms: {layer: μ_l} for the band's layers. directions: {layer: unit (hidden_size,) tensor} for at
-    least these. explicit: per-layer coefficients that replace the law; m still multiplies them.
-    lengths: {layer: ‖v_l‖} of the vectors as they were given, which replace the law likewise.
-    scales: {layer: factor} on the law's coefficients: how long a sum of unit vectors is.
-    Raises BakeError for an unknown law, a multiplier of zero, or a norm that is not a positive number.
+    least these. given: {layer: α_l at m = 1} for at least these, which replace the law's; `law` then
+    only names where they come from. m multiplies either.
+    Raises BakeError for an unknown law, a multiplier of zero, a norm that is not a positive number, or
+    coefficients that are not finite or all zero.
     """
     if multiplier == 0 or not math.isfinite(multiplier):
         raise BakeError(
@@ -230,23 +235,11 @@ def compute_push(
             raise BakeError(
                 f"the activation norm of layer {layer} is {norm}, not a positive number"
             )
-    if explicit is not None:
-        law = EXPLICIT_LAW
-        wrong = [layer for layer in norms if not math.isfinite(explicit[layer])]
-        if wrong:
+        if given is not None and not math.isfinite(given[layer]):
             raise BakeError(
-                f"the coefficient of layer {wrong[0]} is {explicit[wrong[0]]}, not a finite number"
+                f"the coefficient of layer {layer} is {given[layer]}, not a finite number"
             )
-        unit = {layer: explicit[layer] for layer in norms}
-    elif lengths is not None:
-        law = OWN_LENGTH_LAW
-        unit = {layer: lengths[layer] for layer in norms}
-    elif law in LAWS:
-        unit = LAWS[law](norms, hidden_size)
-    else:
-        raise BakeError(f"unknown law {law!r}; the laws are {', '.join(LAWS)}")
-    if scales is not None:
-        unit = {layer: unit[layer] * scales[layer] for layer in norms}
+    unit = apply_law(law, norms, hidden_size) if given is None else given
     layers = tuple(
         LayerPush(layer, float(norms[layer]), multiplier * unit[layer]) for layer in sorted(norms)
     )
@@ -260,5 +253,5 @@ def compute_push(
         hidden_size=hidden_size,
         layers=layers,
         directions={entry.layer: directions[entry.layer] for entry in layers},
-        given=unit if law not in LAWS or scales is not None else None,
+        given=None if given is None else {layer: given[layer] for layer in norms},
     )

@@ -13,9 +13,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError, PromptError
-from bake.hooks import captured, check_activation, submodule
-from bake.models.forward import LoadedModel, run_layers
-from bake.sites import LayerStructure
+from bake.hooks import check_activation
+from bake.models.forward import LanguageModel, run_layers
 from bake.support.processes import gather
 from bake.support.progress import track
 from bake.support.text import explain
@@ -120,8 +119,7 @@ def _read_layer(values: Mapping[str, Any]) -> LayerNorms:
 
 
 def measure_norms(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
     batches: Sequence[TokenBatch],
     layers: Sequence[int],
@@ -147,7 +145,7 @@ def measure_norms(
             "the prompts hold no content tokens: only padding, the first token or special tokens; "
             "give longer prompts"
         )
-    shares = gather(collect_token_norms(loaded, structure, site, batches, layers))
+    shares = gather(collect_token_norms(loaded, site, batches, layers))
     return ActivationNorms(
         site=site,
         statistic=statistic,
@@ -160,8 +158,7 @@ def measure_norms(
 
 
 def collect_token_norms(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     site: str,
     batches: Sequence[TokenBatch],
     layers: Sequence[int],
@@ -178,8 +175,8 @@ def collect_token_norms(
         norms = activation[mask].float().norm(dim=-1).double()
         found[layer].append(norms.cpu().numpy())
 
-    last = submodule(loaded.model, structure, max(layers), "")
-    with captured(loaded.model, structure, site, list(layers), receive):
+    last = loaded.layer(max(layers), "")
+    with loaded.captured(site, list(layers), receive):
         run_layers(loaded, track(batches, "calibrating"), last, current.append)
     return {layer: np.concatenate([np.empty(0), *chunks]) for layer, chunks in found.items()}
 

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from bake.hooks import register, submodule
-from bake.models.forward import LoadedModel
-from bake.sites import LayerStructure, addition_location
+from bake.hooks import register
+from bake.models.forward import LanguageModel, LoadedModel
+from bake.sites import addition_location
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,7 @@ class Arm:
 
 @contextmanager
 def steered_rows(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     arms: Sequence[Arm],
     prompt_length: int | None = None,
 ) -> Iterator[None]:
@@ -104,12 +103,12 @@ def steered_rows(
             hooks.callback(handle.remove)
         for site in dict.fromkeys(arm.site for arm in arms if arm.push):
             for layer in sorted({key for arm in arms if arm.site == site for key in arm.push}):
-                location, scale = addition_location(site, structure.at(layer))
+                location, scale = addition_location(site, loaded.structure.at(layer))
                 matrix = torch.zeros(len(arms), loaded.hidden_size)
                 for row, arm in enumerate(arms):
                     if arm.site == site and layer in arm.push:
                         matrix[row] = arm.push[layer].float() * scale
-                module = submodule(loaded.model, structure, layer, location.module)
+                module = loaded.layer(layer, location.module)
                 hooks.callback(register(module, location, adder(matrix)).remove)
         yield
 
@@ -128,8 +127,7 @@ def rows_per_forward(loaded: LoadedModel, positions: int, *, cached: bool = Fals
 
 
 def compare_arms(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     arms: Sequence[Arm],
     ids: Sequence[int],
     prompt_length: int | None = None,
@@ -141,7 +139,7 @@ def compare_arms(
     for start in range(0, len(arms), step):
         chunk = arms[start : start + step]
         tokens = torch.tensor([list(ids)] * len(chunk), device=loaded.device)
-        with torch.no_grad(), steered_rows(loaded, structure, chunk, prompt_length):
+        with torch.no_grad(), steered_rows(loaded, chunk, prompt_length):
             logits = loaded.model(tokens, use_cache=False).logits
         for row, arm in enumerate(chunk):
             yield arm, logits[row].float().log_softmax(dim=-1)

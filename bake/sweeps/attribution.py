@@ -24,8 +24,7 @@ from bake.sweeps.summary import summarise
 
 if TYPE_CHECKING:
     from bake.directions.direction import Direction
-    from bake.models.forward import LoadedModel
-    from bake.sites import LayerStructure
+    from bake.models.forward import LanguageModel
     from bake.strength.coefficients import Push
     from bake.sweeps.design import Variant
 
@@ -101,9 +100,7 @@ class Attribution:
 
 
 def attribute(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     direction: Direction,
     variant: Variant,
     texts: Texts,
@@ -122,19 +119,16 @@ def attribute(
     measured = {
         "pairs": measure_pairs(
             loaded,
-            structure,
-            tokenizer,
             arms,
             texts.pairs,
             each("layers: pairs"),
             chat_template=texts.chat_template,
         ),
-        "neutral": measure_neutral(
-            loaded, structure, tokenizer, arms, texts.neutral, each("layers: neutral")
-        ),
+        "neutral": measure_neutral(loaded, arms, texts.neutral, each("layers: neutral")),
     }
     points = {
-        point.arm.name: point for point in summarise(arms, measured, tokenizer, texts, Sampling())
+        point.arm.name: point
+        for point in summarise(arms, measured, loaded.tokenizer, texts, Sampling())
     }
     effects = {bounds: _Effect.of(points[arm.name]) for bounds, arm in parts.items()}
     rests = {layer: _Effect.of(points[arm.name]) for layer, arm in without.items()}

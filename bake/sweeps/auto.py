@@ -29,8 +29,7 @@ from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from bake.models.forward import LoadedModel
-    from bake.sites import LayerStructure
+    from bake.models.forward import LanguageModel
     from bake.strength.coefficients import Push
 
 AUTO_MULTIPLIERS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -89,9 +88,7 @@ def read_trial_texts(
 
 
 def choose_multiplier(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     site: str,
     push_at: Callable[[float], Push],
     texts: Texts,
@@ -103,7 +100,7 @@ def choose_multiplier(
     where no strength stays within the bounds, and where none of those shifts the held-out pairs.
     """
     bounds = bounds or Bounds()
-    given = loaded, structure, tokenizer, site, push_at, texts
+    given = loaded, site, push_at, texts
     points = list(_measure(*given, AUTO_MULTIPLIERS))
     while True:
         (window,) = find_windows(points, bounds)
@@ -137,14 +134,12 @@ def choose_multiplier(
         bounds,
         len(texts.pairs),
         tuple(_in_short(point) for point in points[1:]),
-        describe_template(tokenizer, texts.pairs, texts.chat_template),
+        describe_template(loaded.tokenizer, texts.pairs, texts.chat_template),
     )
 
 
 def _measure(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     site: str,
     push_at: Callable[[float], Push],
     texts: Texts,
@@ -165,13 +160,12 @@ def _measure(
                 push=push.vectors,
             )
         )
-    given = loaded, structure, tokenizer
     measured = {
-        "pairs": measure_pairs(*given, arms, texts.pairs, chat_template=texts.chat_template),
-        "neutral": measure_neutral(*given, arms, texts.neutral),
-        "rollouts": measure_rollouts(*given, arms, texts.openings, SAMPLING),
+        "pairs": measure_pairs(loaded, arms, texts.pairs, chat_template=texts.chat_template),
+        "neutral": measure_neutral(loaded, arms, texts.neutral),
+        "rollouts": measure_rollouts(loaded, arms, texts.openings, SAMPLING),
     }
-    return summarise(arms, measured, tokenizer, texts, SAMPLING)
+    return summarise(arms, measured, loaded.tokenizer, texts, SAMPLING)
 
 
 def _in_short(point: Point) -> dict[str, float | None]:

@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import PromptError
-from bake.models.forward import LoadedModel, decode
+from bake.models.forward import LanguageModel, decode
 from bake.models.generation import draw_noise
-from bake.sites import LayerStructure
 from bake.support.progress import track
 from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
 from bake.texts.pair_tokens import encode_pairs, is_rendered
@@ -80,9 +79,7 @@ def join(parts: Sequence[Measurements]) -> Measurements:
 
 
 def measure_pairs(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     arms: Sequence[Arm],
     pairs: Sequence[ContrastPair],
     each: Each = measure_each,
@@ -96,7 +93,7 @@ def measure_pairs(
     """
     limit = position_limit(loaded.model.config)
     groups = [
-        (group, _encode(tokenizer, pairs, prefix, chat_template))
+        (group, _encode(loaded.tokenizer, pairs, prefix, chat_template))
         for group, prefix in _by_instruction(arms)
     ]
 
@@ -106,7 +103,7 @@ def measure_pairs(
             sides = zip(("positive", "negative"), encoded[index], pairs[index].texts(), strict=True)
             for side, (ids, start), text in sides:
                 _check_length(len(ids), limit, "pair", text)
-                for arm, logs in compare_arms(loaded, structure, group, ids, start):
+                for arm, logs in compare_arms(loaded, group, ids, start):
                     nats = -float(_chosen(logs, ids)[start - 1 :].sum())
                     found[arm.name][side] = [[nats, len(ids) - start]]
         return found
@@ -115,9 +112,7 @@ def measure_pairs(
 
 
 def measure_neutral(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     arms: Sequence[Arm],
     texts: Sequence[str],
     each: Each = measure_each,
@@ -131,14 +126,14 @@ def measure_neutral(
     """
     shared = [arm for arm in arms if not arm.instruction and arm.injection == "broadcast"]
     most = min(NEUTRAL_TOKENS, position_limit(loaded.model.config) or NEUTRAL_TOKENS)
-    encoded = [text for text in encode(tokenizer, texts, most) if len(text.ids) > 1]
+    encoded = [text for text in encode(loaded.tokenizer, texts, most) if len(text.ids) > 1]
     if not encoded:
         raise PromptError("the neutral texts have no two tokens to predict; give longer ones")
 
     def measure(text: Encoded) -> Measurements:
         found: Measurements = {}
         reference: torch.Tensor | None = None
-        for arm, logs in compare_arms(loaded, structure, shared, text.ids):
+        for arm, logs in compare_arms(loaded, shared, text.ids):
             reference = logs if reference is None else reference
             found[arm.name] = {
                 "nats": [-float(_chosen(logs, text.ids).sum())],
@@ -151,9 +146,7 @@ def measure_neutral(
 
 
 def measure_rollouts(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     arms: Sequence[Arm],
     openings: Sequence[str],
     sampling: Sampling,
@@ -165,6 +158,7 @@ def measure_rollouts(
     the base's; kl is KL(arm ‖ base) per sampled token. Raises PromptError for an opening without a
     token, and for one that leaves the model no positions to continue it.
     """
+    tokenizer = loaded.tokenizer
     stop = getattr(tokenizer, "eos_token_id", None)
     limit = position_limit(loaded.model.config)
 
@@ -183,9 +177,9 @@ def measure_rollouts(
             step = rows_per_forward(loaded, width, cached=True)
             for start in range(0, len(rows), step):
                 chunk = rows[start : start + step]
-                drawn = _continue(loaded, structure, chunk, prompt, index, sampling)
+                drawn = _continue(loaded, chunk, prompt, index, sampling)
                 drawn = [_cut(tokens, stop) for tokens in drawn]
-                scored = _score(loaded, structure, chunk, prompt, plain, drawn)
+                scored = _score(loaded, chunk, prompt, plain, drawn)
                 for (arm, _), ids, (nats, kl) in zip(chunk, drawn, scored, strict=True):
                     entry = found.setdefault(arm.name, {"ids": [], "nats": [], "kl": []})
                     entry["ids"].append(list(ids))
@@ -287,8 +281,7 @@ def _round(values: Sequence[float]) -> list[float]:
 
 
 def _continue(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     rows: Sequence[tuple[Arm, int]],
     prompt: Tokens,
     index: int,
@@ -308,13 +301,12 @@ def _continue(
         return (logits / sampling.temperature + torch.stack(drawn)).argmax(dim=-1)
 
     tokens = torch.tensor([list(prompt)] * len(rows))
-    with steered_rows(loaded, structure, [arm for arm, _ in rows], len(prompt)):
+    with steered_rows(loaded, [arm for arm, _ in rows], len(prompt)):
         return [tuple(row) for row in decode(loaded, tokens, sampling.new_tokens, choose).tolist()]
 
 
 def _score(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     rows: Sequence[tuple[Arm, int]],
     prompt: Tokens,
     plain: Tokens,
@@ -325,8 +317,8 @@ def _score(
     The base never sees an instruction: its prompt is `plain`.
     """
     arms = [arm for arm, _ in rows]
-    steered = _logs_after(loaded, structure, arms, prompt, drawn)
-    base = _logs_after(loaded, structure, [Arm("base", "base")] * len(rows), plain, drawn)
+    steered = _logs_after(loaded, arms, prompt, drawn)
+    base = _logs_after(loaded, [Arm("base", "base")] * len(rows), plain, drawn)
     scored = []
     for ids, own, under in zip(drawn, steered, base, strict=True):
         nats = -sum(float(under[place, token]) for place, token in enumerate(ids))
@@ -335,8 +327,7 @@ def _score(
 
 
 def _logs_after(
-    loaded: LoadedModel,
-    structure: LayerStructure,
+    loaded: LanguageModel,
     arms: Sequence[Arm],
     prompt: Tokens,
     drawn: Sequence[Tokens],
@@ -356,7 +347,7 @@ def _logs_after(
             mask[row, : len(text)] = 1
         with (
             torch.no_grad(),
-            steered_rows(loaded, structure, arms[start : start + step], len(prompt)),
+            steered_rows(loaded, arms[start : start + step], len(prompt)),
         ):
             logits = loaded.model(
                 tokens.to(loaded.device), attention_mask=mask.to(loaded.device), use_cache=False

@@ -33,7 +33,7 @@ from bake.sweeps.store import Store
 from bake.sweeps.sweep import measure_sites, run_sweep
 from bake.sweeps.window import Bounds
 from bake.texts.pair_tokens import describe_template
-from bake.texts.prompts import load_tokenizer, read_prompts
+from bake.texts.prompts import read_prompts
 from bake.version import __version__
 
 
@@ -64,18 +64,16 @@ def sweep(options: TrialOptions) -> Trial:
     design = make_design(options, base.anatomy, direction)
     output = prepare_directory(Path(options.output))
     with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
-        tokenizer = load_tokenizer(base.checkpoint.directory)
-        template = describe_template(tokenizer, texts.pairs, texts.chat_template)
+        template = describe_template(base.tokenizer, texts.pairs, texts.chat_template)
         with clock.stage("load"):
-            loaded = load_base(base.checkpoint, placement)
-        given = loaded, base.anatomy.structure, tokenizer
+            loaded = load_base(base, placement)
         layer_count = base.anatomy.layer_count
         with clock.stage("calibrate"):
             sites = pushable_layers(base.anatomy, [variant.site for variant in design.variants])
-            norms = measure_sites(*given, sites, prompts, store.keep)
+            norms = measure_sites(loaded, sites, prompts, store.keep)
         with clock.stage("sweep"):
             swept = run_sweep(
-                *given, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
+                loaded, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
             )
             for found in swept:
                 trial = Trial(output, base, direction, found, texts, template)
@@ -83,7 +81,7 @@ def sweep(options: TrialOptions) -> Trial:
         if options.by_layer:
             with clock.stage("by layer"):
                 attribution = attribute(
-                    *given,
+                    loaded,
                     direction,
                     design.variants[0],
                     texts,

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bake.directions.direction import Direction
-from bake.models.forward import LoadedModel
-from bake.sites import LayerStructure
+from bake.models.forward import LanguageModel
 from bake.strength.norms import measure_norms
 from bake.support.progress import announce
 from bake.sweeps.arms import Arm
@@ -27,15 +26,12 @@ from bake.sweeps.measurements import (
 )
 from bake.sweeps.summary import summarise
 from bake.sweeps.window import find_windows
-from bake.texts.prompts import batch_prompts
 
 KEPT_SAMPLES = 12  # openings whose continuations the report shows
 
 
 def measure_sites(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     sites: Mapping[str, Sequence[int]],
     prompts: Sequence[str],
     keep: Callable[[str, Callable[[], Any]], Any] = lambda _stage, measure: measure(),
@@ -47,9 +43,9 @@ def measure_sites(
     """
 
     def measure() -> dict[str, dict[int, float]]:
-        batches = batch_prompts(tokenizer, prompts, loaded.model.config)
+        batches = loaded.batches(prompts)
         return {
-            site: measure_norms(loaded, structure, site, batches, layers).values()
+            site: measure_norms(loaded, site, batches, layers).values()
             for site, layers in sites.items()
         }
 
@@ -59,9 +55,7 @@ def measure_sites(
 
 
 def run_sweep(
-    loaded: LoadedModel,
-    structure: LayerStructure,
-    tokenizer: Any,
+    loaded: LanguageModel,
     direction: Direction,
     design: Design,
     texts: Texts,
@@ -77,7 +71,6 @@ def run_sweep(
     """
     arms = make_arms(direction, design, norms, layer_count, loaded.hidden_size)
     sampled = [arm for arm in arms if arm.kind != "random"]
-    given = loaded, structure, tokenizer
     first = design.variants[0]
     push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
     strongest = push.at(max(design.multipliers, key=abs))
@@ -86,8 +79,8 @@ def run_sweep(
     measured: dict[str, Measurements] = {}
 
     def account() -> DoseResponse:
-        points = summarise(arms, measured, tokenizer, texts, design.sampling, scorer)
-        samples = _collect_samples(sampled, measured, texts, tokenizer, design.sampling)
+        points = summarise(arms, measured, loaded.tokenizer, texts, design.sampling, scorer)
+        samples = _collect_samples(sampled, measured, texts, loaded.tokenizer, design.sampling)
         found = DoseResponse(
             points,
             (),
@@ -99,13 +92,13 @@ def run_sweep(
         return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
 
     measured["pairs"] = measure_pairs(
-        *given, arms, texts.pairs, each("pairs"), chat_template=texts.chat_template
+        loaded, arms, texts.pairs, each("pairs"), chat_template=texts.chat_template
     )
     yield account()
-    measured["neutral"] = measure_neutral(*given, arms, texts.neutral, each("neutral"))
+    measured["neutral"] = measure_neutral(loaded, arms, texts.neutral, each("neutral"))
     yield account()
     measured["rollouts"] = measure_rollouts(
-        *given, sampled, texts.openings, design.sampling, each("rollouts")
+        loaded, sampled, texts.openings, design.sampling, each("rollouts")
     )
     yield account()
 

@@ -10,25 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from bake.anatomy.base import open_base
+from bake.anatomy.base import load_base, open_base
 from bake.demo import showcase
 from bake.directions.direction_file import load_direction
-from bake.hooks import steered
-from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL, DEMO_NAME
-from bake.models.forward import load_model
+from bake.io.shipped import DEMO_DIRECTION, DEMO_NAME
 from bake.strength.coefficients import band_layers, compute_push
 from bake.strength.norms import measure_norms
-from bake.texts.prompts import encode, load_tokenizer, make_batches, read_prompts
+from bake.texts.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")
 def measured():
     """{multiplier: figures} of the hooked model on the shipped openings."""
     base = open_base(DEMO_NAME)
-    anatomy, loaded, tokenizer = base.anatomy, load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
+    anatomy, loaded = base.anatomy, load_base(base)
     layers = band_layers(anatomy.layer_count)
-    batches = make_batches(encode(tokenizer, read_prompts("neutral")))
-    norms = measure_norms(loaded, anatomy.structure, "mlp_out", batches, layers).values()
+    batches = loaded.batches(read_prompts("neutral"))
+    norms = measure_norms(loaded, "mlp_out", batches, layers).values()
     unit = load_direction(DEMO_DIRECTION).select(layers, anatomy.hidden_size)
 
     def count(multiplier: float) -> showcase.Counts:
@@ -37,7 +35,7 @@ def measured():
         push = compute_push(
             norms, unit, hidden_size=anatomy.hidden_size, multiplier=multiplier
         ).vectors
-        with steered(loaded.model, anatomy.structure, "mlp_out", push):
+        with loaded.steered("mlp_out", push):
             drawn = showcase.sample({"steered": loaded})
         return showcase.count(drawn, loaded)["steered"]
 

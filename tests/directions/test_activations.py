@@ -1,5 +1,7 @@
 """Reading a site for pairs: shared prompts, batches, padding and order must not show in the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PAIRS
@@ -38,9 +40,7 @@ def rows(monkeypatch):
 
 def read(tiny, pairs=SHARED, site="mlp_out", token="mean", **options):
     encoded = encode_pairs(tiny.tokenizer, pairs)
-    return read_activations(
-        tiny.loaded, tiny.structure, site, encoded, LAYERS, token=token, **options
-    )
+    return read_activations(tiny.loaded, site, encoded, LAYERS, token=token, **options)
 
 
 def assert_same(found, expected, bound=1e-5):
@@ -91,9 +91,9 @@ def test_order_does_not_matter(open_tiny):
 
 def test_a_model_whose_attention_has_a_window_does_not_share(load_tiny, rows, capsys):
     """A sliding window of 8 is not in the mask that a shared row brings: measured, and not shared."""
-    tiny, structure = load_tiny_mistral(load_tiny)
+    tiny = load_tiny_mistral(load_tiny)
     encoded = encode_pairs(tiny.tokenizer, SHARED)
-    arguments = (tiny.loaded, structure, "mlp_out", encoded, LAYERS)
+    arguments = (tiny.loaded, "mlp_out", encoded, LAYERS)
     found = read_activations(*arguments)
     assert "every text runs by itself" in capsys.readouterr().err
     assert not rows[-1][1]
@@ -102,7 +102,7 @@ def test_a_model_whose_attention_has_a_window_does_not_share(load_tiny, rows, ca
 
 def test_a_window_is_seen_on_the_longest_text(load_tiny, capsys):
     """The pair with the longest row has texts inside the window; another pair's text is cut by it."""
-    tiny, structure = load_tiny_mistral(load_tiny, (("sliding_window", 40),))
+    tiny = load_tiny_mistral(load_tiny, (("sliding_window", 40),))
     pairs = [
         ContrastPair("It was a", " bright and lovely summer day", " grey and cold winter evening"),
         ContrastPair("The day was long, the road went on and on: it was ", "good", "grey"),
@@ -111,7 +111,7 @@ def test_a_window_is_seen_on_the_longest_text(load_tiny, capsys):
     texts, rows = ([function(pair) for pair in encoded] for function in (longest_text, row_length))
     assert texts[0] < 40 < texts[1]
     assert rows[0] > rows[1]
-    arguments = (tiny.loaded, structure, "mlp_out")
+    arguments = (tiny.loaded, "mlp_out")
     found = read_activations(*arguments, encoded, LAYERS)
     assert "every text runs by itself" in capsys.readouterr().err
     assert_same(found, read_activations(*arguments, encoded, LAYERS, share=False))
@@ -121,7 +121,7 @@ def test_a_window_is_seen_on_the_longest_text(load_tiny, capsys):
 
 def test_a_massive_activation_hides_no_window_in_half_precision(load_tiny, capsys):
     """One feature a hundred times the rest: an allowance that is relative to it lets all else be wrong."""
-    tiny, structure = load_tiny_mistral(load_tiny)
+    tiny = load_tiny_mistral(load_tiny)
     with torch.no_grad():
         for layer in tiny.loaded.model.model.layers:
             layer.input_layernorm.weight[0] = 0.0
@@ -129,7 +129,7 @@ def test_a_massive_activation_hides_no_window_in_half_precision(load_tiny, capsy
         tiny.loaded.model.model.embed_tokens.weight[:, 0] = 30.0
     tiny.loaded.model.to(torch.bfloat16)
     encoded = encode_pairs(tiny.tokenizer, SHARED)
-    arguments = (tiny.loaded, structure, "mlp_out", encoded, LAYERS)
+    arguments = (tiny.loaded, "mlp_out", encoded, LAYERS)
     found = read_activations(*arguments)
     assert found.positive[3][:, 0].min() > 10 * found.positive[3][:, 1:].abs().median()
     assert "every text runs by itself" in capsys.readouterr().err
@@ -144,7 +144,8 @@ def load_tiny_mistral(load_tiny, config=()):
 
     STRUCTURES.setdefault("mistral", STRUCTURES["llama"])
     tiny = load_tiny("mistral", config=config)
-    return tiny, examine(tiny.loaded.model.config).structure
+    structure = examine(tiny.loaded.model.config).structure
+    return replace(tiny, loaded=replace(tiny.loaded, structure=structure))
 
 
 def test_activations_of_another_shape_are_refused(open_tiny):
@@ -156,7 +157,6 @@ def test_activations_of_another_shape_are_refused(open_tiny):
         with pytest.raises(UnsupportedError, match="one stream's would be"):
             read_activations(
                 tiny.loaded,
-                tiny.structure,
                 "mlp_out",
                 encode_pairs(tiny.tokenizer, SHARED),
                 [1],
@@ -179,6 +179,6 @@ def test_texts_longer_than_learned_positions_are_cut(load_tiny, capsys):
     with pytest.raises(IndexError):
         read(tiny, pairs)
     chosen = ExtractionOptions(token="mean")
-    found = extract(tiny.loaded, tiny.structure, "mlp_out", tiny.tokenizer, pairs, LAYERS, chosen)
+    found = extract(tiny.loaded, "mlp_out", pairs, LAYERS, chosen)
     assert capsys.readouterr().err.count("cut to the model's 40 positions") == 1
     assert sorted(found.vectors) == LAYERS

@@ -193,13 +193,13 @@ def test_direction_describes_itself_without_its_vectors():
 @pytest.mark.parametrize("site", ["attn_in", "mlp_in"])
 def test_conversion_multiplies_by_the_norms_weight(open_tiny, architecture, norms, site):
     tiny = open_tiny(architecture)
-    structure = replace(tiny.structure, input_norms=norms)
+    loaded = replace(tiny.loaded, structure=replace(tiny.structure, input_norms=norms))
     found = Direction({None: unit(0, HIDDEN)}, "mlp_out", {"token": "last"})
-    converted = convert_to_input(found, tiny.loaded.model, structure, site, [1, 4])
+    converted = convert_to_input(found, loaded, site, [1, 4])
     assert (converted.site, sorted(converted.vectors)) == (site, [1, 4])
     assert converted.metadata == {"token": "last", "converted_from": "mlp_out"}
     for layer in (1, 4):
-        name = f"{structure.layer(layer)}.{norms[site]}.weight"
+        name = f"{tiny.structure.layer(layer)}.{norms[site]}.weight"
         expected = tiny.loaded.model.get_parameter(name).detach() * unit(0, HIDDEN)
         expected = expected / expected.norm()
         torch.testing.assert_close(converted.layer(layer), expected, rtol=0, atol=1e-5)
@@ -211,7 +211,7 @@ def test_conversion_to_a_site_without_a_norm_is_refused(open_tiny):
     tiny = open_tiny("llama")
     found = Direction({None: unit(0, HIDDEN)}, "mlp_out")
     with pytest.raises(DirectionError, match=r"no norm's output is attn_in .* --site attn_in"):
-        convert_to_input(found, tiny.loaded.model, tiny.structure, "attn_in", [1])
+        convert_to_input(found, tiny.loaded, "attn_in", [1])
 
 
 def test_weight_of_a_norm_that_adds_one_is_read_off_its_behaviour():

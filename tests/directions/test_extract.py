@@ -17,7 +17,6 @@ from bake.io.shipped import DEMO_NAME
 from bake.pipeline import decision
 from bake.pipeline.recipe import make_recipe
 from bake.texts.pairs import ContrastPair, read_pairs
-from bake.texts.prompts import load_tokenizer
 
 CONTRAST = [ContrastPair(**pair) for pair in PAIRS]
 
@@ -25,9 +24,7 @@ CONTRAST = [ContrastPair(**pair) for pair in PAIRS]
 def find(tiny, layers=(1, 3), **options):
     return extract(
         tiny.loaded,
-        tiny.structure,
         "mlp_out",
-        tiny.tokenizer,
         CONTRAST,
         list(layers),
         ExtractionOptions(**options),
@@ -180,8 +177,7 @@ def test_export_finds_the_direction_that_bake_direction_finds(llama, pairs_file)
     base = open_base(str(llama))
     exported = decision.extract(
         base,
-        load_base(base.checkpoint),
-        load_tokenizer(llama),
+        load_base(base),
         recipe,
         read_pairs(pairs_file),
         "mlp_out",

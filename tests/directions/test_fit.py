@@ -11,7 +11,6 @@ from bake.directions.activations import TOKENS, PairActivations
 from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.fit import fit_directions
 from bake.errors import DirectionError
-from bake.hooks import submodule
 from bake.sites import SITES
 from bake.texts.pairs import ContrastPair
 
@@ -22,9 +21,7 @@ BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def find(tiny, pairs=CONTRAST, site="mlp_out", layers=(1, 3), model_name="", **options):
     return extract(
         tiny.loaded,
-        tiny.structure,
         site,
-        tiny.tokenizer,
         pairs,
         list(layers),
         ExtractionOptions(**options),
@@ -144,7 +141,7 @@ def test_planted_direction_is_recovered(load_tiny, token):
         embedding[minus] = embedding[plus]
         embedding[plus] += 4 * planted
         embedding[minus] -= 4 * planted
-        layer = submodule(tiny.loaded.model, tiny.structure, 0, "")
+        layer = tiny.loaded.layer(0, "")
         layer.mlp.down_proj.weight *= 0.05
         layer.self_attn.o_proj.weight *= 0.05
     found = find(tiny, pairs, layers=[0], token=token).layer(0)

@@ -41,9 +41,9 @@ def test_tokens_are_those_whose_logits_move(open_tiny, architecture):
     """
     tiny = open_tiny(architecture)
     direction = random_direction(layers=(5,))
-    (found,) = read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, direction, count=5)
+    (found,) = read_tokens(tiny.loaded, direction, count=5)
     norm = tiny.loaded.model.get_submodule(FINAL_NORMS[architecture])
-    assert find_final_norm(tiny.loaded.model, tiny.structure) is norm
+    assert find_final_norm(tiny.loaded) is norm
     unit = direction.layer(5).double()
     stream = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)).double()
     centred = unit - unit.mean() if architecture == "gpt2" else unit
@@ -70,7 +70,8 @@ def make(load_tiny, monkeypatch):
         monkeypatch.setitem(CONFIGS, model_type, config)
         monkeypatch.setitem(STRUCTURES, model_type, STRUCTURES["llama"])
         tiny = load_tiny(model_type)
-        return replace(tiny, structure=examine(tiny.loaded.model.config).structure)
+        structure = examine(tiny.loaded.model.config).structure
+        return replace(tiny, loaded=replace(tiny.loaded, structure=structure))
 
     return build
 
@@ -91,23 +92,21 @@ def test_the_final_norm_is_known_by_what_flows_through_it(make, model_type, opti
     """Its name says something else, another norm stands behind it, it has no parameter."""
     tiny = make(model_type, **options)
     direction = random_direction(layers=(1,))
-    assert find_final_norm(tiny.loaded.model, tiny.structure) is tiny.loaded.model.get_submodule(
-        norm
-    )
-    (found,) = read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, direction)
+    assert find_final_norm(tiny.loaded) is tiny.loaded.model.get_submodule(norm)
+    (found,) = read_tokens(tiny.loaded, direction)
     assert found.raised[0].score > 0 > found.lowered[0].score
 
 
 def test_an_unembedding_that_reads_something_else_is_refused(make):
     tiny = make("modernbert-decoder")
     with pytest.raises(BakeError, match="does more than one norm"):
-        read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, random_direction(layers=(1,)))
+        read_tokens(tiny.loaded, random_direction(layers=(1,)))
 
 
 def test_the_norms_weight_counts(load_tiny):
     """Without γ other tokens would come first: the test above would not see it left out otherwise."""
     tiny, direction = load_tiny("llama"), random_direction(layers=(5,))
-    arguments = (tiny.loaded, tiny.structure, tiny.tokenizer, direction)
+    arguments = (tiny.loaded, direction)
     before = read_tokens(*arguments)
     with torch.no_grad():
         tiny.loaded.model.model.norm.weight[: HIDDEN // 2] *= -3
@@ -117,7 +116,7 @@ def test_the_norms_weight_counts(load_tiny):
 def test_one_direction_for_all_layers(open_tiny):
     tiny = open_tiny("llama")
     single = Direction({None: random_direction((0,)).layer(0)}, "mlp_out")
-    (found,) = read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, single)
+    (found,) = read_tokens(tiny.loaded, single)
     assert found.layer is None
 
 
@@ -193,14 +192,14 @@ def test_show_says_how_a_file_was_understood_and_takes_corrections(llama, tmp_pa
 def test_what_cannot_be_shown_is_one_line(open_tiny, direction, options, message):
     tiny = open_tiny("llama")
     with pytest.raises(BakeError, match=message):
-        read_tokens(tiny.loaded, tiny.structure, tiny.tokenizer, direction, **options)
+        read_tokens(tiny.loaded, direction, **options)
 
 
 def test_streamed_model_is_refused(open_tiny):
     tiny = open_tiny("llama")
     streamed = replace(tiny.loaded, weights=object())
     with pytest.raises(BakeError, match="no unembedding in memory"):
-        read_tokens(streamed, tiny.structure, tiny.tokenizer, random_direction())
+        read_tokens(streamed, random_direction())
 
 
 def test_directions_that_cannot_be_compared_are_refused():

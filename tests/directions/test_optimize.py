@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CONFIGS, HIDDEN, PAIRS, PROMPTS, STRUCTURES
 
-from bake.anatomy import examine
+from bake.anatomy.base import load_base, open_base
 from bake.demo.grammar import generate_documents, generate_pairs
 from bake.directions.activations import read_activations
 from bake.directions.direction import SCALE_KEY
@@ -17,12 +17,10 @@ from bake.directions.extract import ExtractionOptions, extract
 from bake.directions.optimize import measure_effect, optimize_push
 from bake.directions.separation import read_separation
 from bake.errors import BakeError
-from bake.hooks import steered
-from bake.io.shipped import DEMO_MODEL
-from bake.models.forward import load_model
+from bake.io.shipped import DEMO_NAME
 from bake.texts.pair_tokens import encode_pairs
 from bake.texts.pairs import ContrastPair, read_pairs
-from bake.texts.prompts import encode, load_tokenizer
+from bake.texts.prompts import encode
 
 CONTRAST = [
     ContrastPair(**{**pair, "prompt": before + pair["prompt"]})
@@ -38,10 +36,10 @@ SEED = 5_000_000  # of fresh text; bake/demo/train.py has those of the model's o
 
 def optimise(tiny, site="mlp_out", pairs=CONTRAST, neutral=PROMPTS, **options):
     encoded = encode_pairs(tiny.tokenizer, pairs)
-    read = read_activations(tiny.loaded, tiny.structure, site, encoded, LAYERS, token="mean")
+    read = read_activations(tiny.loaded, site, encoded, LAYERS, token="mean")
     texts = encode(tiny.tokenizer, neutral)
     arguments = {"steps": 3, **options}
-    return optimize_push(tiny.loaded, tiny.structure, site, encoded, read, texts, **arguments)
+    return optimize_push(tiny.loaded, site, encoded, read, texts, **arguments)
 
 
 RECURRENT = {
@@ -66,7 +64,7 @@ def test_effect_is_the_likelihood_that_a_plain_run_gives(load_tiny, monkeypatch,
     push = {layer: torch.randn(32, generator=generator) for layer in LAYERS}
     encoded = encode_pairs(tiny.tokenizer, CONTRAST[:4])
     neutral = encode(tiny.tokenizer, PROMPTS)
-    arguments = (tiny.loaded, tiny.structure, "mlp_out")
+    arguments = (tiny.loaded, "mlp_out")
     found = measure_effect(*arguments, push, encoded, neutral)
 
     def run(ids):
@@ -74,7 +72,7 @@ def test_effect_is_the_likelihood_that_a_plain_run_gives(load_tiny, monkeypatch,
             return tiny.loaded.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
     margins, divergences = [], []
-    with steered(tiny.loaded.model, tiny.structure, "mlp_out", push):
+    with tiny.loaded.steered("mlp_out", push):
         for pair in encoded:
             likelihoods = []
             for text, completion in zip(pair.texts, pair.completions, strict=True):
@@ -160,11 +158,10 @@ def test_streamed_model_is_refused(open_tiny):
     tiny = open_tiny("llama")
     streamed = replace(tiny, loaded=replace(tiny.loaded, weights=object()))
     encoded = encode_pairs(tiny.tokenizer, CONTRAST)
-    read = read_activations(tiny.loaded, tiny.structure, "mlp_out", encoded, LAYERS)
+    read = read_activations(tiny.loaded, "mlp_out", encoded, LAYERS)
     with pytest.raises(BakeError, match="needs the whole model in memory"):
         optimize_push(
             streamed.loaded,
-            tiny.structure,
             "mlp_out",
             encoded,
             read,
@@ -178,11 +175,10 @@ def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergenc
     Not even the choice of the method's defaults, which the shipped held-out pairs had a part in. The
     difference of means is given more divergence than the optimised direction uses.
     """
-    loaded, tokenizer = load_model(DEMO_MODEL), load_tokenizer(DEMO_MODEL)
-    structure, layers = examine(loaded.model.config).structure, range(3, 8)
+    loaded, layers = load_base(open_base(DEMO_NAME)), range(3, 8)
     pairs = read_pairs("cheerful-gloomy")[:60]
     options = ExtractionOptions(method="optimize", token="mean", steps=30, neutral="openings")
-    found = extract(loaded, structure, "mlp_out", tokenizer, pairs, layers, options)
+    found = extract(loaded, "mlp_out", pairs, layers, options)
     lengths = json.loads(found.metadata[SCALE_KEY])
     assert sorted(lengths) == ["3", "4", "5", "6", "7"]
     file = tmp_path / "optimised.safetensors"
@@ -192,23 +188,23 @@ def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergenc
     assert stored.layer(3).norm().item() == pytest.approx(1)
     assert read_separation(found).pairs == 12  # those left out of the training
 
-    fresh = encode_pairs(tokenizer, [ContrastPair(*pair) for pair in generate_pairs(100, SEED)])
-    documents = [d.text for d in generate_documents(40, SEED) if d.mood == "neutral"]
-    neutral = encode(tokenizer, documents[:12])
-    read = read_activations(loaded, structure, "mlp_out", fresh, layers, token="mean")
-    mean = extract(
-        loaded, structure, "mlp_out", tokenizer, pairs, layers, ExtractionOptions(token="mean")
+    fresh = encode_pairs(
+        loaded.tokenizer, [ContrastPair(*pair) for pair in generate_pairs(100, SEED)]
     )
+    documents = [d.text for d in generate_documents(40, SEED) if d.mood == "neutral"]
+    neutral = encode(loaded.tokenizer, documents[:12])
+    read = read_activations(loaded, "mlp_out", fresh, layers, token="mean")
+    mean = extract(loaded, "mlp_out", pairs, layers, ExtractionOptions(token="mean"))
 
     def effect(direction, multiplier):
         push = {
             layer: direction.layer(layer) * multiplier * float(read.norms[layer].mean()) / 128**0.5
             for layer in layers
         }
-        return measure_effect(loaded, structure, "mlp_out", push, fresh, neutral)
+        return measure_effect(loaded, "mlp_out", push, fresh, neutral)
 
     assert min(float(found.layer(layer) @ mean.layer(layer)) for layer in layers) < 0.95
-    base = measure_effect(loaded, structure, "mlp_out", {}, fresh, neutral).margin
+    base = measure_effect(loaded, "mlp_out", {}, fresh, neutral).margin
     for multiplier in (1.0, 2.0):
         optimised, means = effect(found, multiplier), effect(mean, 0.8 * multiplier)
         assert means.divergence > optimised.divergence > 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import PROMPTS, TinyModel
 
+from bake.anatomy.base import load_base, open_base
 from bake.api import export, verify
 from bake.errors import BakeError, UnsupportedError
 from bake.io.hashing import hash_files
@@ -51,12 +52,10 @@ def test_streamed_logits_are_bit_identical(make_model, wanted):
 
 
 def test_calibration_reads_each_weight_once_and_no_head(make_model):
-    from bake.anatomy import examine
-    from bake.models.forward import read_config
     from bake.strength.norms import measure_norms
 
     directory = make_model(MODELS[0])
-    streamed = load_model(directory, placement=Placement({"cpu": 1_000}))
+    streamed = load_base(open_base(str(directory)), Placement({"cpu": 1_000}))
     read: list[str] = []
     checkpoint = streamed.weights.checkpoint
     original = type(checkpoint).read
@@ -68,9 +67,8 @@ def test_calibration_reads_each_weight_once_and_no_head(make_model):
         )
         measure_norms(
             streamed,
-            examine(read_config(directory)).structure,
             "mlp_out",
-            make_batches(encode(load_tokenizer(directory), PROMPTS)),
+            streamed.batches(PROMPTS),
             [2, 3],
         )
     matrices = [name for name in read if name.endswith("proj.weight")]

@@ -86,20 +86,20 @@ def test_unknown_law_names_the_laws():
 
 def test_explicit_coefficients_replace_the_law_and_the_multiplier_still_multiplies():
     explicit = {2: 0.5, 3: -1.0, 4: 0.0}
-    found = push(law="flat", explicit=explicit, multiplier=-2.0)
+    found = push(law="explicit", given=explicit, multiplier=-2.0)
     assert found.law == "explicit"
     assert {entry.layer: entry.coefficient for entry in found.layers} == {2: -1.0, 3: 2.0, 4: 0.0}
 
 
 def test_explicit_coefficients_of_zero_are_refused():
     with pytest.raises(BakeError, match="every coefficient is zero"):
-        push(explicit=dict.fromkeys(NORMS, 0.0))
+        push(given=dict.fromkeys(NORMS, 0.0))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_explicit_coefficient_that_is_not_finite_is_refused(value):
     with pytest.raises(BakeError):
-        push(explicit={**dict.fromkeys(NORMS, 1.0), 3: value})
+        push(given={**dict.fromkeys(NORMS, 1.0), 3: value})
 
 
 def test_vectors_are_coefficient_times_unit_vector():

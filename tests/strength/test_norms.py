@@ -8,7 +8,6 @@ import torch
 from conftest import HIDDEN, LAYERS, PROMPTS, read_site
 
 from bake.errors import BakeError, PromptError
-from bake.hooks import submodule
 from bake.sites import SITES
 from bake.strength.norms import (
     ActivationNorms,
@@ -25,9 +24,7 @@ BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 
 def measure(tiny, site="mlp_out", layers=(1, 3), texts=PROMPTS, statistic="mean", **batching):
     batches = make_batches(encode(tiny.tokenizer, texts), **batching)
-    return measure_norms(
-        tiny.loaded, tiny.structure, site, batches, list(layers), statistic=statistic
-    )
+    return measure_norms(tiny.loaded, site, batches, list(layers), statistic=statistic)
 
 
 def plain_norms(tiny, site, layer, texts=PROMPTS, first=1):
@@ -52,7 +49,7 @@ def plant(tiny, layer, tokens, factor=1000.0):
         planted = torch.isin(seen[-1], torch.tensor(tokens))
         return torch.where(planted.unsqueeze(-1), output * factor, output)
 
-    handles.append(submodule(model, tiny.structure, layer, "").register_forward_hook(scale))
+    handles.append(tiny.loaded.layer(layer).register_forward_hook(scale))
     return handles
 
 
@@ -197,7 +194,6 @@ def test_norms_of_several_processes_can_be_put_together(open_tiny):
     parts = [
         collect_token_norms(
             tiny.loaded,
-            tiny.structure,
             "mlp_out",
             make_batches(encode(tiny.tokenizer, texts)),
             [2],
@@ -229,7 +225,7 @@ def test_statistic_decides_the_value(open_tiny):
 def test_forward_stops_after_the_last_layer_that_is_needed(open_tiny, architecture, site):
     tiny = open_tiny(architecture)
     model, ran = tiny.loaded.model, []
-    layers = [submodule(model, tiny.structure, layer, "") for layer in ALL_LAYERS]
+    layers = [tiny.loaded.layer(layer) for layer in ALL_LAYERS]
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
         for name, module in [*enumerate(layers), ("head", model.lm_head)]

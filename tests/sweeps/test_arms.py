@@ -1,13 +1,14 @@
 """Arms: every row of a batch is steered by its own push, as if it had run alone with its own hooks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import HIDDEN
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bake.anatomy import examine
-from bake.hooks import steered
-from bake.models.forward import LoadedModel, continue_greedily, decode
+from bake.models.forward import LanguageModel, continue_greedily, decode
 from bake.models.generation import sample_continuations
 from bake.sites import SITES
 from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
@@ -31,7 +32,7 @@ def make_arms(site="mlp_out", multipliers=(-1.0, 0.5, 1.0, 2.0)):
 
 def alone(tiny, arm):
     """The context in which an arm runs by itself, through the hooks that define a push."""
-    return steered(tiny.loaded.model, tiny.structure, arm.site, arm.push)
+    return tiny.loaded.steered(arm.site, arm.push)
 
 
 @BOTH
@@ -39,7 +40,7 @@ def alone(tiny, arm):
 def test_rows_equal_separate_hooked_runs(open_tiny, architecture, site):
     tiny = open_tiny(architecture)
     arms = make_arms(site)
-    compared = compare_arms(tiny.loaded, tiny.structure, arms, IDS)
+    compared = compare_arms(tiny.loaded, arms, IDS)
     found = {arm.name: logs for arm, logs in compared}
     base = found["base"]
     for arm in arms:
@@ -62,12 +63,13 @@ def test_layers_of_several_kinds_are_pushed_each_in_its_own_place():
     }  # fmt: skip
     config = CONFIG_MAPPING["qwen3_next"](**sizes)
     torch.manual_seed(0)
-    loaded = LoadedModel(AutoModelForCausalLM.from_config(config).eval(), {}, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_config(config).eval()
     structure = examine(config).structure
+    loaded = LanguageModel(model, {}, torch.device("cpu"), structure=structure, tokenizer=None)
     push = {layer: torch.ones(HIDDEN) for layer in (2, 3)}
     arms = [Arm("base", "base"), Arm("m=+1", "direction", 1.0, "attn_out", push=push)]
-    (_, base), (_, found) = compare_arms(loaded, structure, arms, IDS)
-    with torch.no_grad(), steered(loaded.model, structure, "attn_out", push):
+    (_, base), (_, found) = compare_arms(loaded, arms, IDS)
+    with torch.no_grad(), loaded.steered("attn_out", push):
         expected = loaded.model(torch.tensor([IDS]), use_cache=False).logits[0].log_softmax(-1)
     assert (expected - base).abs().max() > 0.05
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -76,7 +78,7 @@ def test_layers_of_several_kinds_are_pushed_each_in_its_own_place():
 def test_arms_of_several_sites_share_a_batch(open_tiny):
     tiny = open_tiny("llama")
     arms = [arm for site in SITES for arm in make_arms(site)[1:3]]
-    for arm, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS):
+    for arm, logs in compare_arms(tiny.loaded, arms, IDS):
         with torch.no_grad(), alone(tiny, arm):
             expected = tiny.loaded.model(torch.tensor([IDS]), use_cache=False).logits[0]
         torch.testing.assert_close(logs, expected.log_softmax(-1), rtol=0, atol=1e-5)
@@ -85,10 +87,10 @@ def test_arms_of_several_sites_share_a_batch(open_tiny):
 def test_results_do_not_depend_on_how_arms_are_batched(open_tiny, monkeypatch):
     tiny = open_tiny("llama")
     arms = make_arms()
-    together = [logs for _, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS)]
+    together = [logs for _, logs in compare_arms(tiny.loaded, arms, IDS)]
     monkeypatch.setattr("bake.sweeps.arms.ROW_BYTES", 1)
     assert rows_per_forward(tiny.loaded, len(IDS)) == 1
-    apart = [logs for _, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS)]
+    apart = [logs for _, logs in compare_arms(tiny.loaded, arms, IDS)]
     assert (together[0] - together[-1]).abs().max() > 0.05
     for left, right in zip(together, apart, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
@@ -100,9 +102,9 @@ def test_a_cache_counts_for_how_many_rows_fit(open_tiny):
     assert rows_per_forward(tiny.loaded, 10**12) == 1
 
 
-def continue_rows(loaded, structure, arms, choose, prompt=IDS):
+def continue_rows(loaded, arms, choose, prompt=IDS):
     tokens = torch.tensor([list(prompt)] * len(arms))
-    with steered_rows(loaded, structure, arms, len(prompt)):
+    with steered_rows(loaded, arms, len(prompt)):
         return decode(loaded, tokens, 12, choose).tolist()
 
 
@@ -110,7 +112,7 @@ def continue_rows(loaded, structure, arms, choose, prompt=IDS):
 def test_greedy_rows_with_a_cache_equal_separate_runs_exactly(open_tiny, architecture):
     tiny = open_tiny(architecture)
     arms = make_arms()
-    rows = continue_rows(tiny.loaded, tiny.structure, arms, lambda logits, _: logits.argmax(-1))
+    rows = continue_rows(tiny.loaded, arms, lambda logits, _: logits.argmax(-1))
     expected = []
     for arm in arms:
         with alone(tiny, arm):
@@ -142,11 +144,11 @@ def test_a_model_without_a_cache_continues_alike(open_tiny, injection):
         arm if arm.kind == "base" else Arm(**{**vars(arm), "injection": injection})
         for arm in make_arms()
     ]
-    plain = LoadedModel(WithoutCache(tiny.loaded.model), {}, tiny.loaded.device)
+    plain = replace(tiny.loaded, model=WithoutCache(tiny.loaded.model))
     greedy = lambda logits, _step: logits.argmax(-1)  # noqa: E731
-    with_cache = continue_rows(tiny.loaded, tiny.structure, arms, greedy)
+    with_cache = continue_rows(tiny.loaded, arms, greedy)
     assert len({tuple(row) for row in with_cache}) > 2
-    assert continue_rows(plain, tiny.structure, arms, greedy) == with_cache
+    assert continue_rows(plain, arms, greedy) == with_cache
 
 
 def test_last_token_arms_are_pushed_at_the_prompts_last_token_alone(open_tiny):
@@ -154,10 +156,7 @@ def test_last_token_arms_are_pushed_at_the_prompts_last_token_alone(open_tiny):
     everywhere = make_arms()[-1]
     last = Arm(**{**vars(everywhere), "name": "last", "injection": "last-token"})
     arms = [Arm("base", "base"), everywhere, last]
-    found = {
-        arm.name: logs
-        for arm, logs in compare_arms(tiny.loaded, tiny.structure, arms, IDS, prompt_length=4)
-    }
+    found = {arm.name: logs for arm, logs in compare_arms(tiny.loaded, arms, IDS, prompt_length=4)}
     assert torch.equal(found["last"][:3], found["base"][:3])
     assert (found["last"][3] - found["base"][3]).abs().max() > 0.05
     assert (found["last"][4:] - found["base"][4:]).abs().max() > 0.01  # through attention
@@ -168,7 +167,7 @@ def test_nothing_stays_behind(open_tiny):
     tiny = open_tiny("llama")
     before = tiny.loaded.model(torch.tensor([IDS]), use_cache=False).logits
     arms = [Arm(**{**vars(arm), "injection": "last-token"}) for arm in make_arms()]
-    list(compare_arms(tiny.loaded, tiny.structure, arms, IDS))
+    list(compare_arms(tiny.loaded, arms, IDS))
     assert torch.equal(tiny.loaded.model(torch.tensor([IDS]), use_cache=False).logits, before)
     assert not tiny.loaded.model._forward_pre_hooks
 
@@ -186,8 +185,7 @@ def test_sampled_rows_equal_single_hooked_runs_with_the_same_noise(open_tiny, ar
     arms = make_arms()
     openings = ["The market ", "A short one"]
     sampling = Sampling(samples=2, new_tokens=8, seed=3)
-    given = tiny.loaded, tiny.structure, tiny.tokenizer
-    together = measure_rollouts(*given, arms, openings, sampling)
+    together = measure_rollouts(tiny.loaded, arms, openings, sampling)
     assert len({str(together[arm.name]["ids"]) for arm in arms}) == len(arms)
     prompts = [tuple(tiny.tokenizer(opening)["input_ids"]) for opening in openings]
     for arm in arms:

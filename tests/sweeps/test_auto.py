@@ -3,15 +3,13 @@
 import json
 
 import pytest
-import torch
 
-from bake.anatomy import examine
+from bake.anatomy.base import load_base, open_base
 from bake.cli.main import main
 from bake.directions.direction import Direction, normalise
 from bake.directions.direction_file import load_direction
 from bake.errors import BakeError
-from bake.io.shipped import DEMO_DIRECTION, DEMO_MODEL
-from bake.models.forward import load_model, read_config
+from bake.io.shipped import DEMO_DIRECTION, DEMO_NAME
 from bake.pipeline.recipe import Recipe
 from bake.strength.coefficients import band_layers, compute_push
 from bake.sweeps import auto as strength
@@ -19,7 +17,7 @@ from bake.sweeps.auto import AUTO_MULTIPLIERS, choose_multiplier, read_trial_tex
 from bake.sweeps.controls import random_direction
 from bake.sweeps.sweep import measure_sites
 from bake.sweeps.window import Bounds
-from bake.texts.prompts import load_tokenizer, read_prompts
+from bake.texts.prompts import read_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +30,15 @@ def few_texts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The shipped model, loaded once: (loaded, structure, tokenizer, norms, layers)."""
-    anatomy = examine(read_config(DEMO_MODEL))
-    tokenizer = load_tokenizer(DEMO_MODEL)
-    loaded = load_model(DEMO_MODEL, device=torch.device("cpu"))
+    """The shipped model, loaded once: (loaded, norms, layers)."""
+    base = open_base(DEMO_NAME)
+    loaded, layer_count = load_base(base), base.anatomy.layer_count
     norms = measure_sites(
         loaded,
-        anatomy.structure,
-        tokenizer,
-        {"mlp_out": range(anatomy.layer_count)},
+        {"mlp_out": range(layer_count)},
         read_prompts("neutral")[:6],
     )
-    return loaded, anatomy.structure, tokenizer, norms["mlp_out"], band_layers(anatomy.layer_count)
+    return loaded, norms["mlp_out"], band_layers(layer_count)
 
 
 def mix(direction, share, layers, hidden_size):
@@ -62,7 +57,7 @@ def mix(direction, share, layers, hidden_size):
 @pytest.fixture
 def choose(demo):
     """Return a function: how much of the direction, options → MultiplierChoice."""
-    loaded, structure, tokenizer, norms, layers = demo
+    loaded, norms, layers = demo
 
     def call(share=1.0, held_out="cheerful-gloomy.held-out", length=1.0, chance=None, **options):
         direction = load_direction(DEMO_DIRECTION)
@@ -80,7 +75,7 @@ def choose(demo):
             )
 
         texts = read_trial_texts(None, held_out)
-        return choose_multiplier(loaded, structure, tokenizer, "mlp_out", push_at, texts, **options)
+        return choose_multiplier(loaded, "mlp_out", push_at, texts, **options)
 
     return call
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 from conftest import HIDDEN, byte_tokenizer
 
 from bake.errors import PromptError
-from bake.hooks import steered
 from bake.models.generation import score_continuations
 from bake.sweeps.arms import Arm
 from bake.sweeps.measurements import (
@@ -43,15 +43,15 @@ def tiny(open_tiny):
 
 @pytest.fixture(scope="module")
 def given(tiny):
-    return tiny.loaded, tiny.structure, tiny.tokenizer
+    return tiny.loaded
 
 
 @pytest.fixture(scope="module")
 def measured(given):
     return {
-        "pairs": measure_pairs(*given, ARMS, PAIRS),
-        "neutral": measure_neutral(*given, ARMS, NEUTRAL),
-        "rollouts": measure_rollouts(*given, ARMS, ["The market ", "A day"], SAMPLING),
+        "pairs": measure_pairs(given, ARMS, PAIRS),
+        "neutral": measure_neutral(given, ARMS, NEUTRAL),
+        "rollouts": measure_rollouts(given, ARMS, ["The market ", "A day"], SAMPLING),
     }
 
 
@@ -62,7 +62,7 @@ def points(tiny, measured):
 
 
 def logs(tiny, ids, push=None):
-    with torch.no_grad(), steered(tiny.loaded.model, tiny.structure, "mlp_out", push or {}):
+    with torch.no_grad(), tiny.loaded.steered("mlp_out", push or {}):
         output = tiny.loaded.model(torch.tensor([list(ids)]), use_cache=False)
     return output.logits[0].log_softmax(-1)
 
@@ -156,9 +156,9 @@ def test_arms_that_only_a_prompt_distinguishes_have_no_neutral_figures(given, ti
     last = Arm("last", "direction", 1.0, push=PUSH, injection="last-token")
     asked = Arm("instruction", "prompt", instruction="Be kind.")
     arms = [*ARMS, last, asked]
-    neutral = measure_neutral(*given, arms, NEUTRAL)
+    neutral = measure_neutral(given, arms, NEUTRAL)
     assert set(neutral) == {"base", "m=+1"}
-    measured = {"pairs": measure_pairs(*given, arms, PAIRS), "neutral": neutral}
+    measured = {"pairs": measure_pairs(given, arms, PAIRS), "neutral": neutral}
     points = summarise(arms, measured, tiny.tokenizer, Texts(PAIRS, NEUTRAL, ()), SAMPLING)
     assert [point.arm.name for point in points] == ["base", "m=+1", "last", "instruction"]
     assert points[2].neutral_ratio is None
@@ -168,7 +168,7 @@ def test_arms_that_only_a_prompt_distinguishes_have_no_neutral_figures(given, ti
 
 def test_an_instruction_stands_before_the_prompt_on_a_line_of_its_own(given, tiny):
     asked = Arm("instruction", "prompt", instruction="Be kind.")
-    found = measure_pairs(*given, [ARMS[0], asked], PAIRS[:1])
+    found = measure_pairs(given, [ARMS[0], asked], PAIRS[:1])
     nats, tokens = found["instruction"]["positive"][0]
     expected = per_token(tiny, "Be kind.\nThe day was ", "bright and kind")
     assert -nats / tokens == pytest.approx(expected, abs=1e-5)
@@ -182,14 +182,14 @@ def test_a_conversation_is_scored_as_one(tiny):
         "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    given = tiny.loaded, tiny.structure, tokenizer
+    loaded = replace(tiny.loaded, tokenizer=tokenizer)
     asked = ({"role": "user", "content": "How was it?"},)
     pairs = [
         ContrastPair("How was it?", "lovely", "awful"),
         ContrastPair("", "lovely", "awful", (asked, asked)),
     ]
     arms = [*ARMS, Arm("instruction", "prompt", instruction="Be kind.")]
-    found = measure_pairs(*given, arms, pairs)
+    found = measure_pairs(loaded, arms, pairs)
     for name, opening, push in (
         ("base", "", None),
         ("m=+1", "", PUSH),
@@ -205,12 +205,12 @@ def test_a_conversation_is_scored_as_one(tiny):
         for nats, tokens in found[name]["positive"]:
             assert nats == pytest.approx(by_hand, rel=1e-5)
             assert tokens == len("lovely")
-    plain = measure_pairs(*given, arms, pairs[:1], chat_template="never")
+    plain = measure_pairs(loaded, arms, pairs[:1], chat_template="never")
     assert plain["base"]["positive"][0][0] != pytest.approx(
         found["base"]["positive"][0][0], rel=1e-3
     )
     with pytest.raises(PromptError, match="no chat template is applied"):
-        measure_pairs(*given, arms, pairs, chat_template="never")
+        measure_pairs(loaded, arms, pairs, chat_template="never")
 
 
 class Tokenizer:
@@ -246,7 +246,7 @@ def test_a_completion_without_a_token_is_refused(tiny):
 
 def test_texts_without_tokens_are_refused(given, tiny):
     with pytest.raises(PromptError, match="neutral texts have no two tokens"):
-        measure_neutral(*given, ARMS, [""])
+        measure_neutral(given, ARMS, [""])
     bare = type(
         "Bare",
         (Tokenizer,),
@@ -254,7 +254,7 @@ def test_texts_without_tokens_are_refused(given, tiny):
     )
     with pytest.raises(PromptError, match="opening '' has no token"):
         measure_rollouts(
-            tiny.loaded, tiny.structure, bare(tiny.tokenizer, False), ARMS, [""], SAMPLING
+            replace(tiny.loaded, tokenizer=bare(tiny.tokenizer, False)), ARMS, [""], SAMPLING
         )
 
 
@@ -289,11 +289,11 @@ def test_texts_beyond_the_models_positions_are_named(given, tiny):
     limit = tiny.loaded.model.config.max_position_embeddings
     long = "a" * (limit + 1)
     with pytest.raises(PromptError, match=f"the pair 'aaa.*and the model has {limit}"):
-        measure_pairs(*given, ARMS, [ContrastPair(long, "b", "c")])
+        measure_pairs(given, ARMS, [ContrastPair(long, "b", "c")])
     with pytest.raises(PromptError, match="the opening with its continuation 'aaa"):
-        measure_rollouts(*given, ARMS, ["a" * (limit - 3)], SAMPLING)
+        measure_rollouts(given, ARMS, ["a" * (limit - 3)], SAMPLING)
     # Of neutral text the beginning will do.
-    found = measure_neutral(*given, ARMS, [long])
+    found = measure_neutral(given, ARMS, [long])
     assert found["base"]["tokens"] == [min(limit, 256) - 1]
 
 

@@ -201,15 +201,16 @@ LINES = 1 + 1 + len(TEXTS.pairs) + len(TEXTS.neutral) + len(TEXTS.openings)
 def sweep(open_tiny):
     """Return a function: folder, fingerprint → what a sweep finds, kept in a folder where one is given."""
     tiny = open_tiny("llama")
-    given = tiny.loaded, tiny.structure, tiny.tokenizer
     prompts = ["Water boils at one hundred degrees."]
 
     def run(folder=None, fingerprint="one"):
         with Store(folder, fingerprint) if folder else nullcontext() as store:
             keep = {"keep": store.keep} if store else {}
-            norms = measure_sites(*given, {"mlp_out": range(LAYERS)}, prompts, **keep)
+            norms = measure_sites(tiny.loaded, {"mlp_out": range(LAYERS)}, prompts, **keep)
             kept = {"each": store.each} if store else {}
-            found = run_sweep(*given, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS, **kept)
+            found = run_sweep(
+                tiny.loaded, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS, **kept
+            )
             return list(found)[-1].to_dict()
 
     return run
@@ -324,9 +325,8 @@ def test_a_log_that_is_a_link_is_not_written_through(sweep, tmp_path):
 
 def test_what_is_found_grows_with_the_measurements(open_tiny):
     tiny = open_tiny("llama")
-    given = tiny.loaded, tiny.structure, tiny.tokenizer
     norms = {"mlp_out": dict.fromkeys(range(LAYERS), 1.0)}
-    found = list(run_sweep(*given, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS))
+    found = list(run_sweep(tiny.loaded, coherent(range(LAYERS)), DESIGN, TEXTS, norms, LAYERS))
     assert [bool(entry.points[1].shift) for entry in found] == [True] * 3
     assert [bool(entry.points[1].neutral_kl) for entry in found] == [False, True, True]
     assert [bool(entry.points[1].fluency) for entry in found] == [False, False, True]
@@ -339,7 +339,7 @@ def test_only_layers_that_can_be_pushed_are(open_tiny):
     assert [sorted(arm.push) for arm in arms] == [[], [3, 4], [3, 4], [3, 4]]
     tiny = open_tiny("llama")
     found = attribute(
-        tiny.loaded, tiny.structure, tiny.tokenizer, coherent(range(LAYERS)), Variant(band=(0, 1)),
+        tiny.loaded, coherent(range(LAYERS)), Variant(band=(0, 1)),
         TEXTS, norms, LAYERS,
     )  # fmt: skip
     assert [entry.layer for entry in found.layers] == [1, 3, 4]

@@ -238,7 +238,8 @@ def test_own_length_takes_the_place_of_a_law():
         {2: torch.eye(8)[0], 3: torch.eye(8)[1]},
         hidden_size=8,
         multiplier=-2.0,
-        lengths={2: 3.0, 3: 0.5},
+        law=OWN_LENGTH_LAW,
+        given={2: 3.0, 3: 0.5},
     )
     assert push.law == OWN_LENGTH_LAW
     assert [entry.coefficient for entry in push.layers] == [-6.0, -1.0]
