@@ -16,7 +16,7 @@ from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
 from bake.models.forward import LanguageModel, SpareModel
 from bake.models.streaming import Placement
-from bake.pipeline.given_directions import open_direction
+from bake.pipeline.given_directions import GivenDirection, read_directions
 from bake.pipeline.recipe import Recipe
 from bake.plan.destination import Destination
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
@@ -103,7 +103,7 @@ def choose_coefficients(
 class Inputs:
     """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
 
-    direction: Direction | None
+    directions: tuple[GivenDirection, ...]
     pairs: Sequence[ContrastPair]
     evidence: Evidence | None
     prompts: Sequence[str]
@@ -116,7 +116,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     if recipe.calibration:
         read_calibration(Path(recipe.calibration))
     return Inputs(
-        direction=open_direction(recipe),
+        directions=read_directions(recipe),
         pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
         evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
         prompts=[] if recipe.calibration else read_prompts(recipe.prompts),

@@ -22,7 +22,7 @@ from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.writer import check_links
 from bake.io.safetensors import TensorEntry
-from bake.pipeline.given_directions import hold_against, open_direction
+from bake.pipeline.given_directions import fit_directions, read_directions
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.thin import check_base, check_route
 from bake.plan.destination import choose_destination
@@ -117,9 +117,9 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     Raises a BakeError for what the export itself would refuse, as far as headers tell.
     """
     recipe.check_choices()
-    given = open_direction(recipe)
+    directions = read_directions(recipe)
     base = open_base(recipe.model, recipe.revision, headers_only=True)
-    given = given and hold_against(base, given, recipe)
+    given = fit_directions(base, directions, recipe)
     checkpoint = base.checkpoint
     check_links(checkpoint, recipe.shards)
     destination = choose_destination(base.anatomy, recipe.place, given)

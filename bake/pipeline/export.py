@@ -26,7 +26,7 @@ from bake.io.staging import check_output, staged_directory
 from bake.models.streaming import choose_placement
 from bake.pipeline.completion import NeededShard, Unproven, describe_needs, find_needs
 from bake.pipeline.decision import Decision, decide, read_inputs
-from bake.pipeline.given_directions import hold_against
+from bake.pipeline.given_directions import fit_directions
 from bake.pipeline.publishing import check_access, check_rights, publish
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import carries_drafts, describe_bake, describe_left_out, encode_result
@@ -102,7 +102,7 @@ def export(recipe: Recipe) -> Export:
     with kept_plain_process(start=placement is None and not recipe.thin):
         base = open_base(recipe.model, recipe.revision, clock, headers_only=recipe.thin)
         check_rights(base, recipe, clock)
-        given = inputs.direction and hold_against(base, inputs.direction, recipe)
+        given = fit_directions(base, inputs.directions, recipe)
         checkpoint, source = base.checkpoint, base.checkpoint.source
         check_output(output, overwrite=recipe.overwrite, base_directory=source)
         if recipe.thin:

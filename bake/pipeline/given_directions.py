@@ -1,9 +1,9 @@
-"""The directions that a recipe names: read, held against the model, and summed where they are several."""
+"""The directions that a recipe names: read once, fitted to the model, and summed where they are several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +16,65 @@ from bake.redaction import without_local_paths
 from bake.support.progress import announce
 
 
-def open_direction(recipe: Recipe) -> Direction | None:
-    """Read the recipe's direction, if it has one, before anything is fetched for it."""
+@dataclass(frozen=True)
+class GivenDirection:
+    """A direction that was read, what the user called it, and its strength in a sum."""
+
+    reference: Any
+    strength: float
+    direction: Direction
+
+
+def read_directions(recipe: Recipe) -> tuple[GivenDirection, ...]:
+    """Read every direction that a recipe names, before anything is fetched for it; () for none.
+
+    Raises DirectionError for one that cannot be read, and for several that cannot be summed.
+    """
     if recipe.direction is None:
+        return ()
+    references = [(recipe.direction, 1.0)]  # One alone has no strength but m.
+    if recipe.added:
+        references = [parse_reference(str(text)) for text in (recipe.direction, *recipe.added)]
+    given = tuple(
+        GivenDirection(
+            reference,
+            strength,
+            read_direction(reference, layer_offset=recipe.layer_offset, site=recipe.direction_site),
+        )
+        for reference, strength in references
+    )
+    _join(given, recipe)
+    return given
+
+
+def fit_directions(base: Base, given: Sequence[GivenDirection], recipe: Recipe) -> Direction | None:
+    """Return the direction, or the sum of several, as it fits the model; None where none is given.
+
+    How each file was understood is announced. Raises DirectionError for one that does not fit.
+    """
+    if not given:
         return None
-    return _join(recipe, [_read_part(recipe, part) for part in _references(recipe)])
-
-
-def hold_against(base: Base, given: Direction, recipe: Recipe) -> Direction:
-    """Hold a given direction against the model, and announce how it was understood."""
     fitted = []
-    references = _references(recipe)
-    for reference in references:
+    for entry in given:
         direction, notes = fit_direction(
-            _read_part(recipe, reference) if recipe.added else given,
-            reference[0],
+            entry.direction,
+            entry.reference,
             hidden_size=base.anatomy.hidden_size,
             layer_count=base.anatomy.layer_count,
             layer_offset=recipe.layer_offset,
             site=recipe.direction_site,
         )
-        fitted.append(direction)
+        fitted.append(replace(entry, direction=direction))
         for note in notes:
             announce(note)
-    return _join(recipe, fitted)
+    return _join(fitted, recipe)
 
 
-def _references(recipe: Recipe) -> list[tuple[Any, float]]:
-    """Return (reference, strength) of the recipe's directions; one alone has no strength but m."""
-    if not recipe.added:
-        return [(recipe.direction, 1.0)]
-    return [parse_reference(str(text)) for text in (recipe.direction, *recipe.added)]
-
-
-def _read_part(recipe: Recipe, part: tuple[Any, float]) -> Direction:
-    return read_direction(part[0], layer_offset=recipe.layer_offset, site=recipe.direction_site)
-
-
-def _join(recipe: Recipe, directions: Sequence[Direction]) -> Direction:
+def _join(given: Sequence[GivenDirection], recipe: Recipe) -> Direction:
     """Return the one direction, or the sum of several; a bake tells nobody of paths on this machine."""
-    if not recipe.added:
-        (given,) = directions
-        told = {key: without_local_paths(text) for key, text in given.metadata.items()}
-        return replace(given, metadata=told)
-    named = [
-        (Path(str(reference)).stem, strength, direction)
-        for (reference, strength), direction in zip(_references(recipe), directions, strict=True)
-    ]
+    if len(given) == 1:
+        (entry,) = given
+        told = {key: without_local_paths(text) for key, text in entry.direction.metadata.items()}
+        return replace(entry.direction, metadata=told)
+    named = [(Path(str(entry.reference)).stem, entry.strength, entry.direction) for entry in given]
     return combine(named, orthogonalize=recipe.orthogonalize, keep_scale=recipe.keep_scale)

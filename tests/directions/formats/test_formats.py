@@ -18,7 +18,7 @@ from bake.directions.formats.given import name_layers
 from bake.directions.formats.objects import given_as_file, read_object
 from bake.directions.formats.places import layer_number
 from bake.errors import BakeError, DirectionError
-from bake.pipeline.given_directions import open_direction
+from bake.pipeline.given_directions import read_directions
 from bake.pipeline.recipe import Recipe
 from bake.strength.coefficients import OWN_LENGTH_LAW, compute_push
 
@@ -268,7 +268,7 @@ def test_export_of_a_control_vector_keeps_its_scale(llama, prompts_file, tmp_pat
 def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        "bake.api.baking.run_export", lambda recipe: seen.append(open_direction(recipe))
+        "bake.api.baking.run_export", lambda recipe: seen.append(read_directions(recipe)[0].direction)
     )
     given = vectors([1, 4])
     for direction in (SteeringVector(given), given, read_direction(given)):
@@ -276,7 +276,7 @@ def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
     assert len(seen) == 3
     for found in seen:
         assert_same_lines(found, given)
-    monkeypatch.setattr("bake.api.baking.estimate_cost", lambda recipe: open_direction(recipe))
+    monkeypatch.setattr("bake.api.baking.estimate_cost", lambda recipe: read_directions(recipe)[0].direction)
     assert_same_lines(api.estimate("model", direction=SteeringVector(given)), given)
 
 
