@@ -10,10 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from time import monotonic
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.examination import examine
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PROCESSES, TIME_LIMIT = 2, 60.0
-PATIENCE = (
-    20  # times the limit, by the clock: for a process that waits for something and never comes back
-)
+# Times the limit, by the clock: for a process that waits for something and never comes back.
+PATIENCE = 20
 
 
 @dataclass(frozen=True)
@@ -147,76 +147,68 @@ def examine_all(
 
     time_limit: seconds of processor time for one architecture; then its process ends and it is refused.
     """
-    waiting = list(list_model_types() if model_types is None else model_types)
-    order, done = list(waiting), dict[str, list[CatalogueEntry]]()
-    workers = [_Worker(time_limit) for _ in range(min(processes, len(waiting)))]
-    position = 0
-    try:
-        while position < len(order):
-            for index, worker in enumerate(workers):
-                if worker.model_type is None and waiting:
-                    worker.start(waiting.pop(0))
-                elif worker.model_type is not None and worker.remaining <= 0:
-                    done[worker.model_type] = worker.give_up(worker.model_type)
-                    workers[index] = _Worker(time_limit)
-            busy = {
-                worker.connection: worker for worker in workers if worker.model_type is not None
-            }
-            patience = min((w.remaining for w in busy.values()), default=0.0)
-            for connection in wait(list(busy), timeout=max(0.0, patience)):
-                worker = busy[connection]  # type: ignore[index]
-                name = str(worker.model_type)
-                done[name] = worker.receive()
-                if worker.model_type is None and not worker.process.is_alive():
-                    workers[workers.index(worker)] = _Worker(time_limit)
-            while position < len(order) and order[position] in done:
-                yield done[order[position]]
-                position += 1
-    finally:
-        for worker in workers:
-            worker.stop()
+    names = list(list_model_types() if model_types is None else model_types)
+    workers = [_Worker(time_limit) for _ in range(min(processes, len(names)))]
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def examine_next(name: str) -> list[CatalogueEntry]:
+        worker = idle.get()
+        try:
+            return worker.examine(name)
+        finally:
+            idle.put(worker)
+
+    # The standard pools of processes do not outlive one that ends: theirs breaks, or waits for ever.
+    with ThreadPoolExecutor(max(1, len(workers))) as threads:
+        try:
+            yield from threads.map(examine_next, names)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:  # One that still examines is not waited for.
+                worker.process.terminate()
+            threads.shutdown()
+            for worker in workers:
+                worker.stop()
 
 
 class _Worker:
-    """A process that examines one architecture at a time, and can be ended."""
+    """A process that examines one architecture at a time; another takes its place when it ends."""
 
     def __init__(self, time_limit: float) -> None:
         self.time_limit = time_limit
+        self._start()
+
+    def _start(self) -> None:
         # A fresh interpreter: forking a process that has used torch's threads can hang.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=_work, args=(theirs, time_limit), daemon=True
+            target=_work, args=(theirs, self.time_limit), daemon=True
         )
         self.process.start()
         theirs.close()
-        self.model_type: str | None = None
-        self._started = 0.0
 
-    def start(self, model_type: str) -> None:
-        self.model_type, self._started = model_type, monotonic()
-        self.connection.send(model_type)
-
-    @property
-    def remaining(self) -> float:
-        """Seconds by the clock until nobody waits for it any more."""
-        return PATIENCE * self.time_limit - (monotonic() - self._started)
-
-    def give_up(self, name: str) -> list[CatalogueEntry]:
-        self.stop()
-        return _refuse(name, f"{name}: not examined within {self.time_limit:g} seconds")
-
-    def receive(self) -> list[CatalogueEntry]:
-        name, self.model_type = str(self.model_type), None
+    def examine(self, name: str) -> list[CatalogueEntry]:
+        """Return an architecture's entries, or refusals where the process took too long or ended."""
+        self.connection.send(name)
         try:
-            found: list[CatalogueEntry] = self.connection.recv()
+            if self.connection.poll(PATIENCE * self.time_limit):
+                found: list[CatalogueEntry] = self.connection.recv()
+                return found
+            reason = self._late
         except (EOFError, OSError):
             self.process.join()
-            if self.process.exitcode == -signal.SIGPROF:
-                return self.give_up(name)
-            self.stop()
-            return _refuse(name, f"{name}: its process ended while it was examined")
-        return found
+            slow = self.process.exitcode == -signal.SIGPROF
+            reason = self._late if slow else "its process ended while it was examined"
+        self.stop()
+        self._start()
+        return _refuse(name, f"{name}: {reason}")
+
+    @property
+    def _late(self) -> str:
+        return f"not examined within {self.time_limit:g} seconds"
 
     def stop(self) -> None:
         self.process.terminate()

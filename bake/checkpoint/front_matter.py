@@ -23,7 +23,8 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def read_front_matter(card: str) -> dict[str, Any]:
     """Return a card's front matter; {} where it has none.
 
-    Raises BakeError where it is no mapping, or not such YAML as `foreign_yaml` reads.
+    Raises BakeError where it is no mapping, or not such YAML as `foreign_yaml` reads: a stranger's card
+    goes through no reader without bounds, which huggingface_hub's `metadata_load` is.
     """
     block = _BLOCK.match(card)
     if block is None:
@@ -36,16 +37,16 @@ def read_front_matter(card: str) -> dict[str, Any]:
 
 def compose_front_matter(values: Mapping[str, Any]) -> str:
     """Return the YAML of a bake's card, without its fences; `values` are the keys of `bake.json`."""
-    import yaml
+    from huggingface_hub import ModelCardData
 
     multimodal = values["auto_class"] == "AutoModelForImageTextToText"
-    found: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
+        tags=list(TAGS),
         **_carried(values),
-        "tags": list(TAGS),
-    }
-    return str(yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000))
+    )
+    return f"{data.to_yaml()}\n"
 
 
 def _carried(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 accelerate decides what stays in memory (`max_memory`) and moves the rest in and out, module by module;
 here it is given the base's safetensors as the place to read from, so nothing is copied to an offload
 folder, and every tensor is cast on the way, so a bfloat16 checkpoint runs in float32 without ever being
-one. Embedding and head, the two largest matrices, are read by rows.
+one. Embedding and head, the two largest matrices, are read by rows. accelerate's own `offload_index`
+serves names that map one to one; it knows no parameter that several tensors on disk make, no rows, and
+gives no freed memory back, so both kinds would need what is here.
 """
 
 from __future__ import annotations

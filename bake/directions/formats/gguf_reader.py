@@ -9,7 +9,8 @@ after they were found. Here N is the 0-based layer, which does what llama.cpp do
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is read by a reader of our own:
 every length is held against the bytes that are left before it is believed, which the `gguf` package
-does not do; it writes (`gguf_writer`).
+does not do (an array that claims 2^40 entries in a file of 50 bytes keeps its reader busy for ever, with
+some 80 MB more every second); it writes (`gguf_writer`).
 """
 
 from __future__ import annotations

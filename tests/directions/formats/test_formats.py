@@ -268,7 +268,8 @@ def test_export_of_a_control_vector_keeps_its_scale(llama, prompts_file, tmp_pat
 def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        "bake.api.baking.run_export", lambda recipe: seen.append(read_directions(recipe)[0].direction)
+        "bake.api.baking.run_export",
+        lambda recipe: seen.append(read_directions(recipe)[0].direction),
     )
     given = vectors([1, 4])
     for direction in (SteeringVector(given), given, read_direction(given)):
@@ -276,8 +277,9 @@ def test_object_reaches_the_pipeline_as_a_direction(monkeypatch, tmp_path):
     assert len(seen) == 3
     for found in seen:
         assert_same_lines(found, given)
-    monkeypatch.setattr("bake.api.baking.estimate_cost", lambda recipe: read_directions(recipe)[0].direction)
-    assert_same_lines(api.estimate("model", direction=SteeringVector(given)), given)
+    monkeypatch.setattr("bake.api.baking.estimate_cost", read_directions)
+    (found,) = api.estimate("model", direction=SteeringVector(given))
+    assert_same_lines(found.direction, given)
 
 
 def test_band_beyond_the_layers_of_the_file_is_refused(llama, tmp_path):
