@@ -22,6 +22,7 @@ from typing import Any
 
 SEED = 3_000_000  # bake/demo/train.py has those of the model's own text
 COSTS = (0.01, 0.03, 0.1)  # nats a token of neutral text
+PUSHED = "m=+1"
 SMALLEST, LARGEST, HALVINGS = 0.01, 10.0, 14  # multipliers that are tried
 
 Push = dict[int, Any]
@@ -63,17 +64,15 @@ class Trial:
         from bake.anatomy.base import load_base, open_base
         from bake.strength.coefficients import band_layers
         from bake.demo.grammar import generate_documents, generate_pairs
-        from bake.texts.pair_tokens import encode_pairs
         from bake.texts.pairs import ContrastPair
-        from bake.texts.prompts import encode
         from bake.io.shipped import DEMO_NAME
 
         base = open_base(DEMO_NAME)
         self.loaded, self.layers = load_base(base), band_layers(base.anatomy.layer_count)
         fresh = [ContrastPair(*pair) for pair in generate_pairs(pairs, SEED)]
-        self.pairs = encode_pairs(self.loaded.tokenizer, fresh)
+        self.pairs = fresh
         texts = [d.text for d in generate_documents(4 * documents, SEED) if d.mood == "neutral"]
-        self.neutral = encode(self.loaded.tokenizer, texts[:documents])
+        self.neutral = texts[:documents]
 
     def find(self, **options: Any) -> Any:
         """Return a direction of the shipped pairs, found as `bake direction` does."""
@@ -117,21 +116,36 @@ class Trial:
 
     def margins(self, push: Push) -> list[float]:
         """Return the margin of every fresh pair under a push."""
-        return [self._measure(push, [pair], []).margin for pair in self.pairs]
+        from bake.sweeps.measurements import measure_pairs
+
+        found = measure_pairs(self.loaded, self._arms(push), self.pairs)[PUSHED]
+        positive, negative = (
+            [-nats / tokens for nats, tokens in found[side]] for side in ("positive", "negative")
+        )
+        return subtract(positive, negative)
 
     def spend(self, push: Push, cost: float) -> list[float]:
         """Return the fresh pairs' margins under the push, scaled until it costs this much."""
         low, high = SMALLEST, LARGEST
         for _ in range(HALVINGS):
             middle = (low * high) ** 0.5
-            found = self._measure(scale(push, middle), self.pairs[:1], self.neutral).divergence
+            found = self._divergence(scale(push, middle))
             low, high = (middle, high) if found < cost else (low, middle)
         return self.margins(scale(push, low))
 
-    def _measure(self, push: Push, pairs: Sequence[Any], neutral: Sequence[Any]) -> Any:
-        from bake.directions.optimize import measure_effect
+    def _divergence(self, push: Push) -> float:
+        """Return the mean KL of neutral text, in nats a token."""
+        from bake.sweeps.measurements import measure_neutral
 
-        return measure_effect(self.loaded, "mlp_out", push, pairs, neutral)
+        found = measure_neutral(self.loaded, self._arms(push), self.neutral)[PUSHED]["kl"]
+        values = [value for text in found for value in text]
+        return sum(values) / len(values)
+
+    @staticmethod
+    def _arms(push: Push) -> list[Any]:
+        from bake.sweeps.arms import Arm
+
+        return [Arm("base", "base"), Arm(PUSHED, "direction", 1.0, "mlp_out", push=push)]
 
 
 def scale(push: Push, multiplier: float) -> Push:

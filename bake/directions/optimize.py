@@ -188,21 +188,6 @@ def check_training(steps: int, kl_weight: float) -> None:
         )
 
 
-def measure_effect(
-    loaded: LanguageModel,
-    site: str,
-    push: Mapping[int, torch.Tensor],
-    pairs: Sequence[EncodedPair],
-    neutral: Sequence[Encoded],
-) -> Effect:
-    """Return what a push {layer: (hidden_size,)} does to pairs and to neutral prompts."""
-    import torch
-
-    with torch.no_grad():
-        trainer = _Trainer(loaded, site, 0.0)
-        return trainer.measure(push, pairs, _shorten(neutral))[0]
-
-
 def _check(
     loaded: LoadedModel,
     pairs: int,
