@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bake.anatomy import Anatomy, examine
 from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -16,9 +16,7 @@ from bake.models.forward import LanguageModel, load_model, read_config
 from bake.models.streaming import Placement
 from bake.support.timing import Stopwatch
 from bake.texts.prompts import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from bake.texts.protocols import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Base:
         return {**identity, "headers_sha256": self.checkpoint.headers_sha256}
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         """The base's tokenizer. Raises CheckpointError where it has none that loads and runs no code."""
         return load_tokenizer(self.checkpoint.directory)
 

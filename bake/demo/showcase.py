@@ -32,6 +32,7 @@ from bake.report import describe_export, describe_proven, format_table
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch, peak_memory
 from bake.texts.prompts import encode, load_tokenizer, read_prompts
+from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,7 +161,7 @@ def count(drawn: Mapping[str, Sequence[Tokens]], judge: LoadedModel) -> dict[str
     }
 
 
-def _opening_tokens(tokenizer: Any) -> list[Tokens]:
+def _opening_tokens(tokenizer: Tokenizer) -> list[Tokens]:
     encoded = encode(tokenizer, read_prompts(OPENINGS))
     return [_without_end(text.ids, tokenizer.eos_token_id) for text in encoded]
 
@@ -180,7 +181,7 @@ class Counts:
     continuations: int
 
     @staticmethod
-    def of(tokenizer: Any, continuations: Sequence[Tokens], nats: Sequence[float]) -> Counts:
+    def of(tokenizer: Tokenizer, continuations: Sequence[Tokens], nats: Sequence[float]) -> Counts:
         import numpy as np
 
         path = find_set(WORDS, "words")

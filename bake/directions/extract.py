@@ -102,7 +102,7 @@ def extract(
     options.check()
     layers = [options.from_layer] if options.from_layer is not None else list(layers)
     _check_layers(loaded, layers)
-    limit = position_limit(loaded.model.config)
+    limit = position_limit(loaded.config)
     encode = partial(
         encode_pairs, loaded.tokenizer, chat_template=options.chat_template, limit=limit
     )

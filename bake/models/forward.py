@@ -22,11 +22,12 @@ from bake.models.streaming import CheckpointWeights, Placement, stream_model
 from bake.sites import LayerStructure
 from bake.support.text import explain_briefly
 from bake.texts.prompts import TokenBatch, batch_prompts, position_limit
+from bake.texts.protocols import Config, Tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -44,10 +45,16 @@ class LoadedModel:
     weights: CheckpointWeights | None = None
 
     @property
+    def config(self) -> Config:
+        """The model's configuration."""
+        config: Any = self.model.config
+        found: Config = config
+        return found
+
+    @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
-        config: Any = self.model.config
-        return int(config.get_text_config().hidden_size)
+        return int(self.config.get_text_config().hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,7 @@ class LanguageModel(LoadedModel):
     """
 
     structure: LayerStructure
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
 
     def layer(self, index: int, path: str = "") -> nn.Module:
         """Return the module at `path` inside decoder layer `index` (0-based; "" is the layer itself)."""
@@ -66,7 +73,7 @@ class LanguageModel(LoadedModel):
 
     def batches(self, prompts: Sequence[str]) -> list[TokenBatch]:
         """Return texts as batches of tokens, cut where the model's positions end."""
-        return batch_prompts(self.tokenizer, prompts, self.model.config)
+        return batch_prompts(self.tokenizer, prompts, self.config)
 
     def steered(
         self, site: str, push: Mapping[int, torch.Tensor], **options: Any
@@ -237,7 +244,7 @@ def decode(
     """
     import torch
 
-    limit, length = position_limit(loaded.model.config), prompts.shape[1]
+    limit, length = position_limit(loaded.config), prompts.shape[1]
     if limit is not None and length + new_tokens > limit:
         raise PromptError(
             f"a prompt of {length} tokens and {new_tokens} new ones do not fit the model's {limit} "

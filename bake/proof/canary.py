@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bake.proof.observation import (
     Exam,
     PlainRun,
     StoredBase,
 )
+from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +28,7 @@ class Canary:
 
 
 def find_canary(
-    tokenizer: Any, exam: Exam, stored_base: StoredBase, plain: PlainRun
+    tokenizer: Tokenizer, exam: Exam, stored_base: StoredBase, plain: PlainRun
 ) -> Canary | None:
     """Return the first prompt whose greedy continuation differs between base and baked.
 

@@ -34,6 +34,7 @@ from bake.proof.observation import (
     run_reference,
     run_stored_base,
 )
+from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
     from bake.models.streaming import Placement
@@ -150,7 +151,7 @@ def prove_equivalence(
     structure: LayerStructure,
     plan: Plan,
     push: Push,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     encoded: Sequence[Encoded],
     *,
     allow_rounding: bool = False,
@@ -194,7 +195,7 @@ def prove_equivalence(
 def _compare(
     baked: Checkpoint,
     plan: Plan,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     exam: Exam,
     reference: Reference,
     plain: PlainRun,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bake.anatomy.folding import SlotEdit
 from bake.errors import EquivalenceError
@@ -88,8 +88,7 @@ class Exam:
 
     def batches(self, loaded: LoadedModel) -> list[TokenBatch]:
         """Return the prompts in as few batches as the logits' memory allows."""
-        config: Any = loaded.model.config
-        vocabulary = int(config.get_text_config().vocab_size)
+        vocabulary = int(loaded.config.get_text_config().vocab_size)
         return make_batches(self.encoded, batch_tokens=max(1, LOGIT_BYTES // (4 * vocabulary)))
 
     def logits(self, name: str, loaded: LoadedModel, batches: Sequence[TokenBatch]) -> Logits:

@@ -118,8 +118,7 @@ def rows_per_forward(loaded: LoadedModel, positions: int, *, cached: bool = Fals
 
     cached: keys and values stay in memory as well, counted as if every head had its own.
     """
-    config: Any = loaded.model.config
-    text = config.get_text_config()
+    text = loaded.config.get_text_config()
     width = int(text.vocab_size)
     if cached:
         width += 2 * int(text.num_hidden_layers) * loaded.hidden_size

@@ -25,6 +25,7 @@ from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
 from bake.texts.pair_tokens import encode_pairs, is_rendered
 from bake.texts.pairs import ContrastPair
 from bake.texts.prompts import Encoded, encode, position_limit, without_prefix
+from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def measure_pairs(
     chat_template: as for finding a direction, see `encode_pairs`. Raises PromptError for a pair
     that the model has not enough positions for.
     """
-    limit = position_limit(loaded.model.config)
+    limit = position_limit(loaded.config)
     groups = [
         (group, _encode(loaded.tokenizer, pairs, prefix, chat_template))
         for group, prefix in _by_instruction(arms)
@@ -125,7 +126,7 @@ def measure_neutral(
     tokens.
     """
     shared = [arm for arm in arms if not arm.instruction and arm.injection == "broadcast"]
-    most = min(NEUTRAL_TOKENS, position_limit(loaded.model.config) or NEUTRAL_TOKENS)
+    most = min(NEUTRAL_TOKENS, position_limit(loaded.config) or NEUTRAL_TOKENS)
     encoded = [text for text in encode(loaded.tokenizer, texts, most) if len(text.ids) > 1]
     if not encoded:
         raise PromptError("the neutral texts have no two tokens to predict; give longer ones")
@@ -160,7 +161,7 @@ def measure_rollouts(
     """
     tokenizer = loaded.tokenizer
     stop = getattr(tokenizer, "eos_token_id", None)
-    limit = position_limit(loaded.model.config)
+    limit = position_limit(loaded.config)
 
     def measure(numbered: tuple[int, str]) -> Measurements:
         index, opening = numbered
@@ -204,7 +205,7 @@ def _by_instruction(arms: Sequence[Arm]) -> Iterable[tuple[list[Arm], str]]:
 
 
 def _encode(
-    tokenizer: Any, pairs: Sequence[ContrastPair], prefix: str, chat_template: str
+    tokenizer: Tokenizer, pairs: Sequence[ContrastPair], prefix: str, chat_template: str
 ) -> list[list[tuple[Tokens, int]]]:
     """Return both texts of every pair: the ids up to the completion's last, and where it begins.
 
@@ -225,12 +226,12 @@ def _encode(
     return found
 
 
-def _put_before(tokenizer: Any, prefix: str, text: str) -> str:
+def _put_before(tokenizer: Tokenizer, prefix: str, text: str) -> str:
     """Put an instruction before a text, which then begins no sequence."""
     return prefix + without_prefix(tokenizer, text) if prefix else text
 
 
-def _ask(tokenizer: Any, pair: ContrastPair, prefix: str) -> ContrastPair:
+def _ask(tokenizer: Tokenizer, pair: ContrastPair, prefix: str) -> ContrastPair:
     """Put an instruction before what a pair begins with."""
     if not prefix:
         return pair
@@ -245,7 +246,7 @@ def _ask(tokenizer: Any, pair: ContrastPair, prefix: str) -> ContrastPair:
     return replace(pair, before=(first, second))
 
 
-def _split(tokenizer: Any, prompt: str, completion: str) -> tuple[Tokens, int]:
+def _split(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[Tokens, int]:
     """Return the ids of prompt + completion and how many of them are the prompt's; at least one."""
     end = getattr(tokenizer, "eos_token_id", None)
     text = encode(tokenizer, [prompt + completion], None)[0]

@@ -14,6 +14,7 @@ from bake.models.generation import bootstrap_interval, count_words, middle_of, r
 from bake.sweeps.arms import Arm
 from bake.sweeps.measurements import Measurements, Sampling, Scorer, Texts
 from bake.sweeps.points import Interval, Point
+from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ DRAWS = 400  # of a bootstrap
 def summarise(
     arms: Sequence[Arm],
     measured: Mapping[str, Measurements],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: Texts,
     sampling: Sampling,
     scorer: Scorer | None = None,
@@ -45,7 +46,7 @@ class _Figures:
         arm: Arm,
         base: str,
         measured: Mapping[str, Measurements],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         texts: Texts,
         sampling: Sampling,
         scorer: Scorer | None,

@@ -26,6 +26,7 @@ from bake.sweeps.measurements import (
 )
 from bake.sweeps.summary import summarise
 from bake.sweeps.window import find_windows
+from bake.texts.protocols import Tokenizer
 
 KEPT_SAMPLES = 12  # openings whose continuations the report shows
 
@@ -107,7 +108,7 @@ def _collect_samples(
     arms: Sequence[Arm],
     measured: Mapping[str, Measurements],
     texts: Texts,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     sampling: Sampling,
 ) -> Iterator[dict[str, Any]]:
     rollouts = measured.get("rollouts")

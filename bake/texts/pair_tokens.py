@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from bake.errors import DirectionError, PromptError
 from bake.support.progress import announce
 from bake.texts.pairs import ContrastPair
 from bake.texts.prompts import Encoded, encode
+from bake.texts.protocols import Tokenizer
 from bake.texts.rendering import (
     TEMPLATE_DATE,
     Conversation,
@@ -47,7 +47,7 @@ class _Span:
 
 
 def encode_pairs(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     pairs: Sequence[ContrastPair],
     *,
     chat_template: str = "auto",
@@ -77,14 +77,14 @@ def encode_pairs(
     return found if limit is None else _fit(found, limit)
 
 
-def is_rendered(tokenizer: Any, pair: ContrastPair, chat_template: str) -> bool:
+def is_rendered(tokenizer: Tokenizer, pair: ContrastPair, chat_template: str) -> bool:
     """Tell whether `encode_pairs` renders a pair by the tokenizer's chat template, or has to refuse it."""
     templated = _is_templated(tokenizer, chat_template)
     return pair.before is not None or (templated and bool(pair.prompt.strip()))
 
 
 def describe_template(
-    tokenizer: Any, pairs: Sequence[ContrastPair], chat_template: str
+    tokenizer: Tokenizer, pairs: Sequence[ContrastPair], chat_template: str
 ) -> dict[str, str]:
     """Return what is recorded of a template that renders pairs: the day that it saw, if it asks for one."""
     rendered = any(is_rendered(tokenizer, pair, chat_template) for pair in pairs)
@@ -93,7 +93,7 @@ def describe_template(
     return {"template_date": TEMPLATE_DATE.isoformat()}
 
 
-def _is_templated(tokenizer: Any, chat_template: str) -> bool:
+def _is_templated(tokenizer: Tokenizer, chat_template: str) -> bool:
     if chat_template not in CHAT_TEMPLATES:
         raise PromptError(
             f"unknown chat template {chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"
@@ -109,7 +109,7 @@ def _as_chat(pair: ContrastPair) -> ContrastPair:
     return ContrastPair("", pair.positive.strip(), pair.negative.strip(), (asked, asked))
 
 
-def _spans(tokenizer: Any, pairs: Sequence[ContrastPair], templated: bool) -> list[_Span]:
+def _spans(tokenizer: Tokenizer, pairs: Sequence[ContrastPair], templated: bool) -> list[_Span]:
     """Return both texts of every pair, conversations rendered and said to be."""
     conversations: list[Conversation] = []
     for number, pair in enumerate(pairs, start=1):
@@ -162,7 +162,7 @@ def _announce_template(rendering: Rendering) -> None:
         )
 
 
-def _encode_spans(tokenizer: Any, spans: Sequence[_Span]) -> list[Encoded]:
+def _encode_spans(tokenizer: Tokenizer, spans: Sequence[_Span]) -> list[Encoded]:
     """Tokenise rendered texts without the special tokens that the template has already written."""
     encoded: dict[int, Encoded] = {}
     for is_chat in (False, True):
@@ -173,7 +173,7 @@ def _encode_spans(tokenizer: Any, spans: Sequence[_Span]) -> list[Encoded]:
     return [encoded[index] for index in range(len(spans))]
 
 
-def _completion_positions(tokenizer: Any, text: Encoded, span: _Span) -> tuple[int, ...]:
+def _completion_positions(tokenizer: Tokenizer, text: Encoded, span: _Span) -> tuple[int, ...]:
     """Return the content tokens that end inside the completion; the last one before it where none does."""
     content = [position for position, is_content in enumerate(text.content) if is_content]
     if not content:

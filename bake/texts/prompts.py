@@ -22,6 +22,7 @@ from bake.errors import BakeError, CheckpointError, PromptError
 from bake.io.shipped import find_set, shipped_sets
 from bake.support.progress import announce
 from bake.support.text import explain_briefly, one_line
+from bake.texts.protocols import Config, Tokenizer
 from bake.texts.rows import read_rows, read_text
 from bake.texts.shapes import read_prompt_rows
 
@@ -101,19 +102,19 @@ def identify_prompts(name: str | Path, texts: Sequence[str]) -> dict[str, str | 
     return {"set": str(name) if ships else None, "sha256": digest}
 
 
-def batch_prompts(tokenizer: Any, texts: Sequence[str], config: Any) -> list[TokenBatch]:
+def batch_prompts(tokenizer: Tokenizer, texts: Sequence[str], config: Config) -> list[TokenBatch]:
     """Encode texts, as far as a model of this config has positions, and group them into batches."""
     return make_batches(encode(tokenizer, texts, limit=position_limit(config)))
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """Load the checkpoint's own tokenizer.
 
     Raises CheckpointError where there is none, where it is broken, and where its tokens go beyond the
     embedding of the model in the same directory.
     """
     with _failures_of("has no tokenizer that transformers can load", directory.name):
-        tokenizer = pretrained.load_tokenizer(directory)
+        tokenizer: Tokenizer = pretrained.load_tokenizer(directory)
     rows = _embedding_rows(directory)
     if rows is not None:
         _EMBEDDINGS[tokenizer] = rows
@@ -149,7 +150,7 @@ def _embedding_rows(directory: Path) -> int | None:
     return rows if isinstance(rows, int) and rows > 0 else None
 
 
-def _check_vocabulary(tokenizer: Any, name: str, rows: int) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, name: str, rows: int) -> None:
     """Raise CheckpointError where ordinary tokens go beyond the embedding; say it of added ones.
 
     Gemma 3 has an added token for images that its text models have no row for.
@@ -174,7 +175,7 @@ def _check_vocabulary(tokenizer: Any, name: str, rows: int) -> None:
 
 
 def encode(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     max_tokens: int | None = MAX_TOKENS,
     *,
@@ -200,7 +201,7 @@ def encode(
     return encoded
 
 
-def without_prefix(tokenizer: Any, text: str) -> str:
+def without_prefix(tokenizer: Tokenizer, text: str) -> str:
     """Return a text without the special tokens that it begins with and the tokenizer puts there anyway.
 
     They are what the tokenizer puts before a text, mostly one that marks the beginning (BOS).
@@ -208,7 +209,7 @@ def without_prefix(tokenizer: Any, text: str) -> str:
     return text.removeprefix(_prefix_of(tokenizer, [text]))
 
 
-def _prefix_of(tokenizer: Any, texts: Sequence[str]) -> str:
+def _prefix_of(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
     """Return the special tokens that the tokenizer puts before a text, where one of `texts` has them."""
     if not any(text.startswith(tuple(tokenizer.all_special_tokens)) for text in texts):
         return ""
@@ -218,7 +219,7 @@ def _prefix_of(tokenizer: Any, texts: Sequence[str]) -> str:
 
 
 def _tokenise(
-    tokenizer: Any, texts: Sequence[str], special_tokens: bool, **options: Any
+    tokenizer: Tokenizer, texts: Sequence[str], special_tokens: bool, **options: Any
 ) -> list[Encoded]:
     if not texts:
         return []
@@ -257,13 +258,13 @@ def _tokenise(
     return encoded
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return every token id that is no content: chat-template tokens are special without a name."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
 
-def position_limit(config: Any) -> int | None:
+def position_limit(config: Config) -> int | None:
     """Return how many positions a model has, which learned ones cannot exceed; None where it says none."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):

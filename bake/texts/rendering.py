@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import PromptError
+from bake.texts.protocols import Tokenizer
 
 # Templates that print today's date would give another direction tomorrow. This is the day that Llama's
 # own template falls back to, so its conversations read as its makers wrote them.
@@ -74,12 +75,12 @@ class Rendering:
     closed: str
 
 
-def has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: Tokenizer) -> bool:
     """Tell whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(tokenizer: Any, conversations: Sequence[Conversation]) -> Rendering:
+def render(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> Rendering:
     """Render conversations by the tokenizer's chat template, as of TEMPLATE_DATE.
 
     Raises PromptError, in one line, where the template refuses one, fails, or takes more than it may.
@@ -107,12 +108,12 @@ def render(tokenizer: Any, conversations: Sequence[Conversation]) -> Rendering:
     return Rendering(tuple(texts), switched, closed.strip())
 
 
-def reads_date(tokenizer: Any) -> bool:
+def reads_date(tokenizer: Tokenizer) -> bool:
     """Tell whether the tokenizer's chat template asks for a day. Raises PromptError for a broken one."""
     return any(name in _variables(find_template(tokenizer)) for name in _DATE_NAMES)
 
 
-def find_template(tokenizer: Any) -> str:
+def find_template(tokenizer: Tokenizer) -> str:
     """Return the tokenizer's chat template, of several the default one; raise PromptError for none."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -141,7 +142,7 @@ def _variables(template: str) -> tuple[str, ...]:
     return tuple(_run(template, {}, [])["reads"])
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         name: [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
         for name, token in tokenizer.special_tokens_map.items()

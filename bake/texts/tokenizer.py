@@ -15,6 +15,7 @@ from bake.checkpoint.config_json import edit_json
 from bake.checkpoint.loading import quiet_transformers
 from bake.errors import CheckpointError, PromptError
 from bake.texts.prompts import load_tokenizer, read_prompts
+from bake.texts.protocols import Tokenizer
 from bake.texts.rendering import Conversation, has_template, render
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -96,12 +97,12 @@ def _differences(base: Any, output: Any, texts: Sequence[str]) -> Iterator[str]:
         yield "the chat template renders a conversation otherwise"
 
 
-def _template_of(tokenizer: Any) -> Any:
+def _template_of(tokenizer: Tokenizer) -> Any:
     """Return all that decides what a chat template renders."""
     return tokenizer.chat_template, tokenizer.special_tokens_map
 
 
-def _render(tokenizer: Any) -> Any:
+def _render(tokenizer: Tokenizer) -> Any:
     """Return a conversation as the chat template gives it, or the template's own refusal."""
     if not has_template(tokenizer):
         return None
