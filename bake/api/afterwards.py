@@ -11,6 +11,8 @@ from bake.errors import BakeError, EndpointError
 from bake.lifecycle.verify import Verification
 from bake.lifecycle.verify import verify as verify_directory
 from bake.models.streaming import choose_placement
+from bake.options.documentation import documented
+from bake.options.others import DIFF, PUBLISH, REPRODUCE, RESCALE, UNDO, VERIFY
 
 if TYPE_CHECKING:
     from bake.engines.endpoint import EndpointCheck
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from bake.lifecycle.rescale import Rescaled, Undone
 
 
+@documented(VERIFY)
 def verify(
     directory: str | Path,
     *,
@@ -61,6 +64,7 @@ def verify_endpoint(
     return check_endpoint(url, model, read_canary(path))
 
 
+@documented(PUBLISH)
 def publish(
     directory: str | Path,
     repo_id: str,
@@ -76,12 +80,7 @@ def publish(
 ) -> Publication | Ladder:
     """Publish a baked directory to the Hub in one commit, and compare what arrived.
 
-    What the base's repository has already is copied there. revision: a branch, made where there is
-    none. create_pr: open a pull request instead of committing. accept_licence: the caller has the right
-    to publish where bake cannot see it, see `licences`. verify_remote: download what was published
-    and prove it, loaded by its id. strengths: multipliers, each for a branch of its own (m0.5, m1.5),
-    proven before they are sent. base: path or Hub id for these proofs; as bake.json names it where it is
-    left out.
+    What the base's repository has already is copied there.
     """
     from bake import hub
 
@@ -113,6 +112,7 @@ def publish(
     return verify_published(found, base=base, revision=revision, accept_licence=accept_licence)
 
 
+@documented(DIFF)
 def diff(
     base: str | Path,
     baked: str | Path,
@@ -126,6 +126,7 @@ def diff(
     return compare.diff(str(base), str(baked), base_revision=base_revision, revision=revision)
 
 
+@documented(REPRODUCE)
 def reproduce(
     model: str | Path,
     *,
@@ -139,6 +140,7 @@ def reproduce(
     return reproduction.reproduce(str(model), base=base, revision=revision, calibrate=calibrate)
 
 
+@documented(RESCALE)
 def rescale(directory: str | Path, *, multiplier: float) -> Rescaled:
     """Give a baked directory another strength, in place."""
     from bake.lifecycle import rescale as restoration
@@ -146,6 +148,7 @@ def rescale(directory: str | Path, *, multiplier: float) -> Rescaled:
     return restoration.rescale(Path(directory), multiplier)
 
 
+@documented(UNDO)
 def undo(
     model: str | Path, *, output: str | Path, overwrite: bool = False, revision: str | None = None
 ) -> Undone:

@@ -17,6 +17,10 @@ from bake.io.atomic import check_file, write_file
 from bake.io.shipped import find_model
 from bake.models.forward import read_config
 from bake.models.streaming import choose_placement
+from bake.options.documentation import documented
+from bake.options.export import EXPORT
+from bake.options.others import CALIBRATE, INSPECT
+from bake.options.sweep import SWEEP
 from bake.pipeline.estimate import Estimate, estimate_cost
 from bake.pipeline.export import Export
 from bake.pipeline.export import export as run_export
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from bake.sweeps.results import Trial
 
 
+@documented(EXPORT)
 def export(
     model: str,
     *,
@@ -78,9 +83,8 @@ def export(
 ) -> Export:
     """Bake a direction into `model` and write the checkpoint to `output`.
 
-    The options are explained in `bake.options.export`, as `bake export --help` shows them.
-    direction: a path, `FILE:TENSOR[INDEX]`, or an object: a `Direction`, a steering-vectors
-    `SteeringVector`, {layer: vector}, a tensor or an array.
+    A direction can also be an object: a `Direction`, a steering-vectors `SteeringVector`, {layer: vector},
+    a tensor or an array.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
     """
     options = dict(locals())
@@ -88,6 +92,7 @@ def export(
         return run_export(make_recipe(_as_text({**options, "direction": given})))
 
 
+@documented(EXPORT)
 def estimate(
     model: str,
     *,
@@ -140,6 +145,7 @@ def estimate(
         return estimate_cost(make_recipe(values, without_output=True))
 
 
+@documented(INSPECT)
 def inspect(model: str, *, revision: str | None = None) -> Anatomy:
     """Say which sites and routes of a model are exact, and why others are not; from its config.
 
@@ -168,6 +174,7 @@ def inspect_all(
     return found
 
 
+@documented(CALIBRATE)
 def calibrate(
     model: str,
     *,
@@ -201,6 +208,7 @@ def calibrate(
     return norms
 
 
+@documented(SWEEP)
 def sweep(
     model: str,
     *,
@@ -233,7 +241,7 @@ def sweep(
 ) -> Trial:
     """Measure what a direction does at each strength, and what it costs; write report and figures.
 
-    The options are explained in `bake.options.sweep`. direction: as for `export`.
+    A direction can be whatever `export` takes.
     """
     options = _as_text(dict(locals()))
     from bake.sweeps.options import TrialOptions

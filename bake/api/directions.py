@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bake.anatomy import examine
 from bake.anatomy.base import load_base, open_base
@@ -22,16 +22,16 @@ from bake.io.atomic import check_file, write_file
 from bake.io.shipped import find_model
 from bake.models.forward import read_config
 from bake.models.streaming import choose_placement
+from bake.options.documentation import documented
+from bake.options.others import CONVERT, DIRECTION, SHOW
 from bake.pipeline.recipe import DEFAULT_BAND
 from bake.sites import check_site, layers_with
 from bake.strength.coefficients import band_layers, parse_band
 from bake.support.progress import announce
 from bake.texts.pairs import read_pairs
 
-if TYPE_CHECKING:
-    pass
 
-
+@documented(DIRECTION)
 def extract_direction(
     model: str,
     *,
@@ -54,9 +54,7 @@ def extract_direction(
 ) -> Direction:
     """Find one direction per layer from contrast pairs; write them to `output` if it is given.
 
-    layers: 0-based; None means all of them, and for the method "optimize", which trains them together,
-    the default band. The other options are those of `ExtractionOptions`. How well the
-    direction separates pairs that it was not found from is in its metadata:
+    How well the direction separates pairs that it was not found from is in its metadata:
     `bake.directions.separation.read_separation(direction)`.
     """
     options = ExtractionOptions(
@@ -102,6 +100,7 @@ def extract_direction(
     return direction
 
 
+@documented(CONVERT, file="direction", direction_site="site")
 def convert_direction(
     direction: Any,
     *,
@@ -114,8 +113,7 @@ def convert_direction(
 ) -> ConvertedDirection:
     """Write a direction in another tool's format, which the suffix of `output` names.
 
-    direction: whatever `export` takes. layers: how many the model has; model: the model itself, whose
-    config says so, and the width. A GGUF control vector has layers 1 and on, as llama.cpp's.
+    A direction can be whatever `export` takes. A GGUF control vector has layers 1 and on, as llama.cpp's.
     """
     described = None if model is None else open_description(find_model(model))
     anatomy = None if described is None else examine(read_config(described))
@@ -135,6 +133,7 @@ def convert_direction(
     return converted
 
 
+@documented(SHOW, file="direction", direction_site="site")
 def show_direction(
     direction: Any,
     *,
@@ -147,8 +146,8 @@ def show_direction(
 ) -> tuple[Direction, Reading]:
     """Say what a direction raises and lowers in `model`, and its cosines to others.
 
-    direction and others: whatever `export` takes; layer_offset and site correct how `direction` is
-    understood. Raises DirectionError for one that does not fit the model.
+    A direction, and what it is compared with, can be whatever `export` takes. Raises DirectionError for
+    one that does not fit the model.
     """
     given = read_direction(direction, layer_offset=layer_offset, site=site)
     others = {str(path): read_direction(path) for path in compare}

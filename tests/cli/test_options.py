@@ -68,6 +68,20 @@ def test_a_function_has_its_commands_options(name):
             assert parameter.default == wanted[keyword], keyword
 
 
+@pytest.mark.parametrize("function", [*FUNCTIONS.values(), api.estimate, api.verify, api.inspect])
+def test_a_docstring_has_one_line_a_parameter(function):
+    head, lines = inspect.getdoc(function).split("\n\nArgs:\n")
+    assert head
+    names = [line.strip().partition(": ")[0] for line in lines.splitlines()]
+    assert names == list(inspect.signature(function).parameters)
+
+
+def test_a_line_has_the_help_and_the_default():
+    (line,) = (line for line in api.export.__doc__.splitlines() if line.startswith("    band: "))
+    assert EXPORT["band"].help in line
+    assert "40:90" in line
+
+
 def test_an_estimate_has_the_options_of_an_export():
     assert list(inspect.signature(api.estimate).parameters) == list(
         inspect.signature(api.export).parameters
