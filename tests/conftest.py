@@ -17,7 +17,6 @@ os.environ.update(
 )
 os.environ.pop("HF_TOKEN", None)
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from typing import Any
 
 import pytest
 import torch
+from canned import sketch_figures
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -185,15 +185,8 @@ def sketched_figures():
     rest of a tiny export. Equal values still give equal bytes.
     """
 
-    def sketch(path: Path, *values: Any) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(repr(values).encode()).digest()
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + digest)
-        return path
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "draw_norms", sketch)
-        patch.setattr(render, "draw_separation", sketch)
+        sketch_figures(patch.setattr)
         yield
 
 

@@ -6,11 +6,13 @@ machine's rounding, which changes single samples, does not break them.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from bake.anatomy.base import load_base, open_base
+from bake.cli.main import main
 from bake.demo import showcase
 from bake.directions.direction_file import load_direction
 from bake.io.shipped import DEMO_DIRECTION, DEMO_NAME
@@ -20,44 +22,57 @@ from bake.texts.prompts import read_prompts
 
 
 @pytest.fixture(scope="module")
-def measured():
-    """{multiplier: figures} of the hooked model on the shipped openings."""
-    base = open_base(DEMO_NAME)
-    anatomy, loaded = base.anatomy, load_base(base)
-    layers = band_layers(anatomy.layer_count)
-    batches = loaded.batches(read_prompts("neutral"))
-    norms = measure_norms(loaded, "mlp_out", batches, layers).values()
-    unit = load_direction(DEMO_DIRECTION).select(layers, anatomy.hidden_size)
+def shown(tmp_path_factory):
+    """What `bake demo` shows, with checkpoints that are kept."""
+    return showcase.run(tmp_path_factory.mktemp("demo") / "kept")
 
-    def count(multiplier: float) -> showcase.Counts:
-        if multiplier == 0:
-            return showcase.count(showcase.sample({"base": loaded}), loaded)["base"]
-        push = compute_push(
-            norms, unit, hidden_size=anatomy.hidden_size, multiplier=multiplier
-        ).vectors
-        with loaded.steered("mlp_out", push):
-            drawn = showcase.sample({"steered": loaded})
-        return showcase.count(drawn, loaded)["steered"]
 
-    base_counts = count(0)
-    return {m: showcase.compare(f"{m:+g}", count(m), base_counts) for m in (-1, 1, 3)}
+@pytest.fixture(scope="module")
+def measured(shown):
+    """{model's name: figures}."""
+    return {entry.name: entry for entry in shown.measured}
 
 
 def test_plus_one_makes_the_text_more_cheerful_and_keeps_it_fluent(measured):
-    assert measured[1].continuations >= 90
-    assert measured[1].target_ratio >= 1.6
-    assert measured[1].target_interval[0] > 1.2
-    assert measured[1].perplexity_ratio < 1.2
+    assert measured["+1"].continuations >= 90
+    assert measured["+1"].target_ratio >= 1.6
+    assert measured["+1"].target_interval[0] > 1.2
+    assert measured["+1"].perplexity_ratio < 1.2
 
 
 def test_minus_one_makes_it_less_cheerful(measured):
-    assert measured[-1].target_ratio < 0.7
-    assert measured[-1].target_interval[1] < 1
-    assert measured[-1].perplexity_ratio < 1.2
+    assert measured["-1"].target_ratio < 0.7
+    assert measured["-1"].target_interval[1] < 1
+    assert measured["-1"].perplexity_ratio < 1.2
 
 
 def test_three_is_too_much(measured):
-    assert measured[3].perplexity_ratio > 5
+    base = open_base(DEMO_NAME)
+    loaded, layers = load_base(base), band_layers(base.anatomy.layer_count)
+    norms = measure_norms(loaded, "mlp_out", loaded.batches(read_prompts("neutral")), layers)
+    unit = load_direction(DEMO_DIRECTION).select(layers, loaded.hidden_size)
+    push = compute_push(
+        norms.values(), unit, hidden_size=loaded.hidden_size, multiplier=3.0
+    ).vectors
+    with loaded.steered("mlp_out", push):
+        drawn = showcase.sample({"+3": loaded})
+    assert showcase.count(drawn, loaded)["+3"].perplexity() > 5 * measured["base"].perplexity
+
+
+def test_the_command_shows_it(shown, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(showcase, "run", lambda *given: asked.append(given) or shown)
+    assert main(["demo", "--json", "-o", str(shown.output), "--overwrite"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert asked == [(shown.output, True)]
+    assert [entry["name"] for entry in result["measured"]] == ["base", "+1", "-1"]
+    assert all(entry["equivalence"]["passed"] for entry in result["exports"])
+    assert all((shown.output / name / "bake.json").is_file() for name in ("demo+1", "demo-1"))
+    assert main(["demo"]) == 0
+    text = capsys.readouterr().out
+    assert asked[1] == (None, False)
+    assert f"> {shown.texts[0][0]}" in text
+    assert "cheerful words" in text
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ import json, os, signal, sys, threading
 from contextlib import nullcontext
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-from canned import passed
+from canned import passed, sketch_figures
+sketch_figures()
 from bake.plan import destination
 from bake.pipeline import decision, export as pipeline
 from bake.pipeline.recipe import make_recipe

@@ -29,10 +29,12 @@ ROOT = Path(__file__).parents[2]
 # opens a file to write, makes, links, renames or removes one. No time decides where it dies.
 KILLER = """
 import os, shutil, signal, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
+from canned import sketch_figures
+sketch_figures()
 from bake import rescale
 from bake.io import staging
 if not {exchanges}:
@@ -85,7 +87,13 @@ def copied(bake, tmp_path):
     ("bake", "exchanges"), [("gpt2", True), ("llama", False)], indirect=["bake"]
 )
 def test_killed_at_any_step_it_is_as_before_or_whole(bake, tmp_path, exchanges):
-    code = KILLER.format(root=str(ROOT), bake=str(bake), place=str(tmp_path), exchanges=exchanges)
+    code = KILLER.format(
+        root=str(ROOT),
+        tests=str(ROOT / "tests"),
+        bake=str(bake),
+        place=str(tmp_path),
+        exchanges=exchanges,
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     runs = [line.split() for line in done.stdout.splitlines()]
     assert runs[-1][1] == "0"
