@@ -71,6 +71,7 @@ def finished_bake(make_model, tmp_path_factory):
 def test_a_foreign_file_gives_its_line(
     area, case, make_model, finished_bake, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr("bake.texts.rendering.SECONDS", 2)  # as hostile, and sooner told
     places = {name: tmp_path / name.lower() for name in ("MODEL", "BAKE", "INPUT", "OUTSIDE")}
     places |= {"HERE": CORPUS / area, "OUT": tmp_path / "out"}
     places["OUTSIDE"].mkdir()
