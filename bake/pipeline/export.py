@@ -23,7 +23,8 @@ from bake.directions.direction import Direction
 from bake.io.hashing import hash_files
 from bake.io.output_files import RESULT_FILE
 from bake.io.staging import check_output, staged_directory
-from bake.models.streaming import choose_placement
+from bake.models.forward import SpareModel
+from bake.models.streaming import Placement, choose_placement
 from bake.pipeline.completion import NeededShard, Unproven, describe_needs, find_needs
 from bake.pipeline.decision import Decision, decide, read_inputs
 from bake.pipeline.given_directions import fit_directions
@@ -100,70 +101,79 @@ def export(recipe: Recipe) -> Export:
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     inputs = read_inputs(recipe)
     with kept_plain_process(start=placement is None and not recipe.thin):
-        base = open_base(recipe.model, recipe.revision, clock, headers_only=recipe.thin)
-        check_rights(base, recipe, clock)
+        base = open_for_export(recipe, output, clock)
         given = fit_directions(base, inputs.directions, recipe)
-        checkpoint, source = base.checkpoint, base.checkpoint.source
-        check_output(output, overwrite=recipe.overwrite, base_directory=source)
-        if recipe.thin:
-            check_base(base)
-        check_links(checkpoint, recipe.shards)
         destination = choose_destination(base.anatomy, recipe.place, given)
         if recipe.thin:
             check_route(base.anatomy, destination.route)
-        # A tokenizer that cannot be loaded is refused before the work.
-        tokenizer = None if recipe.thin else base.tokenizer
+        else:
+            base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
         decision, spare = decide(base, destination, recipe, inputs, given, placement, clock)
         with clock.stage("plan"):
             plan = make_plan(
-                checkpoint, base.anatomy, destination.route, decision.push, dtype=recipe.dtype
+                base.checkpoint,
+                base.anatomy,
+                destination.route,
+                decision.push,
+                dtype=recipe.dtype,
             )
-        with staged_directory(output, overwrite=recipe.overwrite, base_directory=source) as staging:
+        with staged_directory(
+            output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
+        ) as staging:
             written = write(base, plan, staging, "none" if recipe.thin else recipe.shards, clock)
+            proof, note = settle(base, plan, decision, staging, recipe, placement, spare, clock)
             needs = find_needs(written)
-            equivalence: Equivalence | Unproven = Unproven(recipe.allow_rounding)
-            note = None
-            if tokenizer is not None:
-                with clock.stage("tokenizer"):
-                    note = keep_tokenizer(tokenizer, staging)
-                with clock.stage("prove"):
-                    equivalence = prove(
-                        base,
-                        staging,
-                        plan,
-                        decision.push,
-                        recipe.allow_rounding,
-                        placement,
-                        spare=spare,
-                    )
-                    equivalence.raise_if_failed()
+            undo = describe_undo(
+                base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
+            )
             story = {
                 **describe_bake(base, plan, decision),
                 **describe_needs(needs),
-                "undo": describe_undo(
-                    checkpoint, plan, written.sources, tokenizer_changed=note is not None
-                ),
-                "equivalence": equivalence.to_dict(),
+                "undo": undo,
+                "equivalence": proof.to_dict(),
             }
             files = describe(story, plan, decision, staging, written, clock)
-    links = explain_links(checkpoint, written, recipe.shards)
+    links = explain_links(base.checkpoint, written, recipe.shards)
     left_out = [entry.describe() for entry in describe_left_out(base, plan)]
-    for warning in (*equivalence.warnings, note, links, *left_out):
-        if warning:
-            announce(warning)
+    for sentence in filter(None, (*proof.warnings, note, links, *left_out)):
+        announce(sentence)
     publication = publish(output, recipe, clock)
-    return Export(
-        output,
-        base,
-        plan,
-        decision,
-        equivalence,
-        files,
-        clock.seconds,
-        peak_memory(),
-        needs,
-        publication,
-    )
+    seconds, memory = clock.seconds, peak_memory()
+    return Export(output, base, plan, decision, proof, files, seconds, memory, needs, publication)
+
+
+def open_for_export(recipe: Recipe, output: Path, clock: Stopwatch) -> Base:
+    """Open the base, and refuse one that this recipe cannot bake, publish or write to this place."""
+    base = open_base(recipe.model, recipe.revision, clock, headers_only=recipe.thin)
+    check_rights(base, recipe, clock)
+    check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
+    if recipe.thin:
+        check_base(base)
+    check_links(base.checkpoint, recipe.shards)
+    return base
+
+
+def settle(
+    base: Base,
+    plan: Plan,
+    decision: Decision,
+    staging: Path,
+    recipe: Recipe,
+    placement: Placement | None,
+    spare: SpareModel,
+    clock: Stopwatch,
+) -> tuple[Equivalence | Unproven, str | None]:
+    """Prove what was written, unless it is thin; return the proof and what was done to the tokenizer."""
+    if recipe.thin:
+        return Unproven(recipe.allow_rounding), None
+    with clock.stage("tokenizer"):
+        note = keep_tokenizer(base.tokenizer, staging)
+    with clock.stage("prove"):
+        found = prove(
+            base, staging, plan, decision.push, recipe.allow_rounding, placement, spare=spare
+        )
+        found.raise_if_failed()
+    return found, note
 
 
 def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
