@@ -204,6 +204,6 @@ def check_direction_site(found_at: str, site: str, *, convert: bool) -> str | No
     )
 
 
-def suits(found_at: str, site: str) -> bool:
+def is_usable_at(found_at: str, site: str) -> bool:
     """Tell whether a direction found at `found_at` can be used at `site` as it is."""
     return found_at == site or (found_at in RESIDUAL_SITES and site in RESIDUAL_SITES)

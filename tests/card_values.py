@@ -42,7 +42,7 @@ CARD_VALUES = {
     },
     "config_removed": [],
     "separation": None,
-    "direction_story": "found at mlp_out as the difference of means over 4 contrast pairs",
+    "direction_summary": "found at mlp_out as the difference of means over 4 contrast pairs",
     "multiplier_choice": {
         "reason": "m = 1.5 is the largest shift on 24 held-out pairs within the bounds",
         "points": [

@@ -16,7 +16,7 @@ from bake.sites import (
     capture_location,
     check_direction_site,
     check_site,
-    suits,
+    is_usable_at,
 )
 
 FULL = LayerStructure("model.layers", "self_attn", "mlp", "post_attention_layernorm", 0.5)
@@ -118,14 +118,14 @@ def test_projection_slot_without_its_matrix_is_refused():
 @pytest.mark.parametrize("site", SITES)
 def test_direction_at_its_own_site_needs_no_word(site):
     assert check_direction_site(site, site, convert=False) is None
-    assert suits(site, site)
+    assert is_usable_at(site, site)
 
 
 @pytest.mark.parametrize(("found_at", "site"), [("mlp_out", "attn_out"), ("attn_out", "mlp_out")])
 def test_residual_sites_are_interchangeable_and_announced(found_at, site):
     note = check_direction_site(found_at, site, convert=False)
     assert note == f"the direction was found at {found_at}; {site} is the same residual stream"
-    assert suits(found_at, site)
+    assert is_usable_at(found_at, site)
 
 
 @pytest.mark.parametrize("found_at", ["mlp_out", "attn_out"])
@@ -134,7 +134,7 @@ def test_residual_direction_at_an_input_is_refused_unless_converted(found_at, si
     with pytest.raises(DirectionError, match=rf"{found_at} .* --site {site}\) or .*--convert-site"):
         check_direction_site(found_at, site, convert=False)
     assert "converted" in check_direction_site(found_at, site, convert=True)
-    assert not suits(found_at, site)
+    assert not is_usable_at(found_at, site)
 
 
 @pytest.mark.parametrize(
@@ -144,4 +144,4 @@ def test_residual_direction_at_an_input_is_refused_unless_converted(found_at, si
 def test_input_direction_elsewhere_is_always_refused(found_at, site, convert):
     with pytest.raises(DirectionError, match=f"found at {found_at} and cannot be used at {site}"):
         check_direction_site(found_at, site, convert=convert)
-    assert not suits(found_at, site)
+    assert not is_usable_at(found_at, site)

@@ -21,7 +21,7 @@ from bake.engines.survival import (
     to_values,
 )
 from bake.errors import UnsupportedError
-from bake.sites import LayerStructure, check_site, suits
+from bake.sites import LayerStructure, check_site, is_usable_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,7 +78,7 @@ class Anatomy:
             for entry in self.routes
             if site in ("auto", entry.site)
             and (kind is None or entry.kind == kind)
-            and (site != "auto" or found_at is None or suits(found_at, entry.site))
+            and (site != "auto" or found_at is None or is_usable_at(found_at, entry.site))
             and (entry.route != "insert" if route == "auto" else entry.route == route)
             and (host is None or (entry.rewriter is not None and entry.rewriter.name == host))
         ]
@@ -154,7 +154,7 @@ class Anatomy:
                 f"an inserted layer adds to the residual stream at {found.site}, not at {site}; "
                 f"leave --site out"
             )
-        if site == "auto" and found_at is not None and not suits(found_at, found.site):
+        if site == "auto" and found_at is not None and not is_usable_at(found_at, found.site):
             raise UnsupportedError(
                 f"the direction was found at {found_at}, and an inserted layer adds at {found.site}; "
                 f"find it there (bake direction --site {found.site})"

@@ -17,7 +17,7 @@ from bake.options.others import DIFF, PUBLISH, REPRODUCE, RESCALE, UNDO, VERIFY
 if TYPE_CHECKING:
     from bake.engines.endpoint import EndpointCheck
     from bake.hub import Publication
-    from bake.lifecycle.branches import Ladder
+    from bake.lifecycle.branches import PublishedStrengths
     from bake.lifecycle.diff import Difference
     from bake.lifecycle.reproduce import Reproduction
     from bake.lifecycle.rescale import Rescaled, Undone
@@ -77,7 +77,7 @@ def publish(
     verify_remote: bool = False,
     strengths: Sequence[float] = (),
     base: str | None = None,
-) -> Publication | Ladder:
+) -> Publication | PublishedStrengths:
     """Publish a baked directory to the Hub in one commit, and compare what arrived.
 
     What the base's repository has already is copied there.

@@ -1,4 +1,4 @@
-"""The story: the model card of a bake and its figures, from the values that the stages returned.
+"""The model card of a bake and its figures, from the values that the stages returned.
 
 Templates are Jinja files in `model_cards/`, rendered with StrictUndefined: a missing value is an error,
 never an empty place in a published card. What the values say is escaped by default: see
@@ -134,10 +134,12 @@ def render_card(values: Mapping[str, Any]) -> str:
         ) from error
 
 
-def write_story(directory: Path, story: Mapping[str, Any], plan: Plan, decision: Decision) -> None:
+def write_card_files(
+    directory: Path, record: Mapping[str, Any], plan: Plan, decision: Decision
+) -> None:
     """Write what goes with the weights: the unit vectors, the figures, the card.
 
-    story: the values of `bake.json`, see `bake.pipeline.record.describe_bake`.
+    record: the values of `bake.json`, see `bake.pipeline.record.describe_bake`.
     """
     site, metadata = plan.route.site, decision.direction.metadata
     push = decision.push
@@ -146,7 +148,7 @@ def write_story(directory: Path, story: Mapping[str, Any], plan: Plan, decision:
     )
     (directory / DIRECTION_FILE).write_bytes(direction_bytes(pushed))
     draw_figures(directory, push, site, metadata, decision.evidence)
-    card = render_card({**story, **words_for(plan, decision.direction)})
+    card = render_card({**record, **card_words_of_plan(plan, decision.direction)})
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -184,17 +186,17 @@ def card_words(
 ) -> dict[str, Any]:
     """Return the phrases that the card needs beside the values of `bake.json`."""
     known = direction["metadata"]
-    story = f"found at {direction['site']}"
+    summary = f"found at {direction['site']}"
     how = METHOD_WORDS.get(known.get("method", ""))
     if how is not None:
-        story += (
+        summary += (
             f" as {how} over {known.get('pairs', '?')} contrast pairs "
             f"(token position: {known.get('token', '?')})"
         )
     if known.get("method") == "sum":
-        story += f": the sum {known['parts']}"
+        summary += f": the sum {known['parts']}"
     if "understood" in known:
-        story += f"; read from another tool's file: {known['understood']}"
+        summary += f"; read from another tool's file: {known['understood']}"
     return {
         "site_description": DESCRIPTIONS[site],
         "slots": slots,
@@ -203,11 +205,11 @@ def card_words(
         "added_layers": added_layers,
         "config_changes": plan["config_changes"],
         "config_removed": plan.get("config_removed", []),
-        "direction_story": story,
+        "direction_summary": summary,
     }
 
 
-def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
+def card_words_of_plan(plan: Plan, direction: Direction) -> dict[str, Any]:
     """Return the card's phrases for a bake that is being made."""
     route = plan.route
     return card_words(
@@ -219,7 +221,7 @@ def words_for(plan: Plan, direction: Direction) -> dict[str, Any]:
     )
 
 
-def words_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def card_words_of_record(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the card's phrases, from `bake.json`."""
     return card_words(
         recorded["site"],

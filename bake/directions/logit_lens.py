@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bake.directions.direction import Direction, effective_weight, removes_mean
 from bake.errors import DirectionError, UnsupportedError
 from bake.models.forward import LanguageModel
-from bake.sites import RESIDUAL_SITES, suits
+from bake.sites import RESIDUAL_SITES, is_usable_at
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +198,7 @@ def compare_directions(
                 f"{name} is {other.hidden_size} wide and the direction {direction.hidden_size}; "
                 "compare directions of one model"
             )
-        if not suits(other.site, direction.site):
+        if not is_usable_at(other.site, direction.site):
             raise DirectionError(
                 f"{name} was found at {other.site} and the direction at {direction.site}, which are "
                 "different spaces; compare directions of one"

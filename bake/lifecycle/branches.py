@@ -26,7 +26,7 @@ from bake.support.progress import announce
 
 
 @dataclass(frozen=True)
-class Ladder:
+class PublishedStrengths:
     """The bake itself on main, and one publication for each strength: {multiplier: publication}."""
 
     main: Publication
@@ -72,7 +72,7 @@ def publish_strengths(
     *,
     base: str | None = None,
     **options: Any,
-) -> Ladder:
+) -> PublishedStrengths:
     """Publish a baked directory on main, and each strength on a branch of its own.
 
     Every strength is proven before it is sent where the base is at hand: `base`, or the Hub id in
@@ -113,7 +113,7 @@ def publish_strengths(
             )
             for multiplier, path in made.items()
         }
-    return Ladder(main, branches)
+    return PublishedStrengths(main, branches)
 
 
 def _make_strength(directory: Path, target: Path, multiplier: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bake.card.render import words_of
+from bake.card.render import card_words_of_record
 from bake.checkpoint.checkpoint import find_bake
 from bake.hub.manifest import file_names
 from bake.hub.publication import Publication, publish
@@ -49,7 +49,7 @@ def verify_published(
         for name in file_names(directory):
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
             (whole / name).symlink_to((directory / name).resolve())
-        record_proof(whole, recorded, found.equivalence, words_of(recorded))
+        record_proof(whole, recorded, found.equivalence, card_words_of_record(recorded))
         second = publish(
             whole,
             repo_id,

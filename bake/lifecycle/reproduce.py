@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base, load_base, open_base
-from bake.card.render import draw_figures, render_card, words_of
+from bake.card.render import card_words_of_record, draw_figures, render_card
 from bake.checkpoint.checkpoint import find_bake
 from bake.checkpoint.licences import write_notice
 from bake.checkpoint.writer import copy_companions, write_config, write_weights
@@ -122,11 +122,11 @@ def reproduce(
         for name in recorded.get("sweep", {}).get("figures", ()):  # A sweep's are data, as it is.
             if (directory / name).is_file():
                 (again / name).write_bytes((directory / name).read_bytes())
-        story = {key: value for key, value in recorded.items() if key != "files"}
-        card = render_card({**story, **words_of(recorded)})
+        record = {key: value for key, value in recorded.items() if key != "files"}
+        card = render_card({**record, **card_words_of_record(recorded)})
         (again / CARD_FILE).write_text(card, encoding="utf-8")
         built = hash_files(again)
-        text = encode_result({**story, "files": built})
+        text = encode_result({**record, "files": built})
     expected = recorded["files"]
     names = sorted({*expected, *built})
     wrong = [

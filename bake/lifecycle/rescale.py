@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.card.render import draw_figures, words_of
+from bake.card.render import card_words_of_record, draw_figures
 from bake.checkpoint.checkpoint import Checkpoint, find_bake, open_checkpoint
 from bake.checkpoint.config_json import edit_json
 from bake.checkpoint.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
@@ -28,7 +28,7 @@ from bake.io.foreign_paths import resolve_name
 from bake.io.output_files import RESULT_FILE
 from bake.io.safetensors import TensorEntry, encode_header, encode_tensor, read_header
 from bake.io.staging import changed_directory, staged_directory
-from bake.pipeline.completion import Unproven, check_shards, is_unproven, tell
+from bake.pipeline.completion import Unproven, check_shards, is_unproven, write_record
 from bake.pipeline.record import read_result, rebuild_push
 from bake.sites import Slot
 from bake.support.progress import announce
@@ -253,24 +253,26 @@ def rescale(directory: Path, multiplier: float, *, revision: str | None = None) 
         extra = _write_extra_shards(checkpoint, recorded, strength, staging)
         draw_figures(staging, strength.push, recorded["site"], recorded["direction"]["metadata"])
         known = {name: entry["sha256"] for name, entry in recorded["files"].items()}
-        story = _retold(recorded, strength.push, revision)
-        tell(staging, directory, story, words_of(recorded), known=known)
+        record = _rescaled_record(recorded, strength.push, revision)
+        write_record(staging, directory, record, card_words_of_record(recorded), known=known)
     return Rescaled(directory, multiplier, float(recorded["multiplier"]), (*patched, *extra))
 
 
-def _retold(recorded: Mapping[str, Any], push: Push, revision: str | None) -> dict[str, Any]:
+def _rescaled_record(
+    recorded: Mapping[str, Any], push: Push, revision: str | None
+) -> dict[str, Any]:
     """Return `bake.json`, without its files, of the same bake at another strength."""
     # The choice of a multiplier was for another strength, as a sweep's samples were.
     stale = ("files", "equivalence", "multiplier_choice", "revision")
-    story = {key: value for key, value in recorded.items() if key not in stale}
-    story |= push.to_dict() | ({"revision": revision} if revision else {})
-    if "sweep" in story:
-        story["sweep"] = {**story["sweep"], "samples": []}
+    record = {key: value for key, value in recorded.items() if key not in stale}
+    record |= push.to_dict() | ({"revision": revision} if revision else {})
+    if "sweep" in record:
+        record["sweep"] = {**record["sweep"], "samples": []}
     proof = recorded["equivalence"]
     if not is_unproven(recorded):
         reason = f"the strength was changed from m = {recorded['multiplier']:g} after the proof"
         proof = Unproven(bool(proof.get("rounding_allowed")), reason).to_dict()
-    return {**story, "equivalence": proof}
+    return {**record, "equivalence": proof}
 
 
 @dataclass(frozen=True)

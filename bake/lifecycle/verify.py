@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base, open_base
-from bake.card.render import words_of
+from bake.card.render import card_words_of_record
 from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bake.checkpoint.edits import Add, Change, Merge, Patch, Rename, Transform
 from bake.checkpoint.layout import compute
@@ -85,7 +85,7 @@ def verify(
     ]
     found = replace(found, failures=(*found.failures, *differences))
     if record and is_unproven(recorded) and found.passed:
-        record_proof(directory, recorded, found, words_of(recorded))
+        record_proof(directory, recorded, found, card_words_of_record(recorded))
         announce(f"{directory} is proven: bake.json and the card say so now")
     return Verification(directory, opened.checkpoint.model_id, found)
 

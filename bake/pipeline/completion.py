@@ -110,34 +110,34 @@ def record_proof(
     words: what the card needs beside `bake.json` (see `card.card_words`). The result is what a
     whole export would have written. Raises OutputError where the directory cannot be written.
     """
-    story = {
+    record = {
         key: value for key, value in recorded.items() if key not in (_KEY, "equivalence", "files")
     }
-    story["equivalence"] = equivalence.to_dict()
+    record["equivalence"] = equivalence.to_dict()
     try:
         with changed_directory(directory) as staging:
-            tell(staging, directory, story, words)
+            write_record(staging, directory, record, words)
     except OutputError as error:
         raise OutputError(
             f"the bake is proven, but that cannot be recorded: {error}; mend that and verify it again"
         ) from error
 
 
-def tell(
+def write_record(
     staging: Path,
     directory: Path,
-    story: Mapping[str, Any],
+    record: Mapping[str, Any],
     words: Mapping[str, Any],
     *,
     known: Mapping[str, str] | None = None,
 ) -> None:
     """Write the card and `bake.json`, with each file's hash after the commit, into `staging`.
 
-    staging: what changes in `directory`, see `staging.changed_directory`. story: `bake.json` without
+    staging: what changes in `directory`, see `staging.changed_directory`. record: `bake.json` without
     "files". words: what the card needs besides. known: {file of `directory`: its SHA-256}.
     """
-    (staging / CARD_FILE).write_text(render_card({**story, **words}), encoding="utf-8")
+    (staging / CARD_FILE).write_text(render_card({**record, **words}), encoding="utf-8")
     new = hash_files(staging)
     kept = hash_files(directory, known=known, exclude=(RESULT_FILE, *new))
-    result = {**story, "files": dict(sorted({**kept, **new}.items()))}
+    result = {**record, "files": dict(sorted({**kept, **new}.items()))}
     (staging / RESULT_FILE).write_text(encode_result(result), encoding="utf-8")

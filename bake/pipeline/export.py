@@ -9,7 +9,7 @@ from typing import Any
 
 from bake import hub
 from bake.anatomy.base import Base, open_base
-from bake.card.render import write_story
+from bake.card.render import write_card_files
 from bake.checkpoint.licences import write_notice
 from bake.checkpoint.writer import (
     WrittenWeights,
@@ -126,13 +126,13 @@ def export(recipe: Recipe) -> Export:
             undo = describe_undo(
                 base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
             )
-            story = {
+            record = {
                 **describe_bake(base, plan, decision),
                 **describe_needs(needs),
                 "undo": undo,
                 "equivalence": proof.to_dict(),
             }
-            files = describe(story, plan, decision, staging, written, clock)
+            files = describe(record, plan, decision, staging, written, clock)
     links = explain_links(base.checkpoint, written, recipe.shards)
     left_out = [entry.describe() for entry in describe_left_out(base, plan)]
     for sentence in filter(None, (*proof.warnings, note, links, *left_out)):
@@ -189,7 +189,7 @@ def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) 
 
 
 def describe(
-    story: Mapping[str, Any],
+    record: Mapping[str, Any],
     plan: Plan,
     decision: Decision,
     staging: Path,
@@ -198,12 +198,12 @@ def describe(
 ) -> Mapping[str, Mapping[str, Any]]:
     """Write direction, figures, card and `bake.json` beside the weights; return every file's hash.
 
-    story: the values of `bake.json`, without its files.
+    record: the values of `bake.json`, without its files.
     """
     with clock.stage("describe"):
-        write_story(staging, story, plan, decision)
+        write_card_files(staging, record, plan, decision)
     with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
         files = hash_files(staging, known=written.known_sha256, progress=progress)
-    text = encode_result({**story, "files": files})
+    text = encode_result({**record, "files": files})
     (staging / RESULT_FILE).write_text(text, encoding="utf-8")
     return files

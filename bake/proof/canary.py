@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bake.proof.observation import (
-    Exam,
     PlainRun,
+    ProofSetup,
     StoredBase,
 )
 from bake.texts.protocols import Tokenizer
@@ -28,7 +28,7 @@ class Canary:
 
 
 def find_canary(
-    tokenizer: Tokenizer, exam: Exam, stored_base: StoredBase, plain: PlainRun
+    tokenizer: Tokenizer, setup: ProofSetup, stored_base: StoredBase, plain: PlainRun
 ) -> Canary | None:
     """Return the first prompt whose greedy continuation differs between base and baked.
 
@@ -40,7 +40,7 @@ def find_canary(
         kept = itertools.takewhile(lambda token: token not in special, ids)
         return str(tokenizer.decode(list(kept)))
 
-    runs = zip(exam.canaries, stored_base.greedy, plain.continuations, strict=True)
+    runs = zip(setup.canaries, stored_base.greedy, plain.continuations, strict=True)
     for prompt, *continuations in runs:
         base, baked = map(text, continuations)
         if base != baked:

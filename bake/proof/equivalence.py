@@ -23,9 +23,9 @@ from bake.proof.canary import Canary, find_canary
 from bake.proof.observation import (
     NEW_TOKENS,
     BakedRun,
-    Exam,
     Logits,
     PlainRun,
+    ProofSetup,
     Reference,
     Report,
     StoredBase,
@@ -170,7 +170,7 @@ def prove_equivalence(
     dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     texts = tuple(encoded)[:MAX_PROMPTS]
     with temporary_directory("bake-proof-") as folder:
-        exam = Exam(
+        setup = ProofSetup(
             structure,
             plan.route.site,
             push,
@@ -180,11 +180,11 @@ def prove_equivalence(
             published=published,
             spare=spare,
         )
-        reference = run_reference(base.directory, exam)
-        plain = run_plain(baked.directory, exam)
-        stored_base = run_stored_base(base.directory, exam, dtype, plain)
-        run = run_baked(baked.directory, exam, plan, reference)
-        result = _compare(baked, plan, tokenizer, exam, reference, plain, stored_base, run)
+        reference = run_reference(base.directory, setup)
+        plain = run_plain(baked.directory, setup)
+        stored_base = run_stored_base(base.directory, setup, dtype, plain)
+        run = run_baked(baked.directory, setup, plan, reference)
+        result = _compare(baked, plan, tokenizer, setup, reference, plain, stored_base, run)
     result = replace(result, rounding_allowed=allow_rounding)
     failures = tuple(_find_failures(result, plan, run, reference, plain))
     return replace(
@@ -196,7 +196,7 @@ def _compare(
     baked: Checkpoint,
     plan: Plan,
     tokenizer: Tokenizer,
-    exam: Exam,
+    setup: ProofSetup,
     reference: Reference,
     plain: PlainRun,
     stored_base: StoredBase,
@@ -223,9 +223,9 @@ def _compare(
         padding=run.padding,
         kl=kl,
         top1_agreement=top1,
-        prompts=len(exam.encoded),
+        prompts=len(setup.encoded),
         stored_dtype=dtype,
-        canary=find_canary(tokenizer, exam, stored_base, plain),
+        canary=find_canary(tokenizer, setup, stored_base, plain),
         experts_flipped=run.flipped,
         same_experts_error=None
         if run.held is None

@@ -53,7 +53,7 @@ Report = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Exam:
+class ProofSetup:
     """What every run is given: the encoded prompts, site, push, and where things may lie.
 
     folder: where logits are kept, so that two runs are never in memory together. published: the
@@ -83,7 +83,7 @@ class Exam:
         return [text.ids[:length] for text in self.few]
 
     def load(self, directory: Path, dtype: str) -> LoadedModel:
-        """Load a directory in a dtype, where the exam says weights may be."""
+        """Load a directory in a dtype, where the setup says weights may be."""
         return load_model(directory, dtype=dtype, device=self.device, placement=self.placement)
 
     def batches(self, loaded: LoadedModel) -> list[TokenBatch]:
@@ -177,15 +177,15 @@ class BakedRun:
     flipped: float | None = None
 
 
-def run_reference(directory: Path, exam: Exam) -> Reference:
+def run_reference(directory: Path, setup: ProofSetup) -> Reference:
     """Run the base in float32. Raises EquivalenceError for a push that moves nothing."""
-    spare = exam.spare.take("float32") if exam.spare else None
-    loaded = spare or exam.load(directory, "float32")
-    batches = exam.batches(loaded)
-    vectors = exam.push.vectors
-    base = exam.logits("base", loaded, batches)
-    with steered(loaded.model, exam.structure, exam.site, vectors), record_choices() as choices:
-        hooked = exam.logits("hooked", loaded, batches)
+    spare = setup.spare.take("float32") if setup.spare else None
+    loaded = spare or setup.load(directory, "float32")
+    batches = setup.batches(loaded)
+    vectors = setup.push.vectors
+    base = setup.logits("base", loaded, batches)
+    with steered(loaded.model, setup.structure, setup.site, vectors), record_choices() as choices:
+        hooked = setup.logits("hooked", loaded, batches)
     effect = farthest(hooked, base)
     if not math.isfinite(effect) or effect == 0:
         found = "nothing" if effect == 0 else "the logits to values that are not finite"
@@ -195,44 +195,44 @@ def run_reference(directory: Path, exam: Exam) -> Reference:
         )
     deviation = standard_deviation(base)
     factor = 1.0 if effect >= SMALL_EFFECT * deviation else deviation / effect
-    with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor):
+    with steered(loaded.model, setup.structure, setup.site, vectors, factor=factor):
         scaled = hooked
         if factor != 1.0:
             with record_choices() as choices:
-                scaled = exam.logits("scaled", loaded, batches)
-        greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
-    padding = _run_padded_reference(loaded, exam, factor)
+                scaled = setup.logits("scaled", loaded, batches)
+        greedy = continue_greedily(loaded, setup.canaries, NEW_TOKENS)
+    padding = _run_padded_reference(loaded, setup, factor)
     return Reference(
         base, hooked, scaled, factor, effect, deviation, greedy, loaded.report, choices, padding
     )
 
 
-def _run_padded_reference(loaded: LoadedModel, exam: Exam, factor: float) -> PaddedReference:
-    trial = plan_trial(loaded.model, [text.ids for text in exam.few])
-    vectors = exam.push.vectors
-    with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor):
-        alone = exam.logits("hooked, alone", loaded, trial.alone)
+def _run_padded_reference(loaded: LoadedModel, setup: ProofSetup, factor: float) -> PaddedReference:
+    trial = plan_trial(loaded.model, [text.ids for text in setup.few])
+    vectors = setup.push.vectors
+    with steered(loaded.model, setup.structure, setup.site, vectors, factor=factor):
+        alone = setup.logits("hooked, alone", loaded, trial.alone)
     padded = {}
     for name, batch in trial.padded.items():
         mask = batch.attention_mask
-        with steered(loaded.model, exam.structure, exam.site, vectors, factor=factor, mask=mask):
-            padded[name] = exam.logits(f"hooked, padded {name}", loaded, [batch])
+        with steered(loaded.model, setup.structure, setup.site, vectors, factor=factor, mask=mask):
+            padded[name] = setup.logits(f"hooked, padded {name}", loaded, [batch])
     return PaddedReference(trial, alone, padded)
 
 
-def run_stored_base(directory: Path, exam: Exam, dtype: str, plain: PlainRun) -> StoredBase:
+def run_stored_base(directory: Path, setup: ProofSetup, dtype: str, plain: PlainRun) -> StoredBase:
     """Run the base in the stored dtype, in the plain process's batches: one text at a time."""
-    loaded = exam.load(directory, dtype)
-    batches = make_batches(exam.few, batch_tokens=1)
-    base = exam.logits("stored base", loaded, batches)
-    greedy = continue_greedily(loaded, exam.canaries, NEW_TOKENS)
-    with steered(loaded.model, exam.structure, exam.site, exam.push.vectors):
-        hooked = exam.logits("stored hooked", loaded, batches)
-        choices = choose_greedily(loaded, exam.canaries, plain.continuations)
+    loaded = setup.load(directory, dtype)
+    batches = make_batches(setup.few, batch_tokens=1)
+    base = setup.logits("stored base", loaded, batches)
+    greedy = continue_greedily(loaded, setup.canaries, NEW_TOKENS)
+    with steered(loaded.model, setup.structure, setup.site, setup.push.vectors):
+        hooked = setup.logits("stored hooked", loaded, batches)
+        choices = choose_greedily(loaded, setup.canaries, plain.continuations)
     return StoredBase(base, hooked, greedy, choices)
 
 
-def run_plain(directory: Path, exam: Exam) -> PlainRun:
+def run_plain(directory: Path, setup: ProofSetup) -> PlainRun:
     """Run the directory in the plain process. Raises EquivalenceError where it cannot load."""
     import torch
     from safetensors.torch import load_file
@@ -240,12 +240,12 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
     give_memory_back()  # Two processes need memory now.
     with temporary_directory("bake-plain-") as folder:
         request = {
-            "directory": exam.published[0] if exam.published else str(directory.resolve()),
-            "revision": exam.published[1] if exam.published else None,
-            "device": str(exam.device or default_device()),
-            "max_memory": exam.placement and exam.placement.to_dict(),
-            "prompts": [list(text.ids) for text in exam.few],
-            "canaries": [list(ids) for ids in exam.canaries],
+            "directory": setup.published[0] if setup.published else str(directory.resolve()),
+            "revision": setup.published[1] if setup.published else None,
+            "device": str(setup.device or default_device()),
+            "max_memory": setup.placement and setup.placement.to_dict(),
+            "prompts": [list(text.ids) for text in setup.few],
+            "canaries": [list(ids) for ids in setup.canaries],
             "new_tokens": NEW_TOKENS,
             "threads": torch.get_num_threads(),
             "logits": str(folder / "logits.safetensors"),
@@ -255,7 +255,7 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
             raise EquivalenceError("the plain process imported bake, so it proves nothing")
         logits = load_file(folder / "logits.safetensors")
     return PlainRun(
-        [logits[str(index)] for index in range(len(exam.few))],
+        [logits[str(index)] for index in range(len(setup.few))],
         result["continuations"],
         result["report"],
         result["quantized"],
@@ -263,31 +263,31 @@ def run_plain(directory: Path, exam: Exam) -> PlainRun:
     )
 
 
-def run_baked(directory: Path, exam: Exam, plan: Plan, reference: Reference) -> BakedRun:
+def run_baked(directory: Path, setup: ProofSetup, plan: Plan, reference: Reference) -> BakedRun:
     """Run the baked directory in float32, as stored and with exact slots."""
-    loaded = exam.load(directory, "float32")
-    batches = exam.batches(loaded)
+    loaded = setup.load(directory, "float32")
+    batches = setup.batches(loaded)
     factor = reference.factor
-    stored = exam.logits("baked", loaded, batches)
+    stored = setup.logits("baked", loaded, batches)
     missing = tuple(edit.parameter for edit in plan.slot_edits if not _has(loaded, edit.parameter))
     if missing:
         return BakedRun(stored, stored, [], missing, {})
     if factor != 1.0:
         rounded = _by_parameter(plan, lambda e: e.old + factor * (e.stored.double() - e.old))
         hold(loaded.model, loaded.weights, rounded)
-        stored = exam.logits("baked, scaled", loaded, batches)
+        stored = setup.logits("baked, scaled", loaded, batches)
     held: Logits | None = None
     flipped: float | None = None
     if reference.choices:
         with hold_choices(reference.choices) as routing:
-            held = exam.logits("baked, the same experts", loaded, batches)
+            held = setup.logits("baked, the same experts", loaded, batches)
         # An extra layer has a router of its own.
         held, flipped = (held, routing.share) if routing.fits else (None, None)
     exact = _by_parameter(plan, lambda e: e.old + factor * e.delta)
     hold(loaded.model, loaded.weights, exact)
-    logits = exam.logits("baked, exact slots", loaded, batches)
-    choices = choose_greedily(loaded, exam.canaries, reference.greedy)
-    padding = _padding_errors(loaded, exam, reference.padding)
+    logits = setup.logits("baked, exact slots", loaded, batches)
+    choices = choose_greedily(loaded, setup.canaries, reference.greedy)
+    padding = _padding_errors(loaded, setup, reference.padding)
     return BakedRun(stored, logits, choices, missing, padding, held, flipped)
 
 
@@ -315,7 +315,7 @@ def _has(loaded: LoadedModel, name: str) -> bool:
 
 
 def _padding_errors(
-    loaded: LoadedModel, exam: Exam, reference: PaddedReference
+    loaded: LoadedModel, setup: ProofSetup, reference: PaddedReference
 ) -> Mapping[str, PaddingError]:
     """Run the reference's padded batches and compare; figures are relative to the largest logit."""
     largest = max(float(logits.abs().max()) for logits in reference.alone)
@@ -323,7 +323,7 @@ def _padding_errors(
         name: compare_padding(
             reference.alone,
             reference.padded[name],
-            exam.logits(f"baked, padded {name}", loaded, [batch]),
+            setup.logits(f"baked, padded {name}", loaded, [batch]),
             max(largest, 1e-12),
         )
         for name, batch in reference.trial.padded.items()

@@ -19,13 +19,13 @@ def describe_direction(direction: Direction, separation: Separation | None) -> s
     """Return what was found, and the table of how well it separates pairs."""
     known = direction.metadata
     count = len(direction.vectors)
-    story = (
+    summary = (
         f"{count} direction{'s' * (count > 1)} of width {direction.hidden_size} at {direction.site}"
     )
     if "method" in known and "pairs" in known:
         pairs = "1 pair" if known["pairs"] == "1" else f"{known['pairs']} pairs"
-        story += f", by {known['method']} over {pairs} (token: {known.get('token')})"
-    lines = [story]
+        summary += f", by {known['method']} over {pairs} (token: {known.get('token')})"
+    lines = [summary]
     if separation is None:
         return lines[0]
     where = (

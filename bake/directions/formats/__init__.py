@@ -99,7 +99,7 @@ def fit_direction(
     layer_offset: int | None = None,
     site: str | None = None,
 ) -> tuple[Direction, list[str]]:
-    """Hold a direction against a model; return it, and sentences on how its file was understood.
+    """Fit a direction to a model; return it, and sentences on how its file was understood.
 
     An autoencoder's row and one position of an array are read again, because the model's sizes tell
     their axes apart. Raises DirectionError for another width than the model's, and for layers that the
@@ -129,9 +129,9 @@ def understanding(direction: Direction) -> list[str]:
     if "understood" in direction.metadata and not direction.absent:
         return [f"direction understood as {direction.metadata['understood']}"]
     left_out = describe_absent(direction)
-    story = direction.metadata.get("understood", "")
-    said = [f"direction understood as {story}"] if story else []
-    return said + ([f"the direction's {left_out}"] if left_out not in story else [])
+    understood = direction.metadata.get("understood", "")
+    said = [f"direction understood as {understood}"] if understood else []
+    return said + ([f"the direction's {left_out}"] if left_out not in understood else [])
 
 
 def is_decoder(reference: Any) -> bool:

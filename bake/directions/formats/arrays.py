@@ -1,6 +1,6 @@
 """numpy's files: `.npy` holds one array, `.npz` several by name. Nothing in them is ever unpickled.
 
-A header decides how much is read only after it has been held against the bytes that are there, so that
+A header decides how much is read only after it has been checked against the bytes that are there, so that
 a lying header can neither allocate nor read past the end.
 """
 

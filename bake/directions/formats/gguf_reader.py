@@ -8,7 +8,7 @@ after they were found. Here N is the 0-based layer, which does what llama.cpp do
 `--layer-offset -1` puts the generator's where they were found.
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) is read by a reader of our own:
-every length is held against the bytes that are left before it is believed, which the `gguf` package
+every length is checked against the bytes that are left before it is used, which the `gguf` package
 does not do (an array that claims 2^40 entries in a file of 50 bytes keeps its reader busy for ever, with
 some 80 MB more every second); it writes (`gguf_writer`).
 """

@@ -100,8 +100,8 @@ class GivenVectors:
         site: overrides the file's. Raises DirectionError, naming the vector, for one that is unusable.
         """
         found = normalise_all(self.vectors, site or self.site or DEFAULT_SITE, {}, origin)
-        story = {"format": self.format, "understood": self.describe(found)}
-        return replace(found, metadata={**self.metadata, **story})
+        summary = {"format": self.format, "understood": self.describe(found)}
+        return replace(found, metadata={**self.metadata, **summary})
 
 
 def name_layers(vectors: Mapping[int | None, Any]) -> str:

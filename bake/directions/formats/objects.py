@@ -54,7 +54,7 @@ def read_object(value: Any) -> GivenVectors:
 def given_as_file(value: Any) -> Iterator[str | list[str] | None]:
     """Yield what a recipe can hold: paths as they are, an object as a temporary direction file.
 
-    The file keeps the vectors' own lengths and the story of how the object was understood.
+    The file keeps the vectors' own lengths and how the object was understood.
     """
     if value is None or isinstance(value, (str, Path)):
         yield None if value is None else str(value)

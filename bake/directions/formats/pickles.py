@@ -2,7 +2,7 @@
 
 A pickle can run code when it is read. Files are opened with `weights_only=True`, which knows tensors,
 numbers and containers, and refuses everything else; the archive is checked first, and what comes out is
-held against the bytes that are there.
+checked against the bytes that are there.
 """
 
 from __future__ import annotations
