@@ -8,6 +8,7 @@ from typing import Any
 
 from bake.card import render
 from bake.proof.canary import Canary
+from bake.proof.cost import Cost
 from bake.proof.equivalence import Equivalence
 
 REPORT: dict[str, list[str]] = {
@@ -37,6 +38,7 @@ def passed(*arguments: Any, **options: Any) -> Equivalence:
         stored_dtype="float32",
         rounding_allowed=False,
         canary=Canary("The day", " was grey", " was bright"),
+        cost=Cost(0.1, 0.5, 0.9, 0.4, 200),
     )
 
 

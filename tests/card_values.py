@@ -110,5 +110,12 @@ CARD_VALUES = {
         "loading_info_clean": True,
         "warnings": ["bfloat16 holds the push to 3.0% only"],
         "canary": {"prompt": "The day", "base": " was grey", "baked": " was bright"},
+        "cost": {
+            "kl_mean": 0.213,
+            "kl_p95": 0.87,
+            "top1_agreement": 0.81,
+            "accumulated": 0.414,
+            "tokens": 211,
+        },
     },
 }

@@ -255,6 +255,17 @@ _RECORD: dict[str, Check] = {
             "reason": _text,
             "rounding_allowed": _flag,
             "canary": _or_null(_fields(dict.fromkeys(("prompt", "baked", "base"), _text))),
+            "cost": _or_null(
+                _fields(
+                    {
+                        "kl_mean": _number,
+                        "kl_p95": _number,
+                        "top1_agreement": _number,
+                        "accumulated": _or_null(_number),
+                        "tokens": _size,
+                    }
+                )
+            ),
         },
     ),
     "thin": _fields(

@@ -20,6 +20,7 @@ from bake.models.forward import SpareModel
 from bake.models.padding import CAUSE, PaddingError, farthest
 from bake.plan.plan import Plan
 from bake.proof.canary import Canary, find_canary
+from bake.proof.cost import Cost, measure_cost
 from bake.proof.observation import (
     NEW_TOKENS,
     BakedRun,
@@ -68,6 +69,7 @@ class Equivalence:
     experts (a token's, in a layer) that the stored push's rounding changes; same_experts_error: the
     relative error with the hooked model's choices held, which is what the tolerance is for there.
     padding: {how a batch is padded: what that does at real tokens}, relative to the largest logit.
+    cost: what the push does to neutral text.
     """
 
     mechanism_error: float
@@ -88,6 +90,7 @@ class Equivalence:
     prompts: int
     stored_dtype: str
     canary: Canary | None
+    cost: Cost | None = None
     rounding_allowed: bool = False
     experts_flipped: float | None = None
     same_experts_error: float | None = None
@@ -188,7 +191,9 @@ def prove_equivalence(
     result = replace(result, rounding_allowed=allow_rounding)
     failures = tuple(_find_failures(result, plan, run, reference, plain))
     return replace(
-        result, failures=failures, warnings=tuple(_find_warnings(result, reference, baked, plain))
+        result,
+        failures=failures,
+        warnings=tuple(_find_warnings(result, push, reference, baked, plain)),
     )
 
 
@@ -226,6 +231,7 @@ def _compare(
         prompts=len(setup.encoded),
         stored_dtype=dtype,
         canary=find_canary(tokenizer, setup, stored_base, plain),
+        cost=measure_cost(reference.base, reference.hooked, setup.push, setup.site),
         experts_flipped=run.flipped,
         same_experts_error=None
         if run.held is None
@@ -306,7 +312,7 @@ def _representation_failure(result: Equivalence, plan: Plan) -> str:
 
 
 def _find_warnings(
-    result: Equivalence, reference: Reference, baked: Checkpoint, plain: PlainRun
+    result: Equivalence, push: Push, reference: Reference, baked: Checkpoint, plain: PlainRun
 ) -> Iterator[str]:
     method = quantization_method(baked.config)
     if method is not None:
@@ -330,6 +336,9 @@ def _find_warnings(
         yield "the base itself does not load cleanly; only what is new counts here"
     if result.canary is None:
         yield "no canary: base and baked continue every equivalence prompt alike"
+    warning = result.cost.warn(push.multiplier) if result.cost else None
+    if warning is not None:
+        yield warning
 
 
 def _slots_exact(baked: Checkpoint, plan: Plan) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bake.directions.direction import Direction
     from bake.pipeline.estimate import Estimate
     from bake.pipeline.export import Export
+    from bake.proof.cost import Cost
     from bake.proof.equivalence import Equivalence
 
 SHOWN_SHARDS = 4
@@ -135,6 +136,8 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
     verdict = "equivalent to the hooked model" if found.passed else "NOT equivalent"
     table = format_table(("equivalence", "found", "bound"), rows)
     lines = [table, verdict]
+    if found.cost:
+        lines.append(_describe_cost(found.cost))
     if found.canary:
         lines += [
             f"canary: {found.canary.prompt!r}",
@@ -142,6 +145,19 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
             f"  baked: {found.canary.baked!r}",
         ]
     return "\n".join(lines)
+
+
+def _describe_cost(cost: Cost) -> str:
+    """Return a line on what the push does to neutral text."""
+    added = (
+        ""
+        if cost.accumulated is None
+        else f"; the band's pushes add up to {cost.accumulated:.0%} of its last layer's norm"
+    )
+    return (
+        f"cost on neutral text: KL(base ‖ steered) {cost.kl_mean:.2g} nats, 95th percentile "
+        f"{cost.kl_p95:.2g}; same most likely token {cost.top1_agreement:.0%}{added}"
+    )
 
 
 def describe_estimate(found: Estimate) -> str:

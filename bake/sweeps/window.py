@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bake.proof.cost import MOST_KL
 from bake.sweeps.points import Point
 
 
@@ -14,7 +15,7 @@ class Bounds:
     """What a push may cost: sampled text's perplexity ratio; 95th percentile KL on neutral text, nats."""
 
     fluency: float = 1.5
-    kl: float = 1.0
+    kl: float = MOST_KL
 
 
 @dataclass(frozen=True)

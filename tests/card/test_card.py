@@ -14,7 +14,7 @@ from bake.card.render import CARD_TEMPLATE, card_environment, render_card
 from bake.errors import CheckpointError
 from bake.io.shipped import shipped
 
-EQUIVALENCE_KEYS = sorted(CARD_VALUES["equivalence"])
+EQUIVALENCE_KEYS = sorted(CARD_VALUES["equivalence"].keys() - {"cost"})  # Older bakes have none.
 OPTIONAL = {"multiplier_choice", "sweep"}
 TOP_KEYS = sorted(
     CARD_VALUES.keys() - {"version", "architecture", "route", "equivalence"} - OPTIONAL
@@ -243,3 +243,15 @@ def test_card_ends_with_a_newline_and_has_no_leftover_markup():
     assert card.endswith("\n")
     assert "{{" not in card
     assert "{%" not in card
+
+
+def test_cost_on_neutral_text_is_told():
+    card = render_card(CARD_VALUES)
+    assert "On the 211 tokens of the equivalence prompts" in card
+    assert "0.21 nats a token, 95th percentile 0.87; 81 % of the most likely tokens stay." in card
+    assert "add up to 41 % of the activation norm of its last layer" in card
+
+
+def test_card_of_a_bake_that_knows_no_cost_tells_none():
+    older = {key: value for key, value in CARD_VALUES["equivalence"].items() if key != "cost"}
+    assert "costs on neutral text" not in render_card(values(equivalence=older))
