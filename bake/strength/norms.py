@@ -1,8 +1,8 @@
 """Measure: the mean L2 norm of the activation at a site, layer by layer, on calibration prompts.
 
 Every content token's norm is kept (8 bytes each), so medians are exact and several processes can put
-their tokens together. Tokens above 10 × their layer's median are dropped: they are massive
-activations (arXiv 2402.17762) that would inflate the mean 2-13 times.
+their tokens together. Massive activations (arXiv 2402.17762), which would inflate the mean 1.3 to 13 times,
+are dropped: tokens above 10 × their layer's median, and those far outside the spread of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bake.errors import BakeError, PromptError
 from bake.hooks import check_activation
 from bake.models.forward import LanguageModel, run_layers
 from bake.support.processes import gather
-from bake.support.progress import track
+from bake.support.progress import announce, track
 from bake.support.text import explain
 from bake.texts.prompts import TokenBatch
 
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-OUTLIER_FACTOR = 10.0
+# A token is massive above 10 × the median of its layer, or where it is 10 robust standard deviations
+# (1.4826 · the median absolute deviation) above it; never below 2 × the median, which norms at normalised
+# inputs pass without being massive.
+OUTLIER_FACTOR, OUTLIER_DEVIATIONS, LEAST_OUTLIER = 10.0, 10.0, 2.0
+SKEWED = 0.15  # mean and median apart by this share
 STATISTICS = ("mean", "median")
 
 
@@ -74,6 +78,22 @@ class ActivationNorms:
         """Share of content tokens dropped as massive activations, over all layers."""
         seen = sum(entry.tokens + entry.dropped for entry in self.layers)
         return sum(entry.dropped for entry in self.layers) / seen
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence on layers whose mean and median are far apart; None where there are none."""
+        skewed = [entry for entry in self.layers if abs(entry.mean / entry.median - 1) >= SKEWED]
+        if not skewed:
+            return None
+        worst = max(skewed, key=lambda entry: abs(entry.mean / entry.median - 1))
+        layers = ", ".join(str(entry.layer) for entry in skewed)
+        where = f"layers {layers}" if len(skewed) > 1 else f"layer {layers}"
+        other = next(name for name in STATISTICS if name != self.statistic)
+        return (
+            f"mean and median of the activation norms are {SKEWED:.0%} or more apart in {where} "
+            f"(layer {worst.layer}: {worst.mean:.4g} and {worst.median:.4g}); μ is the {self.statistic}, "
+            f"compare with --statistic {other}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for files and `--json`."""
@@ -146,7 +166,7 @@ def measure_norms(
             "give longer prompts"
         )
     shares = gather(collect_token_norms(loaded, site, batches, layers))
-    return ActivationNorms(
+    found = ActivationNorms(
         site=site,
         statistic=statistic,
         hidden_size=loaded.hidden_size,
@@ -155,6 +175,9 @@ def measure_norms(
             summarise(layer, np.concatenate([share[layer] for share in shares])) for layer in layers
         ),
     )
+    if found.warning:
+        announce(found.warning)
+    return found
 
 
 def collect_token_norms(
@@ -192,7 +215,7 @@ def summarise(layer: int, norms: np.ndarray) -> LayerNorms:
         )
     # Sorting makes the sum, and so the mean, independent of batches and prompt order to the last bit.
     norms = np.sort(norms)
-    kept = norms[norms <= OUTLIER_FACTOR * np.median(norms)]
+    kept = norms[norms <= _massive_above(norms)]
     return LayerNorms(
         layer=layer,
         mean=float(kept.mean()),
@@ -201,3 +224,13 @@ def summarise(layer: int, norms: np.ndarray) -> LayerNorms:
         tokens=len(kept),
         dropped=len(norms) - len(kept),
     )
+
+
+def _massive_above(norms: np.ndarray) -> float:
+    """Return the norm above which a layer's tokens are massive."""
+    import numpy as np
+
+    median = float(np.median(norms))
+    spread = 1.4826 * float(np.median(np.abs(norms - median)))
+    far = max(LEAST_OUTLIER * median, median + OUTLIER_DEVIATIONS * spread)
+    return min(OUTLIER_FACTOR * median, far)

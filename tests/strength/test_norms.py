@@ -176,11 +176,55 @@ def test_massive_content_tokens_are_dropped_and_counted(load_tiny):
     assert found.dropped_share == pytest.approx(2 / 88)
 
 
-def test_outliers_are_above_ten_times_the_median():
-    at_the_edge = summarise(0, np.array([1.0] * 9 + [10.0]))
-    assert (at_the_edge.mean, at_the_edge.tokens, at_the_edge.dropped) == (1.9, 10, 0)
-    beyond = summarise(0, np.array([1.0] * 9 + [10.001]))
-    assert beyond == LayerNorms(layer=0, mean=1.0, median=1.0, spread=0.0, tokens=9, dropped=1)
+SPREAD = [
+    8.0,
+    9.0,
+    10.0,
+    11.0,
+    12.0,
+]  # median 10, median absolute deviation 1, or 1.4826 deviations
+
+
+@pytest.mark.parametrize(
+    ("others", "bound"),
+    [
+        (SPREAD, 10 + 10 * 1.4826),  # far outside the spread of the others
+        ([1.0] * 9, 2.0),  # without a spread
+        ([9.9, 10.0, 10.1], 20.0),  # a narrow spread: norms of normalised inputs
+        ([1.0, 4.0, 10.0, 16.0, 19.0], 10 + 10 * 1.4826 * 6),  # a wide one
+        ([0.1, 1.0, 10.0, 30.0, 40.0], 100.0),  # so wide that ten times the median is below it
+    ],
+)
+def test_a_token_is_massive_above_a_bound(others, bound):
+    # Pairs of the same value on both sides of the median leave it, and the deviation, where they were.
+    crowd = np.array(others * 50)
+    at_the_edge = summarise(0, np.append(crowd, bound * 0.999))
+    assert (at_the_edge.tokens, at_the_edge.dropped) == (len(crowd) + 1, 0)
+    beyond = summarise(0, np.append(crowd, bound * 1.001))
+    assert (beyond.tokens, beyond.dropped) == (len(crowd), 1)
+    assert beyond.mean == pytest.approx(crowd.mean())
+
+
+def test_a_crowd_of_massive_tokens_is_dropped_though_none_is_ten_times_the_median():
+    """As in a real model's layer 4: one token in twenty at 4 to 9 times the median."""
+    generator = np.random.default_rng(0)
+    usual, massive = generator.normal(90, 13, 2600), generator.uniform(360, 800, 170)
+    assert np.concatenate([usual, massive]).mean() > 1.25 * usual.mean()
+    found = summarise(4, np.concatenate([usual, massive]))
+    assert (found.tokens, found.dropped) == (2600, 170)
+    assert found.mean == pytest.approx(usual.mean())
+
+
+def test_mean_and_median_far_apart_are_told():
+    # A third of the tokens 1.8 times as long as the others: not massive, and no one number is their norm.
+    skewed = summarise(7, np.array([9.0, 10.0, 11.0, 12.0] * 10 + [19.0] * 20))
+    even = summarise(8, np.array([9.0, 10.0, 11.0]))
+    assert skewed.dropped == 0
+    warning = ActivationNorms("mlp_out", "mean", 64, 3, (skewed, even)).warning
+    assert warning
+    assert "15% or more apart in layer 7 (layer 7: 13.33 and 11.5); μ is the mean" in warning
+    assert warning.endswith("--statistic median")
+    assert ActivationNorms("mlp_out", "mean", 64, 3, (even,)).warning is None
 
 
 def test_statistics_worked_out_by_hand():
