@@ -49,14 +49,25 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[str, a
 
     A command may be two words. `--json` may stand before, between or after them.
     """
-    plain = [word for word in words if word != f"--{JSON.name}"]
+    plain = _join_reversed([word for word in words if word != f"--{JSON.name}"])
     for length in (2, 1):
         name = " ".join(plain[:length])
         if name in commands and len(plain) >= length:
             parser = _fill(Parser(prog=f"bake {name}"), commands[name])
-            given = argparse.Namespace(json=len(plain) < len(words))
+            given = argparse.Namespace(json=f"--{JSON.name}" in words)
             return name, parser.parse_args(plain[length:], given)
     return _answer_without_command(commands, words)
+
+
+def _join_reversed(words: Sequence[str]) -> list[str]:
+    """Join an option with the value -auto, which argparse would take for an option of its own."""
+    joined: list[str] = []
+    for word in words:
+        if word == "-auto" and joined and joined[-1] in ("-m", "--multiplier"):
+            joined[-1] = f"--multiplier={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def options_of(parsed: argparse.Namespace) -> dict[str, Any]:

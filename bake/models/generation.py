@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.errors import BakeError, PromptError
-from bake.models.forward import LoadedModel, decode
+from bake.models.forward import LoadedModel, decode, last_logits
 from bake.texts.rows import read_text
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Tokens = tuple[int, ...]
-ROWS = 64  # sequences per forward
+ROWS = 64  # sequences per forward that continues them
+SCORED = 8  # per forward that scores them, whose logits take more memory
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
@@ -101,21 +102,27 @@ def _cut(tokens: Tokens, stop_token: int | None) -> Tokens:
 def score_continuations(
     loaded: LoadedModel, prompts: Sequence[Tokens], continuations: Sequence[Tokens]
 ) -> list[float]:
-    """Return each continuation's total negative log-likelihood in nats under the model."""
-    import torch
+    """Return each continuation's total negative log-likelihood in nats under the model.
 
-    losses = []
+    Texts of the same lengths go through together.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    losses = [0.0] * len(prompts)
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        if continuation:
+            shapes.setdefault((len(prompt), len(continuation)), []).append(index)
     with torch.no_grad():
-        for prompt, continuation in zip(prompts, continuations, strict=True):
-            if not continuation:
-                losses.append(0.0)
-                continue
-            ids = torch.tensor([prompt + continuation], device=loaded.device)
-            logits = loaded.model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            targets = ids[0, len(prompt) :]
-            losses.append(
-                float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            )
+        for (_, length), indices in shapes.items():
+            for start in range(0, len(indices), SCORED):
+                rows = indices[start : start + SCORED]
+                ids = torch.tensor([prompts[row] + continuations[row] for row in rows])
+                logits, _ = last_logits(loaded, ids, length + 1, use_cache=False)
+                for row, given, tokens in zip(rows, logits, ids, strict=True):
+                    targets = tokens[-length:].to(given.device)
+                    losses[row] = float(cross_entropy(given[:-1].float(), targets, reduction="sum"))
     return losses
 
 

@@ -62,7 +62,12 @@ SWEEP = Command(
         Option("pairs", "held-out contrast pairs, not those it was found from", metavar="FILE"),
         CHAT_TEMPLATE.but(help="score pairs as conversations where the tokenizer has a template"),
         Option("words", "target words to count in sampled text, one a line", metavar="FILE"),
-        Option("openings", "texts to continue", default="openings", metavar="FILE"),
+        Option(
+            "openings",
+            "texts to continue, or requests to reply to where the tokenizer has a chat template",
+            shown="openings, or requests",
+            metavar="FILE",
+        ),
         Option("neutral", "text that must not change", shown="neutral", metavar="FILE"),
         PROMPTS,
         Option("scorer", "your own score of a sampled text", metavar="MODULE:FUNCTION"),

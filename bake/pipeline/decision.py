@@ -14,6 +14,7 @@ from bake.anatomy.base import Base, load_base
 from bake.directions.direction import Direction, convert_to_input
 from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
+from bake.io.shipped import find_set, tried_on
 from bake.models.forward import LanguageModel, SpareModel
 from bake.models.streaming import Placement
 from bake.pipeline.given_directions import GivenDirection, read_directions
@@ -31,11 +32,13 @@ from bake.strength.norms import ActivationNorms, measure_norms
 from bake.strength.saved_norms import read_calibration, read_norms
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch
-from bake.sweeps.auto import MultiplierChoice, choose_multiplier, read_trial_texts
+from bake.sweeps.auto import BOUNDS, MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.sweeps.evidence import Evidence, read_evidence
 from bake.sweeps.measurements import Texts
-from bake.texts.pairs import ContrastPair, read_pairs
+from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
 from bake.texts.prompts import identify_prompts, read_prompts
+
+LEAST_DIVIDED = 16  # pairs: of fewer none are kept out to choose a multiplier on
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,11 @@ def choose_coefficients(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe's own files say, read before a model is opened; None for what it leaves out."""
+    """What a recipe's own files say, read before a model is opened; None for what it leaves out.
+
+    pairs: what a direction is found from. trial_texts: what the multiplier is chosen on; None where it is
+    given, or nothing is there to choose it by.
+    """
 
     directions: tuple[GivenDirection, ...]
     pairs: Sequence[ContrastPair]
@@ -115,15 +122,50 @@ def read_inputs(recipe: Recipe) -> Inputs:
     extraction_options(recipe)
     if recipe.calibration:
         read_calibration(Path(recipe.calibration))
+    directions = read_directions(recipe)
+    pairs, trial_texts = read_pairs_and_trial(recipe)
     return Inputs(
-        directions=read_directions(recipe),
-        pairs=read_pairs(recipe.pairs) if recipe.pairs is not None else [],
+        directions=directions,
+        pairs=pairs,
         evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
         prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
-        trial_texts=read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template)
-        if recipe.chooses_multiplier
-        else None,
+        trial_texts=trial_texts,
     )
+
+
+def read_pairs_and_trial(recipe: Recipe) -> tuple[Sequence[ContrastPair], Texts | None]:
+    """Read the pairs that a direction is found from, and the texts that its multiplier is chosen on.
+
+    Where no held-out pairs are named, those that lie beside the pairs are taken (NAME.held-out), or every
+    fourth pair is kept out of the direction.
+    """
+    pairs = list(read_pairs(recipe.pairs)) if recipe.pairs is not None else []
+    if recipe.given_multiplier is not None or recipe.thin:
+        return pairs, None
+    held_out = find_held_out(recipe)
+    judged = list(read_pairs(held_out)) if held_out else []
+    if judged and pairs:
+        judged = list(leave_out_known(judged, pairs, str(held_out)))
+    elif len(pairs) >= LEAST_DIVIDED:
+        pairs, judged = [p for n, p in enumerate(pairs) if n % 4 != 3], pairs[3::4]
+        announce(
+            f"{len(judged)} of the pairs are kept out of the direction, to choose its strength on; give "
+            "others with --held-out, or a strength with --multiplier M"
+        )
+    if not judged and not recipe.asks_for_auto:
+        return pairs, None
+    return pairs, read_trial_texts(recipe.direction, judged, recipe.chat_template)
+
+
+def find_held_out(recipe: Recipe) -> str | None:
+    """Return the held-out pairs of a recipe: those it names, or those beside its pairs or direction."""
+    if recipe.held_out is not None:
+        return recipe.held_out
+    if recipe.pairs is None:
+        return tried_on(recipe.direction).get("pairs") if recipe.asks_for_auto else None
+    found = find_set(recipe.pairs, "pairs")
+    beside = found.with_name(f"{found.stem}.held-out{found.suffix}") if found else None
+    return str(beside) if beside and beside.is_file() else None
 
 
 def decide(
@@ -166,9 +208,13 @@ def decide(
                     destination.site,
                     lambda m: push_at(m, direction, norms),
                     inputs.trial_texts,
+                    sign=recipe.sign,
+                    bounds=replace(BOUNDS, kl=recipe.target_kl or BOUNDS.kl),
                 )
             announce(choice.describe())
-    push = push_at(float(choice.multiplier if choice else recipe.multiplier), direction, norms)
+    push = push_at(
+        choice.multiplier if choice else recipe.given_multiplier or 1.0, direction, norms
+    )
     if push.warning:
         announce(push.warning)
     if inputs.evidence is not None:

@@ -22,6 +22,7 @@ from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.writer import check_links
 from bake.io.safetensors import TensorEntry
+from bake.pipeline.decision import read_pairs_and_trial
 from bake.pipeline.given_directions import fit_directions, read_directions
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.thin import check_base, check_route
@@ -30,9 +31,8 @@ from bake.plan.plan import outline_edits
 from bake.proof.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.proof.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
 from bake.proof.prove import EQUIVALENCE_PROMPTS
-from bake.sweeps.auto import AUTO_MULTIPLIERS, SAMPLING, read_trial_texts
+from bake.sweeps.auto import CONTINUED, WRITTEN
 from bake.sweeps.measurements import Texts
-from bake.texts.pairs import read_pairs
 from bake.texts.prompts import BATCH_TOKENS, read_prompts
 
 CHARACTERS_PER_TOKEN = 4  # of English text, by the usual tokenizers
@@ -186,15 +186,14 @@ def _count_passes(base: Base, recipe: Recipe, layers: Sequence[int]) -> list[Pas
         return []
     passes = []
     share = (max(layers) + 1) / base.anatomy.layer_count  # both stop after the last layer needed
-    if recipe.pairs:
-        texts = [text for pair in read_pairs(recipe.pairs) for text in pair.texts()]
+    pairs, trial_texts = read_pairs_and_trial(recipe)
+    if pairs:
+        texts = [text for pair in pairs for text in pair.texts()]
         passes.append(_measuring("direction", texts, share))
     if recipe.calibration is None:
         passes.append(_measuring("calibrate", read_prompts(recipe.prompts), share))
-    if recipe.chooses_multiplier:
-        passes.append(
-            _choosing(read_trial_texts(recipe.direction, recipe.held_out, recipe.chat_template))
-        )
+    if trial_texts is not None:
+        passes.append(_choosing(trial_texts))
     return [*passes, _proving(base)]
 
 
@@ -204,14 +203,14 @@ def _measuring(stage: str, texts: Sequence[str], share: float) -> PassCost:
 
 
 def _choosing(texts: Texts) -> PassCost:
-    """The passes of `--multiplier auto`: a text's arms together, and text that is sampled and scored."""
+    """The passes of `--multiplier auto`, as it mostly goes: base and push, neutral text twice."""
     read = [pair.prompt + text for pair in texts.pairs for text in (pair.positive, pair.negative)]
-    read += texts.neutral
-    drawn = SAMPLING.new_tokens * SAMPLING.samples
+    read += 2 * texts.neutral
+    openings = texts.openings[:CONTINUED]
     tokens = sum(_tokens(text) for text in read)
-    tokens += sum(3 * (_tokens(opening) + drawn) for opening in texts.openings)
-    forwards = len(read) + len(texts.openings) * (SAMPLING.new_tokens + 2)
-    return PassCost("choose the multiplier", forwards, tokens * (len(AUTO_MULTIPLIERS) + 1))
+    # A continuation is read once while it is written, and once to score it.
+    tokens += sum(2 * (_tokens(opening) + WRITTEN) for opening in openings)
+    return PassCost("choose the multiplier", len(read) + 2 * (WRITTEN + 1), 2 * tokens)
 
 
 def _proving(base: Base) -> PassCost:

@@ -18,7 +18,7 @@ from bake.options.export import EXPORT, HOW_FOUND, THE_HUB
 from bake.plan.destination import Place
 from bake.strength.coefficients import DEFAULT_LAW, parse_band, parse_coefficients
 
-AUTO = "auto"
+AUTO = {"auto": 1, "-auto": -1}  # and which way each pushes
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "float": (float, int),
@@ -43,8 +43,9 @@ class Recipe:
     where a site has both, else None. target: an engine that the bake has to survive in.
     coefficients: "6=0.5,8=1.0" replaces the law.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
-    multiplier: a number, or "auto" for the best inside the operating window, for which `held_out` names
-    contrast pairs that the direction was not found from. calibration: a file of `bake calibrate`
+    multiplier: a number, or "auto" ("-auto" the other way) for the best that costs at most `target_kl` on
+    neutral text, for which `held_out` names contrast pairs that the direction was not found from; None is
+    auto where there are such pairs, else 1. calibration: a file of `bake calibrate`
     instead of measuring. sweep: a directory of `bake sweep` whose figures the card shows. thin: write
     no base shard.
     direction: a file of any format that `formats` reads; layer_offset is added to the layers that
@@ -65,7 +66,8 @@ class Recipe:
     direction_site: str | None = None
     keep_scale: bool = False
     revision: str | None = None
-    multiplier: float | str = 1.0
+    multiplier: float | str | None = None
+    target_kl: float | None = None
     band: str = DEFAULT_BAND
     law: str = DEFAULT_LAW
     coefficients: str | None = None
@@ -177,28 +179,44 @@ class Recipe:
             )
 
     @property
-    def chooses_multiplier(self) -> bool:
-        """Whether the multiplier is left to a short sweep."""
-        return isinstance(self.multiplier, str)
+    def asks_for_auto(self) -> bool:
+        """Whether the multiplier is to be chosen, with or without pairs to judge it on."""
+        return isinstance(self.multiplier, str) or self.target_kl is not None
+
+    @property
+    def sign(self) -> int:
+        """Which way a multiplier that is chosen pushes."""
+        return AUTO[self.multiplier] if isinstance(self.multiplier, str) else 1
+
+    @property
+    def given_multiplier(self) -> float | None:
+        """The multiplier, where it is a number."""
+        return float(self.multiplier) if isinstance(self.multiplier, float | int) else None
 
     def _check_multiplier(self) -> None:
         """Raise BakeError for a multiplier that is zero, not finite or no number."""
-        if isinstance(self.multiplier, str):
-            if self.multiplier != AUTO:
-                raise BakeError(f"multiplier {self.multiplier!r} is neither a number nor auto")
-        elif self.multiplier == 0 or not math.isfinite(self.multiplier):
+        given = self.given_multiplier
+        if isinstance(self.multiplier, str) and self.multiplier not in AUTO:
             raise BakeError(
-                f"multiplier {self.multiplier:g}: it must be finite and not zero; give a number such as 1.0"
+                f"multiplier {self.multiplier!r} is neither a number nor auto nor -auto"
             )
-        if self.held_out is not None and self.pairs is None and not self.chooses_multiplier:
+        if given is not None and (given == 0 or not math.isfinite(given)):
+            raise BakeError(
+                f"multiplier {given:g}: it must be finite and not zero; give a number such as 1.0"
+            )
+        if self.held_out is not None and self.pairs is None and given is not None:
             raise BakeError("--held-out pairs go with --pairs or with --multiplier auto")
+        if self.target_kl is not None and given is not None:
+            raise BakeError("--target-kl is for --multiplier auto: give one of it and a number")
+        if self.target_kl is not None and not 0 < self.target_kl < math.inf:
+            raise BakeError(f"--target-kl {self.target_kl:g}: nats above 0, such as 0.5")
 
     def _check_thin(self) -> None:
         """Raise BakeError where a thin bake would need weights, or a proof that it does not have."""
         for option, given, reason in (
             (
                 "--multiplier auto",
-                self.chooses_multiplier,
+                self.asks_for_auto or self.held_out,
                 "the sweep that chooses needs the weights; run bake sweep and give a number",
             ),
             ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),

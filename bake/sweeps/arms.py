@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.hooks import register
-from bake.models.forward import LanguageModel, LoadedModel
+from bake.models.forward import LanguageModel, LoadedModel, last_logits
 from bake.sites import addition_location
 
 if TYPE_CHECKING:
@@ -130,16 +130,23 @@ def compare_arms(
     arms: Sequence[Arm],
     ids: Sequence[int],
     prompt_length: int | None = None,
+    *,
+    start: int = 1,
 ) -> Iterator[tuple[Arm, torch.Tensor]]:
-    """Run one text under every arm; yield (arm, log-probabilities (positions, vocabulary), float32)."""
+    """Run one text under every arm; yield (arm, log-probabilities (positions, vocabulary), float32).
+
+    prompt_length: as for `steered_rows`. start: the positions are those that predict token `start`, the
+    ones after it, and what follows the text.
+    """
     import torch
 
+    keep = len(ids) - start + 1
     step = rows_per_forward(loaded, len(ids))
-    for start in range(0, len(arms), step):
-        chunk = arms[start : start + step]
-        tokens = torch.tensor([list(ids)] * len(chunk), device=loaded.device)
+    for first in range(0, len(arms), step):
+        chunk = arms[first : first + step]
+        tokens = torch.tensor([list(ids)] * len(chunk))
         with torch.no_grad(), steered_rows(loaded, chunk, prompt_length):
-            logits = loaded.model(tokens, use_cache=False).logits
+            logits, _ = last_logits(loaded, tokens, keep, use_cache=False)
         for row, arm in enumerate(chunk):
             yield arm, logits[row].float().log_softmax(dim=-1)
         del logits

@@ -124,7 +124,13 @@ def attribute(
             each("layers: pairs"),
             chat_template=texts.chat_template,
         ),
-        "neutral": measure_neutral(loaded, arms, texts.neutral, each("layers: neutral")),
+        "neutral": measure_neutral(
+            loaded,
+            arms,
+            texts.neutral,
+            each("layers: neutral"),
+            chat_template=texts.chat_template,
+        ),
     }
     points = {
         point.arm.name: point

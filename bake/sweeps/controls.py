@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bake.directions.direction import Direction
@@ -20,6 +21,8 @@ class Specificity:
 
     The largest of the random shifts grows with the number of seeds. Their root mean square does not, but
     of few seeds it is known roughly: `rms_interval` holds it in 95 % of draws, if shifts are normal.
+    fluency: perplexity of sampled text, × base, of the direction and (median) of the random ones; None
+    where nothing was sampled.
     """
 
     multiplier: float
@@ -27,6 +30,7 @@ class Specificity:
     seeds: int
     largest: float
     rms: float
+    fluency: tuple[float, float] | None = None
 
     @property
     def rms_interval(self) -> tuple[float, float]:
@@ -55,6 +59,13 @@ class Specificity:
 
     def describe(self) -> str:
         """Return the comparison as a sentence."""
+        sampled = (
+            "; their own text's perplexity is × {1:.2f} (median), the direction's × {0:.2f}".format(
+                *self.fluency
+            )
+            if self.fluency
+            else ""
+        )
         return (
             f"at m = {self.multiplier:g} the direction shifts {self.ratio:.1f} × the largest of "
             f"{self.seeds} random directions of the same norm and coherence, at right angles to it "
@@ -62,6 +73,7 @@ class Specificity:
             f"root mean square ({self.rms:.3f}, 95 % interval {{:.3f}} to {{:.3f}})".format(
                 *self.rms_interval
             )
+            + sampled
         )
 
 
@@ -75,15 +87,18 @@ def compare_with_chance(curve: Sequence[Point], controls: Sequence[Point]) -> Sp
     if own is None or own.shift is None:
         return None
     size = abs(own.arm.multiplier)
-    shifts = [c.shift.value for c in controls if c.shift and c.arm.multiplier == size]
+    beside = [control for control in controls if control.arm.multiplier == size]
+    shifts = [control.shift.value for control in beside if control.shift]
     if not any(shifts):
         return None
+    sampled = [control.fluency_ratio.value for control in beside if control.fluency_ratio]
     return Specificity(
         own.arm.multiplier,
         own.shift.value,
         len(shifts),
         max(abs(shift) for shift in shifts),
         math.sqrt(math.fsum(shift**2 for shift in shifts) / len(shifts)),
+        (own.fluency_ratio.value, median(sampled)) if own.fluency_ratio and sampled else None,
     )
 
 

@@ -57,10 +57,17 @@ def _row(point: Point, *, scored: bool) -> tuple[str, ...]:
         point.arm.name,
         f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]" if shift else "-",
         f"{accuracy.value:.0%}" if accuracy else "-",
-        ratio(point.target_ratio),
+        _words(point),
         ratio(point.fluency_ratio),
         ratio(point.neutral_ratio),
         f"{point.neutral_kl['p95'].value:.3f}" if point.neutral_kl else "-",
         f"{point.repetition.value:.1%}" if point.repetition else "-",
         *[f"{point.score.value:.3g}" if point.score else "-"] * scored,
     )
+
+
+def _words(point: Point) -> str:
+    """Return target words as a ratio to the base's; as a share where the base writes none."""
+    if point.target_ratio:
+        return f"× {point.target_ratio.value:.3g}"
+    return f"{point.target_share.value:.1%}" if point.target_share else "-"

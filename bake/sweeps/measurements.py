@@ -22,9 +22,10 @@ from bake.models.forward import LanguageModel, decode
 from bake.models.generation import draw_noise
 from bake.support.progress import track
 from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
-from bake.texts.pair_tokens import encode_pairs, is_rendered
+from bake.texts.chats import encode_replies, encode_requests
+from bake.texts.pair_tokens import encode_pairs, is_rendered, is_templated
 from bake.texts.pairs import ContrastPair
-from bake.texts.prompts import Encoded, encode, position_limit, without_prefix
+from bake.texts.prompts import encode, position_limit, without_prefix
 from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,13 +38,22 @@ NEUTRAL_TOKENS = 256  # of each text; perplexity settles long before
 
 @dataclass(frozen=True)
 class Texts:
-    """What the arms are run on. openings are continued; neutral texts must be left alone."""
+    """What the arms are run on. openings are continued; neutral texts must be left alone.
+
+    requests: continued instead of the openings where they are conversations; empty: the openings are.
+    """
 
     pairs: tuple[ContrastPair, ...]
     neutral: tuple[str, ...]
     openings: tuple[str, ...]
     words: frozenset[str] = frozenset()
     chat_template: str = "auto"
+    requests: tuple[str, ...] = ()
+
+    def suited_to(self, tokenizer: Tokenizer) -> Texts:
+        """Return the texts with the openings that a tokenizer's model is to continue."""
+        chats = self.requests and is_templated(tokenizer, self.chat_template)
+        return replace(self, openings=self.requests if chats else self.openings, requests=())
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,8 @@ def measure_pairs(
             sides = zip(("positive", "negative"), encoded[index], pairs[index].texts(), strict=True)
             for side, (ids, start), text in sides:
                 _check_length(len(ids), limit, "pair", text)
-                for arm, logs in compare_arms(loaded, group, ids, start):
-                    nats = -float(_chosen(logs, ids)[start - 1 :].sum())
+                for arm, logs in compare_arms(loaded, group, ids, start, start=start):
+                    nats = -float(_chosen(logs, ids[start:]).sum())
                     found[arm.name][side] = [[nats, len(ids) - start]]
         return found
 
@@ -117,33 +127,53 @@ def measure_neutral(
     arms: Sequence[Arm],
     texts: Sequence[str],
     each: Each = measure_each,
+    *,
+    chat_template: str = "auto",
 ) -> Measurements:
     """Run neutral texts: {arm: {"nats": [per text], "tokens": […], "kl": [[per token] per text]}}.
 
     kl is KL(base ‖ arm) in nats. `arms` begins with the base. Arms that only a prompt distinguishes
     are left out: an instruction, and a push at a prompt's last token, do nothing to a text alone.
-    Texts are cut at 256 tokens, and at the model's positions. Raises PromptError where no text has two
-    tokens.
+    Texts are cut at 256 tokens, and at the model's positions. chat_template: "auto" makes every second
+    text a reply where the tokenizer has a template; only the reply's tokens count then. Raises
+    PromptError where no text has two tokens.
     """
     shared = [arm for arm in arms if not arm.instruction and arm.injection == "broadcast"]
     most = min(NEUTRAL_TOKENS, position_limit(loaded.config) or NEUTRAL_TOKENS)
-    encoded = [text for text in encode(loaded.tokenizer, texts, most) if len(text.ids) > 1]
+    encoded = _encode_neutral(loaded.tokenizer, texts, most, chat_template)
     if not encoded:
         raise PromptError("the neutral texts have no two tokens to predict; give longer ones")
 
-    def measure(text: Encoded) -> Measurements:
+    def measure(text: tuple[Tokens, int]) -> Measurements:
+        ids, start = text
         found: Measurements = {}
         reference: torch.Tensor | None = None
-        for arm, logs in compare_arms(loaded, shared, text.ids):
+        for arm, logs in compare_arms(loaded, shared, ids, start=start):
             reference = logs if reference is None else reference
             found[arm.name] = {
-                "nats": [-float(_chosen(logs, text.ids).sum())],
-                "tokens": [len(text.ids) - 1],
+                "nats": [-float(_chosen(logs, ids[start:]).sum())],
+                "tokens": [len(ids) - start],
                 "kl": [_round(_divergence(reference, logs))],
             }
         return found
 
     return each(encoded, "neutral texts", measure)
+
+
+def _encode_neutral(
+    tokenizer: Tokenizer, texts: Sequence[str], most: int, chat_template: str
+) -> list[tuple[Tokens, int]]:
+    """Return each text's ids and where it begins to count, the texts in their order."""
+    replies = texts[1::2] if is_templated(tokenizer, chat_template) else ()
+    chats = iter(encode_replies(tokenizer, replies, most))
+    plain = iter(
+        encode(tokenizer, [t for n, t in enumerate(texts) if not (replies and n % 2)], most)
+    )
+    found = [
+        next(chats) if replies and number % 2 else (next(plain).ids, 1)
+        for number in range(len(texts))
+    ]
+    return [(ids, start) for ids, start in found if len(ids) > start]
 
 
 def measure_rollouts(
@@ -152,24 +182,30 @@ def measure_rollouts(
     openings: Sequence[str],
     sampling: Sampling,
     each: Each = measure_each,
+    *,
+    chat_template: str = "auto",
 ) -> Measurements:
     """Sample continuations of every opening under every arm, and score them under arm and base.
 
     Returns {arm: {"ids": [[…]], "nats": […], "kl": [[…]]}}, openings × samples entries each. nats are
-    the base's; kl is KL(arm ‖ base) per sampled token. Raises PromptError for an opening without a
-    token, and for one that leaves the model no positions to continue it.
+    the base's; kl is KL(arm ‖ base) per sampled token. chat_template: "auto" makes openings a user's
+    messages where the tokenizer has a template, and what is sampled replies. Raises PromptError for an
+    opening without a token, and for one that leaves the model no positions to continue it.
     """
     tokenizer = loaded.tokenizer
     stop = getattr(tokenizer, "eos_token_id", None)
     limit = position_limit(loaded.config)
+    bare = encode_openings(tokenizer, openings, chat_template)
+    groups = [
+        (group, encode_openings(tokenizer, openings, chat_template, prefix) if prefix else bare)
+        for group, prefix in _by_instruction(arms)
+    ]
 
     def measure(numbered: tuple[int, str]) -> Measurements:
         index, opening = numbered
         found: Measurements = {}
-        for group, prefix in _by_instruction(arms):
-            text = _put_before(tokenizer, prefix, opening)
-            prompt = _without_end(encode(tokenizer, [text], None)[0].ids, stop)
-            plain = _without_end(encode(tokenizer, [opening], None)[0].ids, stop)
+        for group, prompts in groups:
+            prompt, plain = prompts[index], bare[index]
             rows = [(arm, sample) for arm in group for sample in range(sampling.samples)]
             if not prompt:
                 raise PromptError(f"the opening {opening!r} has no token to continue; write a word")
@@ -189,6 +225,17 @@ def measure_rollouts(
         return found
 
     return each(list(enumerate(openings)), "sampled text", measure)
+
+
+def encode_openings(
+    tokenizer: Tokenizer, openings: Sequence[str], chat_template: str, prefix: str = ""
+) -> list[Tokens]:
+    """Return the ids that each opening's continuation follows. prefix: text put before every one."""
+    if is_templated(tokenizer, chat_template):
+        return encode_requests(tokenizer, openings, prefix)
+    stop = getattr(tokenizer, "eos_token_id", None)
+    texts = [_put_before(tokenizer, prefix, opening) for opening in openings]
+    return [_without_end(text.ids, stop) for text in encode(tokenizer, texts, None)]
 
 
 def _check_length(tokens: int, limit: int | None, what: str, text: str) -> None:
@@ -264,11 +311,11 @@ def _split(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[Tokens, 
 
 
 def _chosen(logs: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
-    """Return log p of every token but the first, (positions − 1,)."""
+    """Return log p of each of the tokens that follow the first position, (tokens,)."""
     import torch
 
-    targets = torch.tensor(list(ids[1:]), device=logs.device)
-    return logs[: len(ids) - 1].gather(-1, targets[:, None])[:, 0].double()
+    targets = torch.tensor(list(ids), device=logs.device)
+    return logs[: len(ids)].gather(-1, targets[:, None])[:, 0].double()
 
 
 def _divergence(left: torch.Tensor, right: torch.Tensor) -> list[float]:

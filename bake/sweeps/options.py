@@ -24,6 +24,8 @@ from bake.sweeps.window import Bounds
 from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
 
+OPENINGS, REQUESTS = "openings", "requests"  # continued as they are, or as conversations
+
 
 @dataclass(frozen=True)
 class TrialOptions:
@@ -39,7 +41,7 @@ class TrialOptions:
     pairs: str | None = None
     chat_template: str = "auto"
     words: str | None = None
-    openings: str = "openings"
+    openings: str | None = None
     neutral: str | None = None
     prompts: str = "neutral"
     scorer: str | None = None
@@ -79,9 +81,10 @@ def read_texts(options: TrialOptions) -> Texts:
     return Texts(
         read,
         tuple(read_prompts(options.neutral or known.get("neutral", "neutral"))),
-        tuple(read_prompts(options.openings)),
+        tuple(read_prompts(options.openings or OPENINGS)),
         listed,
         options.chat_template,
+        () if options.openings else tuple(read_prompts(REQUESTS)),
     )
 
 

@@ -28,7 +28,10 @@ class Interval:
 class Point:
     """What one arm does. Ratios are to the unsteered base; nats are per token; None: not measured.
 
-    shift: mean over pairs of (log p(positive) − log p(negative)) per token, less the base's. accuracy:
+    shift: mean over pairs of (log p(positive) − log p(negative)) per token, less the base's. gain: what the
+    completions that the push is towards (the negative ones for m < 0) gain in log p per token. net_shift:
+    the shift that way, less what those completions lose; it falls where text comes apart, while the
+    difference between two completions that both become unlikely still grows. accuracy:
     share of pairs whose positive completion is the likelier. target_share: of the words of sampled
     text; target_ratio is None where the base never writes one. fluency: perplexity of sampled text
     under the base. repetition: share of 3-grams that occurred before in their text. on_axis, opposite,
@@ -37,6 +40,8 @@ class Point:
 
     arm: Arm
     shift: Interval | None = None
+    gain: Interval | None = None
+    net_shift: Interval | None = None
     accuracy: Interval | None = None
     on_axis_ratio: Interval | None = None
     opposite_ratio: Interval | None = None

@@ -61,6 +61,7 @@ def sweep(options: TrialOptions) -> Trial:
     )
     for note in notes:
         announce(note)
+    texts = texts.suited_to(base.tokenizer)
     design = make_design(options, base.anatomy, direction)
     output = prepare_directory(Path(options.output))
     with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
@@ -108,7 +109,7 @@ def fingerprint_of(
     stats = [(path.name, path.stat()) for path in sorted(source.iterdir()) if path.is_file()]
     values = {
         "bake": __version__,
-        "log": 2,  # Its lines have numbers.
+        "log": 3,  # Its lines have numbers, and conversations are run as such.
         "base": base.to_dict(),
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "direction": {str(layer): vector.tolist() for layer, vector in direction.vectors.items()},

@@ -68,8 +68,17 @@ class _Figures:
     def _pairs(self) -> dict[str, Any]:
         if not self._required("pairs")["positive"]:
             return {}
+        sign = -1 if self.arm.multiplier < 0 else 1
+        moved = self._gap() - self._gap(base=True)
+        gain = self._gain("positive" if sign > 0 else "negative")
+
+        def net_shift(rows: Any) -> float:
+            return float(sign * moved[rows].mean() + min(gain[rows].mean(), 0.0))
+
         return {
-            "shift": self._shift(),
+            "shift": self._over_prompts(lambda rows: float(moved[rows].mean())),
+            "gain": self._over_prompts(lambda rows: float(gain[rows].mean())),
+            "net_shift": self._over_prompts(net_shift),
             "accuracy": self._accuracy(),
             "on_axis_ratio": self._perplexity_ratio("positive"),
             "opposite_ratio": self._perplexity_ratio("negative"),
@@ -95,9 +104,12 @@ class _Figures:
         gap: np.ndarray = negative[:, 0] / negative[:, 1] - positive[:, 0] / positive[:, 1]
         return gap
 
-    def _shift(self) -> Interval:
-        moved = self._gap() - self._gap(base=True)
-        return self._over_prompts(lambda rows: float(moved[rows].mean()))
+    def _gain(self, side: str) -> np.ndarray:
+        """Return by how much each pair's completion on a side became likelier than under the base."""
+        own = _pairs_array(self._required("pairs")[side])
+        base = _pairs_array(self._required("pairs", base=True)[side])
+        gain: np.ndarray = base[:, 0] / base[:, 1] - own[:, 0] / own[:, 1]
+        return gain
 
     def _accuracy(self) -> Interval:
         right = (self._gap() > 0).astype(float)
@@ -165,7 +177,7 @@ class _Figures:
         base_tokens = per_opening(len(ids) for ids in base["ids"])
         count = len(nats)
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in own["ids"]]
-        repeats = [_repeats(ids) for ids in own["ids"]]
+        repeats = [count_repeats(ids) for ids in own["ids"]]
         found: dict[str, Any] = {
             "fluency": _interval(lambda rows: _exp(share(nats, tokens)(rows)), count),
             "fluency_ratio": _interval(
@@ -249,7 +261,7 @@ def _percentiles(kl: Sequence[Sequence[float]]) -> dict[str, Interval]:
     }
 
 
-def _repeats(ids: Sequence[int]) -> tuple[int, int]:
+def count_repeats(ids: Sequence[int]) -> tuple[int, int]:
     """Return how many n-grams of a text occurred before in it, and how many there are."""
     grams = [tuple(ids[place : place + NGRAM]) for place in range(len(ids) - NGRAM + 1)]
     return len(grams) - len(set(grams)), len(grams)

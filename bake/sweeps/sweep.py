@@ -71,7 +71,9 @@ def run_sweep(
     norms: from `measure_sites`. each: stage → what measures its texts, such as `Store.each`.
     """
     arms = make_arms(direction, design, norms, layer_count, loaded.hidden_size)
-    sampled = [arm for arm in arms if arm.kind != "random"]
+    # Of the random directions those that chance is read from.
+    compared = min(map(abs, design.multipliers), key=lambda size: abs(size - 1))
+    sampled = [arm for arm in arms if arm.kind != "random" or arm.multiplier == compared]
     first = design.variants[0]
     push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
     strongest = push.at(max(design.multipliers, key=abs))
@@ -81,7 +83,8 @@ def run_sweep(
 
     def account() -> DoseResponse:
         points = summarise(arms, measured, loaded.tokenizer, texts, design.sampling, scorer)
-        samples = _collect_samples(sampled, measured, texts, loaded.tokenizer, design.sampling)
+        shown = [arm for arm in sampled if arm.kind != "random"]
+        samples = _collect_samples(shown, measured, texts, loaded.tokenizer, design.sampling)
         found = DoseResponse(
             points,
             (),
@@ -96,10 +99,18 @@ def run_sweep(
         loaded, arms, texts.pairs, each("pairs"), chat_template=texts.chat_template
     )
     yield account()
-    measured["neutral"] = measure_neutral(loaded, arms, texts.neutral, each("neutral"))
+    chat_template = texts.chat_template
+    measured["neutral"] = measure_neutral(
+        loaded, arms, texts.neutral, each("neutral"), chat_template=chat_template
+    )
     yield account()
     measured["rollouts"] = measure_rollouts(
-        loaded, sampled, texts.openings, design.sampling, each("rollouts")
+        loaded,
+        sampled,
+        texts.openings,
+        design.sampling,
+        each("rollouts"),
+        chat_template=chat_template,
     )
     yield account()
 

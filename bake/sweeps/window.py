@@ -23,8 +23,8 @@ class Window:
     """The multipliers of one sign that stay within the bounds, from 0 outwards without a gap.
 
     largest: the largest |m| measured inside, with its sign; None where even the smallest costs too
-    much. best: the m in it with the largest shift that way, or the largest where no shift was measured;
-    None where no shift inside has an interval that lies on that side of 0. reason: what ends the window.
+    much. best: the m in it with the largest net shift that way, or the largest where no shift was measured;
+    None where no net shift inside has an interval above 0. reason: what ends the window.
     """
 
     sign: int
@@ -67,8 +67,8 @@ def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
                 break
             inside.append(point)
         best = max(
-            (point for point in inside if _moves(point, sign)),
-            key=lambda p: sign * p.shift.value if p.shift else abs(p.arm.multiplier),
+            (point for point in inside if moves(point)),
+            key=lambda p: p.net_shift.value if p.net_shift else abs(p.arm.multiplier),
             default=None,
         )
         yield Window(
@@ -79,10 +79,9 @@ def find_windows(curve: Sequence[Point], bounds: Bounds) -> Iterator[Window]:
         )
 
 
-def _moves(point: Point, sign: int) -> bool:
-    """Tell whether a shift's interval lies on the multiplier's side of 0; one not measured may be there."""
-    shift = point.shift
-    return shift is None or (shift.low > 0 if sign > 0 else shift.high < 0)
+def moves(point: Point) -> bool:
+    """Tell whether a push shifts pairs its way beyond doubt; one whose shift was not measured may."""
+    return point.net_shift is None or point.net_shift.low > 0
 
 
 def _exceeds(point: Point, bounds: Bounds) -> str | None:

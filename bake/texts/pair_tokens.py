@@ -59,7 +59,7 @@ def encode_pairs(
     template where it has one; "never" leaves plain texts as they are. Raises PromptError for a
     conversation without a template or one that the template refuses.
     """
-    templated = _is_templated(tokenizer, chat_template)
+    templated = is_templated(tokenizer, chat_template)
     spans = _spans(tokenizer, [_as_chat(pair) if templated else pair for pair in pairs], templated)
     encoded = _encode_spans(tokenizer, spans)
     completions = [
@@ -79,7 +79,7 @@ def encode_pairs(
 
 def is_rendered(tokenizer: Tokenizer, pair: ContrastPair, chat_template: str) -> bool:
     """Tell whether `encode_pairs` renders a pair by the tokenizer's chat template, or has to refuse it."""
-    templated = _is_templated(tokenizer, chat_template)
+    templated = is_templated(tokenizer, chat_template)
     return pair.before is not None or (templated and bool(pair.prompt.strip()))
 
 
@@ -93,7 +93,8 @@ def describe_template(
     return {"template_date": TEMPLATE_DATE.isoformat()}
 
 
-def _is_templated(tokenizer: Tokenizer, chat_template: str) -> bool:
+def is_templated(tokenizer: Tokenizer, chat_template: str) -> bool:
+    """Tell whether texts are made conversations; raise PromptError for an unknown `chat_template`."""
     if chat_template not in CHAT_TEMPLATES:
         raise PromptError(
             f"unknown chat template {chat_template!r}; one of {', '.join(CHAT_TEMPLATES)}"

@@ -123,7 +123,8 @@ def test_405_billion_parameters(huge):
     assert 1.62e12 < found.memory_whole < 1.63e12  # 4 bytes a parameter
     layer = (found.parameters - 2 * 128256 * 16384) / 126
     assert found.memory_streamed == pytest.approx(4 * (layer + 2 * 128256 * 16384), rel=0.2)
-    assert [entry.stage for entry in found.passes] == ["direction", "calibrate", "prove"]
+    stages = ["direction", "calibrate", "choose the multiplier", "prove"]
+    assert [entry.stage for entry in found.passes] == stages
     assert found.seconds_streamed > found.forwards * 811 * 0.9
 
 

@@ -21,7 +21,7 @@ from bake.sweeps.measurements import (
     measure_rollouts,
 )
 from bake.sweeps.points import Interval, Point
-from bake.sweeps.summary import _repeats, summarise
+from bake.sweeps.summary import count_repeats, summarise
 from bake.sweeps.window import Bounds, find_windows
 from bake.texts.pairs import ContrastPair
 
@@ -259,10 +259,10 @@ def test_texts_without_tokens_are_refused(given, tiny):
 
 
 def test_repeated_grams():
-    assert _repeats([1, 2, 3, 4]) == (0, 2)
-    assert _repeats([1, 2, 3, 1, 2, 3]) == (1, 4)
-    assert _repeats([5, 5, 5, 5, 5]) == (2, 3)
-    assert _repeats([1, 2]) == (0, 0)
+    assert count_repeats([1, 2, 3, 4]) == (0, 2)
+    assert count_repeats([1, 2, 3, 1, 2, 3]) == (1, 4)
+    assert count_repeats([5, 5, 5, 5, 5]) == (2, 3)
+    assert count_repeats([1, 2]) == (0, 0)
 
 
 def test_what_is_no_number_is_null_in_json():

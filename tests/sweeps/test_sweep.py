@@ -34,6 +34,7 @@ def point(m, shift=None, fluency=1.0, kl=0.1, *, kind="direction", variant="", s
     return Point(
         Arm(f"{variant} {kind} {seed} m={m}", kind, m, variant=variant, seed=seed),
         shift=None if shift is None else exactly(shift),
+        net_shift=None if shift is None else exactly(-shift if m < 0 else shift),
         fluency_ratio=None if fluency is None else exactly(fluency),
         neutral_kl={} if kl is None else {"p95": exactly(kl)},
     )
@@ -65,6 +66,10 @@ class TestWindow:
         assert (found[1].largest, found[1].best) == (2, 1)
         assert found[1].reason == "every strength that was measured is within the bounds"
 
+    def test_the_best_does_not_take_from_the_completions_it_is_towards(self):
+        greedy = replace(point(2, 0.9), net_shift=exactly(0.4))
+        assert self.windows(point(1, 0.5), greedy)[1].best == 1
+
     def test_negative_multipliers_are_judged_by_their_own_shift(self):
         found = self.windows(
             point(-1, -0.5), point(-2, -0.9), point(-3, -1.0, kl=2.0), point(1, 3.0)
@@ -79,7 +84,7 @@ class TestWindow:
         assert "bound 1.1" in found[1].reason
 
     def test_a_shift_that_may_be_none_is_never_the_best(self):
-        unsure = replace(point(1, 0.5), shift=Interval(0.5, -0.1, 1.1))
+        unsure = replace(point(1, 0.5), net_shift=Interval(0.5, -0.1, 1.1))
         found = self.windows(unsure, point(2, -0.9), point(-1, -0.2), point(-2, 0.4))
         assert (found[1].largest, found[1].best) == (2, None)
         assert (found[-1].largest, found[-1].best) == (-2, -1)
