@@ -110,6 +110,7 @@ CARD_VALUES = {
         "loading_info_clean": True,
         "warnings": ["bfloat16 holds the push to 3.0% only"],
         "canary": {"prompt": "The day", "base": " was grey", "baked": " was bright"},
+        "samples": [{"opening": "The day", "base": " was | grey", "baked": " was bright"}],
         "cost": {
             "kl_mean": 0.213,
             "kl_p95": 0.87,

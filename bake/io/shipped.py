@@ -12,6 +12,7 @@ from bake.io.foreign_paths import expand_user
 
 _PACKAGE = Path(__file__).parent.parent
 DEMO_NAME = "bake-demo"
+OPENINGS, REQUESTS = "openings", "requests"  # continued as they are, or as conversations
 DEMO_MODEL = _PACKAGE / "demo" / "model"
 DEMO_DIRECTION = _PACKAGE / "demo" / "direction.safetensors"
 # What a direction that ships is tried on, where the user names nothing else.

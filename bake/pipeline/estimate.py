@@ -214,7 +214,10 @@ def _choosing(texts: Texts) -> PassCost:
 
 
 def _proving(base: Base) -> PassCost:
-    """The proof's passes, as `bake.proof.observation` makes them."""
+    """The proof's passes, as `bake.proof.observation` makes them.
+
+    Samples are not counted: a model that is streamed writes none, and for another they are a few per cent.
+    """
     texts = [
         min(_tokens(text), MAX_TOKENS) for text in read_prompts(EQUIVALENCE_PROMPTS)[:MAX_PROMPTS]
     ]

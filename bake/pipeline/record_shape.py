@@ -255,6 +255,7 @@ _RECORD: dict[str, Check] = {
             "reason": _text,
             "rounding_allowed": _flag,
             "canary": _or_null(_fields(dict.fromkeys(("prompt", "baked", "base"), _text))),
+            "samples": _each(_fields(dict.fromkeys(("opening", "base", "baked"), _text))),
             "cost": _or_null(
                 _fields(
                     {

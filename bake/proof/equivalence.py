@@ -35,6 +35,7 @@ from bake.proof.observation import (
     run_reference,
     run_stored_base,
 )
+from bake.proof.samples import Sample, choose_openings, collect_samples
 from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Equivalence:
     experts (a token's, in a layer) that the stored push's rounding changes; same_experts_error: the
     relative error with the hooked model's choices held, which is what the tolerance is for there.
     padding: {how a batch is padded: what that does at real tokens}, relative to the largest logit.
-    cost: what the push does to neutral text.
+    cost: what the push does to neutral text. samples: what base and bake write, greedily, in float32.
     """
 
     mechanism_error: float
@@ -91,6 +92,7 @@ class Equivalence:
     stored_dtype: str
     canary: Canary | None
     cost: Cost | None = None
+    samples: tuple[Sample, ...] = ()
     rounding_allowed: bool = False
     experts_flipped: float | None = None
     same_experts_error: float | None = None
@@ -172,6 +174,7 @@ def prove_equivalence(
     """
     dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     texts = tuple(encoded)[:MAX_PROMPTS]
+    openings = choose_openings(tokenizer)
     with temporary_directory("bake-proof-") as folder:
         setup = ProofSetup(
             structure,
@@ -182,13 +185,15 @@ def prove_equivalence(
             placement=placement,
             published=published,
             spare=spare,
+            openings=tuple(opening.ids for opening in openings),
         )
         reference = run_reference(base.directory, setup)
         plain = run_plain(baked.directory, setup)
         stored_base = run_stored_base(base.directory, setup, dtype, plain)
         run = run_baked(baked.directory, setup, plan, reference)
         result = _compare(baked, plan, tokenizer, setup, reference, plain, stored_base, run)
-    result = replace(result, rounding_allowed=allow_rounding)
+    samples = collect_samples(tokenizer, openings, reference.written, run.written)
+    result = replace(result, rounding_allowed=allow_rounding, samples=samples)
     failures = tuple(_find_failures(result, plan, run, reference, plain))
     return replace(
         result,

@@ -34,7 +34,7 @@ from bake.proof.routing import Choices, hold_choices, record_choices
 from bake.sites import LayerStructure
 from bake.strength.coefficients import Push
 from bake.support.progress import track
-from bake.texts.prompts import Encoded, TokenBatch, make_batches
+from bake.texts.prompts import Encoded, TokenBatch, make_batches, position_limit
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ SMALL_EFFECT = 0.1
 NEW_TOKENS = 20
 CANARY_TOKENS = 12
 CANARIES = 4
+WRITTEN = 24  # tokens of each sample
 LOGIT_BYTES = 64 * 1024 * 1024  # of one batch's logits in float32
 
 Logits = list["torch.Tensor"]
@@ -58,7 +59,7 @@ class ProofSetup:
 
     folder: where logits are kept, so that two runs are never in memory together. published: the
     repository and commit that the plain process loads, instead of the directory. spare: the base, where
-    it is still in memory.
+    it is still in memory. openings: to be continued by base and bake; nothing is judged by them.
     """
 
     structure: LayerStructure
@@ -70,6 +71,7 @@ class ProofSetup:
     placement: Placement | None = None
     published: tuple[str, str] | None = None
     spare: SpareModel | None = None
+    openings: tuple[tuple[int, ...], ...] = ()
 
     @property
     def few(self) -> tuple[Encoded, ...]:
@@ -85,6 +87,14 @@ class ProofSetup:
     def load(self, directory: Path, dtype: str) -> LoadedModel:
         """Load a directory in a dtype, where the setup says weights may be."""
         return load_model(directory, dtype=dtype, device=self.device, placement=self.placement)
+
+    def write(self, loaded: LoadedModel) -> Continuations:
+        """Continue the openings; none where each token would read the weights again, or too long ones."""
+        limit = position_limit(loaded.config)
+        longest = max((len(ids) for ids in self.openings), default=0) + WRITTEN
+        if loaded.weights is not None or (limit is not None and longest > limit):
+            return []
+        return continue_greedily(loaded, self.openings, WRITTEN)
 
     def batches(self, loaded: LoadedModel) -> list[TokenBatch]:
         """Return the prompts in as few batches as the logits' memory allows."""
@@ -114,7 +124,8 @@ class PaddedReference:
 class Reference:
     """The base in float32. scaled: hooked with factor · push; max_effect: max|hooked − base|;
     deviation: the standard deviation of the base's logits; greedy: of the scaled hooked model; choices:
-    the scaled hooked model's choices of experts, none where it has no routers.
+    the scaled hooked model's choices of experts, none where it has no routers; written: what the base alone
+    writes after the openings.
     """
 
     base: Logits
@@ -127,6 +138,7 @@ class Reference:
     report: Report
     choices: Choices
     padding: PaddedReference
+    written: Continuations
 
 
 @dataclass(frozen=True)
@@ -164,8 +176,9 @@ class BakedRun:
     stored: slots at old + factor · (stored − old), which is what is stored where factor is 1. missing:
     slots that the reloaded model does not have; then `exact` is what is stored. padding: what each way
     of padding does with exact slots, relative to the largest logit. choices: most likely tokens along
-    the reference's greedy continuations. held: `stored` with the reference's experts; flipped: the share of
-    choices that were others without; both None where the model has no routers, or others than the base.
+    the reference's greedy continuations. written: what is stored writes after the openings. held: `stored`
+    with the reference's experts; flipped: the share of choices that were others without; both None where
+    the model has no routers, or others than the base.
     """
 
     stored: Logits
@@ -173,6 +186,7 @@ class BakedRun:
     choices: Continuations
     missing: tuple[str, ...]
     padding: Mapping[str, PaddingError]
+    written: Continuations
     held: Logits | None = None
     flipped: float | None = None
 
@@ -184,6 +198,7 @@ def run_reference(directory: Path, setup: ProofSetup) -> Reference:
     batches = setup.batches(loaded)
     vectors = setup.push.vectors
     base = setup.logits("base", loaded, batches)
+    written = setup.write(loaded)
     with steered(loaded.model, setup.structure, setup.site, vectors), record_choices() as choices:
         hooked = setup.logits("hooked", loaded, batches)
     effect = farthest(hooked, base)
@@ -203,7 +218,17 @@ def run_reference(directory: Path, setup: ProofSetup) -> Reference:
         greedy = continue_greedily(loaded, setup.canaries, NEW_TOKENS)
     padding = _run_padded_reference(loaded, setup, factor)
     return Reference(
-        base, hooked, scaled, factor, effect, deviation, greedy, loaded.report, choices, padding
+        base,
+        hooked,
+        scaled,
+        factor,
+        effect,
+        deviation,
+        greedy,
+        loaded.report,
+        choices,
+        padding,
+        written,
     )
 
 
@@ -271,7 +296,8 @@ def run_baked(directory: Path, setup: ProofSetup, plan: Plan, reference: Referen
     stored = setup.logits("baked", loaded, batches)
     missing = tuple(edit.parameter for edit in plan.slot_edits if not _has(loaded, edit.parameter))
     if missing:
-        return BakedRun(stored, stored, [], missing, {})
+        return BakedRun(stored, stored, [], missing, {}, [])
+    written = setup.write(loaded)
     if factor != 1.0:
         rounded = _by_parameter(plan, lambda e: e.old + factor * (e.stored.double() - e.old))
         hold(loaded.model, loaded.weights, rounded)
@@ -288,7 +314,7 @@ def run_baked(directory: Path, setup: ProofSetup, plan: Plan, reference: Referen
     logits = setup.logits("baked, exact slots", loaded, batches)
     choices = choose_greedily(loaded, setup.canaries, reference.greedy)
     padding = _padding_errors(loaded, setup, reference.padding)
-    return BakedRun(stored, logits, choices, missing, padding, held, flipped)
+    return BakedRun(stored, logits, choices, missing, padding, written, held, flipped)
 
 
 def _by_parameter(plan: Plan, value: Callable[[SlotEdit], torch.Tensor]) -> dict[str, torch.Tensor]:

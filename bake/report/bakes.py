@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from bake.checkpoint.loading import auto_class
 from bake.pipeline.completion import Unproven
 from bake.support.tables import format_table
+from bake.support.text import one_line
 
 if TYPE_CHECKING:
     from bake.directions.direction import Direction
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from bake.proof.equivalence import Equivalence
 
 SHOWN_SHARDS = 4
+SHOWN = 200  # characters of a sample
 
 
 def describe_proven(result: Export) -> str:
@@ -143,6 +145,12 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
             f"canary: {found.canary.prompt!r}",
             f"  base:  {found.canary.base!r}",
             f"  baked: {found.canary.baked!r}",
+        ]
+    for sample in found.samples:
+        lines += [
+            f"> {one_line(sample.opening, SHOWN)}",
+            f"  base:  {one_line(sample.base, SHOWN)}",
+            f"  baked: {one_line(sample.baked, SHOWN)}",
         ]
     return "\n".join(lines)
 

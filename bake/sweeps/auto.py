@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError
-from bake.io.shipped import tried_on
+from bake.io.shipped import OPENINGS, REQUESTS, tried_on
 from bake.models.generation import bootstrap_interval, sample_continuations, score_continuations
 from bake.sweeps.arms import Arm
 from bake.sweeps.design import BASE
@@ -28,7 +28,6 @@ from bake.sweeps.measurements import (
     measure_neutral,
     measure_pairs,
 )
-from bake.sweeps.options import OPENINGS, REQUESTS
 from bake.sweeps.points import Interval, Point
 from bake.sweeps.summary import count_repeats, summarise
 from bake.sweeps.window import Bounds, moves

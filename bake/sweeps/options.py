@@ -12,7 +12,7 @@ from pathlib import Path
 from bake.anatomy import Anatomy
 from bake.directions.direction import Direction
 from bake.errors import BakeError, DirectionError, UnsupportedError
-from bake.io.shipped import find_set, tried_on
+from bake.io.shipped import OPENINGS, REQUESTS, find_set, tried_on
 from bake.models.generation import check_seed, read_words
 from bake.plan.destination import check_direction, layers_within
 from bake.sites import INPUT_SITES, RESIDUAL_SITES, check_direction_site
@@ -23,8 +23,6 @@ from bake.sweeps.measurements import Sampling, Scorer, Texts
 from bake.sweeps.window import Bounds
 from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
-
-OPENINGS, REQUESTS = "openings", "requests"  # continued as they are, or as conversations
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from bake.card.render import CARD_TEMPLATE, card_environment, render_card
 from bake.errors import CheckpointError
 from bake.io.shipped import shipped
 
-EQUIVALENCE_KEYS = sorted(CARD_VALUES["equivalence"].keys() - {"cost"})  # Older bakes have none.
+EQUIVALENCE_KEYS = sorted(
+    CARD_VALUES["equivalence"].keys() - {"cost", "samples"}
+)  # Older bakes have none.
 OPTIONAL = {"multiplier_choice", "sweep"}
 TOP_KEYS = sorted(
     CARD_VALUES.keys() - {"version", "architecture", "route", "equivalence"} - OPTIONAL
@@ -255,3 +257,9 @@ def test_cost_on_neutral_text_is_told():
 def test_card_of_a_bake_that_knows_no_cost_tells_none():
     older = {key: value for key, value in CARD_VALUES["equivalence"].items() if key != "cost"}
     assert "costs on neutral text" not in render_card(values(equivalence=older))
+
+
+def test_what_base_and_bake_write_stands_side_by_side():
+    card = render_card(CARD_VALUES)
+    assert "## What it writes" in card
+    assert '| "The day" | " was \\| grey" | " was bright" |' in card
