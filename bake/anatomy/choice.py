@@ -21,7 +21,13 @@ from bake.engines.survival import (
     to_values,
 )
 from bake.errors import UnsupportedError
-from bake.sites import LayerStructure, check_site, is_usable_at
+from bake.sites import (
+    INPUT_SITES,
+    RESIDUAL_SITES,
+    LayerStructure,
+    check_site,
+    is_usable_at,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,8 +99,19 @@ class Anatomy:
         # Where the site was left open, the reason that counts is the first choice's.
         asked = "mlp_out" if site == "auto" else site
         reason = self.refusals.get(asked, f"no {kind or 'such'} slot suits")
+        remedy = self._remedy(found_at) if site == "auto" and route == "auto" else ""
         raise UnsupportedError(
-            f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}"
+            f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}{remedy}"
+        )
+
+    def _remedy(self, found_at: str | None) -> str:
+        """Say what to do with a direction that was found where nothing is exact; "" where none was."""
+        elsewhere = next((entry.site for entry in self.routes if entry.site in INPUT_SITES), None)
+        if found_at is None or elsewhere is None or found_at not in RESIDUAL_SITES:
+            return ""
+        return (
+            f": find it there (bake direction --site {elsewhere}), convert it (--site {elsewhere} "
+            "--convert-site), or keep it in the residual stream at the price of compute (--route insert)"
         )
 
     @property

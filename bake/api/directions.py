@@ -25,6 +25,7 @@ from bake.models.streaming import choose_placement
 from bake.options.documentation import documented
 from bake.options.others import CONVERT, DIRECTION, SHOW
 from bake.pipeline.recipe import DEFAULT_BAND
+from bake.plan.destination import site_to_read
 from bake.sites import check_site, layers_with
 from bake.strength.coefficients import band_layers, parse_band
 from bake.support.progress import announce
@@ -69,7 +70,8 @@ def extract_direction(
         neutral=str(neutral),
     )
     options.check()
-    check_site(site)
+    if site != "auto":
+        check_site(site)
     read = read_pairs(pairs)
     placement = choose_placement(device_map, max_memory)
     if output is not None:
@@ -80,6 +82,7 @@ def extract_direction(
             )
         check_file(Path(output))
     base = open_base(model, revision)
+    site = site_to_read(base.anatomy, site)
     if layers is None:
         band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
         layers = layers_with(

@@ -22,6 +22,7 @@ from bake.options.shared import (
     PUBLIC,
     READ_AT,
     REVISION,
+    SITES,
     STATISTIC,
 )
 
@@ -62,7 +63,10 @@ DIRECTION = Command(
             "layers", "layers to find it in, such as 3,5-8", shown="all of them", metavar="LIST"
         ),
         Option("neutral", "prompts that optimize leaves alone", default="neutral", metavar="FILE"),
-        READ_AT,
+        READ_AT.but(
+            help="where activations are read; auto: where bake export pushes on this model",
+            choices=SITES,
+        ),
         REVISION,
         *MEMORY,
     ),

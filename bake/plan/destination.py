@@ -10,7 +10,7 @@ from bake.anatomy.insertion import Insertion
 from bake.directions.direction import ABSENT, Direction
 from bake.engines.survival import describe_survivals
 from bake.errors import BakeError, DirectionError, UnsupportedError
-from bake.sites import check_direction_site
+from bake.sites import check_direction_site, is_usable_at
 from bake.strength.coefficients import band_layers, band_of, parse_band, parse_coefficients
 from bake.support.progress import announce
 from bake.support.text import list_numbers
@@ -33,6 +33,25 @@ class Place:
     convert_site: bool
     band: str
     coefficients: str | None
+
+
+def site_to_read(anatomy: Anatomy, site: str) -> str:
+    """Return the site at which a direction is found; "auto" is the one that export takes.
+
+    Says where export would take one at which the direction cannot be used as it is. Raises UnsupportedError
+    for "auto" where no site is exact.
+    """
+    taken = anatomy.automatic
+    if site == "auto":
+        taken = taken or anatomy.choose("auto")  # Which says why there is none.
+        announce(f"site {taken.site}, which bake export takes on this model")
+        return taken.site
+    if taken is not None and not is_usable_at(site, taken.site):
+        announce(
+            f"bake export takes {taken.site} on this model, where a direction found at {site} needs "
+            f"--convert-site; --site {taken.site} (or auto) finds it there"
+        )
+    return site
 
 
 @dataclass(frozen=True)

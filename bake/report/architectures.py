@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from bake.engines.survival import describe_survivals
-from bake.sites import DESCRIPTIONS, SITES
+from bake.sites import DESCRIPTIONS, RESIDUAL_SITES, SITES
+from bake.strength.coefficients import band_layers
 from bake.support.tables import format_table
 from bake.support.text import list_numbers
 
@@ -22,6 +23,7 @@ def describe_anatomy(anatomy: Anatomy) -> str:
         f"{anatomy.architecture} ({anatomy.model_type}): {anatomy.layer_count} layers, "
         f"hidden size {anatomy.hidden_size}",
         f"auto takes {_name_route(anatomy.automatic)}",
+        *_weaker(anatomy),
     ]
     for site in SITES:
         lines += ["", f"{site}: {DESCRIPTIONS[site]}"]
@@ -45,6 +47,24 @@ def describe_anatomy(anatomy: Anatomy) -> str:
     if "insert" in anatomy.refusals:
         lines += ["", f"extra layers (--route insert): no: {anatomy.refusals['insert']}"]
     return "\n".join(lines)
+
+
+def _weaker(anatomy: Anatomy) -> Iterator[str]:
+    """Yield what to know where nothing in the residual stream can be pushed in place."""
+    taken = anatomy.automatic
+    if taken is None or taken.site in RESIDUAL_SITES:
+        return
+    yield (
+        f"a push at {taken.site} is normalised anew in every layer and does not add up as one into the "
+        "residual stream does: it is weaker, and needs a larger m (--multiplier auto finds it)"
+    )
+    added = next((route for route in anatomy.routes if route.route == "insert"), None)
+    if added is not None:
+        pushed = len(band_layers(anatomy.layer_count))
+        yield (
+            f"--route insert pushes into the residual stream: {pushed} extra layers on the default band, "
+            f"{pushed / anatomy.layer_count:.0%} more compute and key-value cache"
+        )
 
 
 def _json(value: object) -> str:
