@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test test-architectures architectures docs lint bench format wheel clean
+.PHONY: setup demo test test-architectures architectures docs lint bench bench-real format wheel clean
 
 setup: $(READY)
 
@@ -45,6 +45,10 @@ docs: $(READY)
 # Both sides of every comparison in one run; needs 7 GB of disk under build/.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
+
+# What bake does on two small trained models, which it makes from packages; writes docs/real-models.md. Tens of minutes.
+bench-real: $(READY)
+	$(BIN)/python benchmarks/real.py
 
 format: $(READY)
 	$(BIN)/ruff format .
