@@ -1,11 +1,12 @@
 """What bake does on two small trained models: what auto chooses, what it costs, what it changes.
 
-    make bench-real        or  python benchmarks/real.py --models FOLDER --work FOLDER --page docs/real-models.md
+    make bench-real
+    python benchmarks/real.py --models FOLDER --work FOLDER --page docs/real-models.md
 
 Every cell is one `bake export MODEL --pairs SET` with no other option. The cost is what the proof measures
-on texts that no part of the bake saw; the shift is that of all held-out pairs, beside eight random directions
-of the same norm; the counted effect is in text that the written checkpoint samples. Cells are kept under
---work: the same command goes on after a break.
+on texts that no part of the bake saw; the shift is that of all held-out pairs, beside eight random
+directions of the same norm; the counted effect is in text that the written checkpoint samples. Cells are
+kept under --work: the same command goes on after a break.
 """
 
 from __future__ import annotations
@@ -267,13 +268,15 @@ def write_page(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
 
 PAGE = """# On real models
 
-What `bake export MODEL --pairs SET`, with no other option, does to two small trained models. Written by `make bench-real`
-(`benchmarks/real.py`), which makes the models itself, from packages on the Python index, and needs no model hub.
+What `bake export MODEL --pairs SET`, with no other option, does to two small trained models. Written by
+`make bench-real` (`benchmarks/real.py`), which makes the models itself, from packages on the Python index, and
+needs no model hub.
 
-KL is the 95th percentile of KL(base ‖ baked) in nats on texts that no part of the bake saw; above 1 text comes apart. Shift is
-log p(positive) − log p(negative) of all 24 held-out pairs, in nats a token, less the base's; beside it the largest of eight random
-directions of the same norm and coherence. The counted effect is in 64 continuations of 32 openings (temperature 0.7, 40 tokens,
-the same noise), sampled from the written checkpoint; brackets are 95 % bootstrap intervals. Samples are the first openings."""
+KL is the 95th percentile of KL(base ‖ baked) in nats on texts that no part of the bake saw; above 1 text
+comes apart. Shift is log p(positive) − log p(negative) of all 24 held-out pairs, in nats a token, less the
+base's; beside it the largest of eight random directions of the same norm and coherence. The counted effect
+is in 64 continuations of 32 openings (temperature 0.7, 40 tokens, the same noise), sampled from the written
+checkpoint; brackets are 95 % bootstrap intervals. Samples are the first openings."""
 HEADER = (
     "| pairs | site | m | KL | shift | largest random | counted | base | baked | difference |\n"
     "|---|---|---:|---:|---:|---:|---|---:|---:|---:|"
@@ -287,8 +290,8 @@ def _row(axis: str, cell: Mapping[str, Any]) -> str:
     before, after = (f"{value:.3g}{about.unit}" for value in cell["counted"])
     return (
         f"| {axis} | {cell['site']} | {cell['multiplier']:g} | {cell['kl_p95']:.2f} "
-        f"| {_interval(cell['shift'])} | {cell['largest_random']:.2f} | {about.counted} | {before} | {after} "
-        f"| {_interval(cell['difference'])} |"
+        f"| {_interval(cell['shift'])} | {cell['largest_random']:.2f} | {about.counted} | {before} "
+        f"| {after} | {_interval(cell['difference'])} |"
     )
 
 
