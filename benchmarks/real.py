@@ -269,8 +269,8 @@ def write_page(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
 PAGE = """# On real models
 
 What `bake export MODEL --pairs SET`, with no other option, does to two small trained models. Written by
-`make bench-real` (`benchmarks/real.py`), which makes the models itself, from packages on the Python index, and
-needs no model hub.
+`make bench-real` (`benchmarks/real.py`), which makes the models itself, from packages on the Python index,
+and needs no model hub.
 
 KL is the 95th percentile of KL(base ‖ baked) in nats on texts that no part of the bake saw; above 1 text
 comes apart. Shift is log p(positive) − log p(negative) of all 24 held-out pairs, in nats a token, less the
