@@ -3,10 +3,9 @@
     make bench-real
     python benchmarks/real.py --models FOLDER --work FOLDER --page docs/real-models.md
 
-Every cell is one `bake export MODEL --pairs SET` with no other option. The cost is what the proof measures
-on texts that no part of the bake saw; the shift is that of all held-out pairs, beside eight random
-directions of the same norm; the counted effect is in text that the written checkpoint samples. Cells are
-kept under --work: the same command goes on after a break.
+Every cell is one `bake export MODEL --pairs SET` with no other option, then what the written checkpoint
+does, and comparisons on the same model. Cells are kept under --work: the same command goes on after a
+break.
 """
 
 from __future__ import annotations
@@ -14,29 +13,38 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from real_models import make_models
 
 from bake.anatomy.base import Base, load_base, open_base
-from bake.api import export
+from bake.api import export, sweep
+from bake.card.figures import draw_norms
 from bake.errors import BakeError
 from bake.io.shipped import OPENINGS, REQUESTS
 from bake.models.forward import LanguageModel, load_model
 from bake.models.generation import WORD, bootstrap_interval, sample_continuations
+from bake.strength.norms import measure_norms
 from bake.sweeps.arms import Arm
 from bake.sweeps.controls import random_direction
+from bake.sweeps.measured_law import follow_measured_law
 from bake.sweeps.measurements import Sampling, Texts, encode_openings, measure_pairs
-from bake.sweeps.summary import summarise
+from bake.sweeps.summary import pair_gaps, summarise
 from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
 from bake.texts.rendering import has_template
+from bake.tuning.bench import Bench
+from bake.tuning.candidates import Candidate
 
 NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 SEEDS, SAMPLES, TOKENS, TEMPERATURE = 8, 2, 40, 0.7
+DOSES = (0.5, 1.0, 2.0)  # × the multiplier that auto chose
+SINGLES = 4  # layers of the band that are tried by themselves
 
 HEDGES = frozenset(
     [
@@ -134,22 +142,28 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/real-models.md"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    figures = options.page.parent / "figures"
+    figures.mkdir(exist_ok=True)
     cells = {}
     for name, directory in make_models(options.models).items():
         model = Model(directory)
+        model.draw_norms(figures / f"{name}-norms.png")
         for axis in AXES:
-            kept = options.work / f"{name}.{axis}.json"
+            work = options.work / f"{name}.{axis}"
+            kept = work.with_name(f"{work.name}.json")
             if not kept.exists():
-                kept.write_text(json.dumps(model.measure(axis, options.work / f"{name}.{axis}")))
+                kept.write_text(json.dumps(model.measure(axis, work)))
+            drawn = work.with_name(f"{work.name}.sweep") / "figures" / "dose-response.png"
+            if drawn.exists():
+                shutil.copy(drawn, figures / f"{name}-{axis}.png")
             cells[name, axis] = json.loads(kept.read_text())
-            print(
-                name, axis, json.dumps({k: v for k, v in cells[name, axis].items() if k != "texts"})
-            )
+            shown = {key: value for key, value in cells[name, axis].items() if key != "texts"}
+            print(name, axis, json.dumps(shown), flush=True)
     options.page.write_text(write_page(cells), encoding="utf-8")
 
 
 class Model:
-    """A base, opened once; loaded when it is first needed."""
+    """A base, opened once, with what it writes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -157,7 +171,18 @@ class Model:
         self.loaded: LanguageModel = load_base(self.base)
         self.chats = has_template(self.base.tokenizer)
         self.openings = read_prompts(REQUESTS if self.chats else OPENINGS)[:32]
-        self.written = self.write(self.loaded)
+        self.neutral = read_prompts("neutral")
+
+    def draw_norms(self, path: Path) -> None:
+        """Draw the norms of every layer, and the coefficients of the default band at m = 1."""
+        if path.exists():
+            return
+        layers = list(range(self.base.anatomy.layer_count))
+        batches = self.loaded.batches(self.neutral)
+        norms = measure_norms(self.loaded, "mlp_out", batches, layers).values()
+        size = self.loaded.hidden_size
+        band = layers[int(0.4 * len(layers)) : int(0.9 * len(layers))]
+        draw_norms(path, norms, {layer: norms[layer] / size**0.5 for layer in band}, "mlp_out")
 
     def measure(self, axis: str, output: Path) -> dict[str, Any]:
         """Bake an axis and measure what came out; of an axis that is refused, why."""
@@ -165,32 +190,50 @@ class Model:
             made = export(str(self.directory), pairs=axis, output=output, overwrite=True)
         except BakeError as error:
             return {"refused": str(error)}
+        pairs = tuple(read_pairs(f"{axis}.held-out"))
+        related = [pair.prompt.strip() for pair in pairs]
+        steered = load_model(output, dtype="float32")
+        openings = {"related": related, "unrelated": self.openings}
+        written = {
+            kind: [self.write(loaded, texts) for loaded in (self.loaded, steered)]
+            for kind, texts in openings.items()
+        }
+        del steered
         cost = made.equivalence.cost
-        steered = self.write(load_model(output, dtype="float32"))
         return {
             "site": made.plan.route.site,
             "multiplier": made.push.multiplier,
             "reason": made.decision.choice.describe(),
             "kl_p95": cost.kl_p95,
             "top1_agreement": cost.top1_agreement,
-            **self.compare_with_chance(axis, made),
-            **count_effect(AXES[axis], self.written, steered),
+            **self.compare_with_chance(made, pairs),
+            "counted": {kind: count_effect(AXES[axis], *texts) for kind, texts in written.items()},
+            "doses": self.sweep(made, axis, output),
+            "laws": self.compare_laws(made, pairs),
             "texts": [
-                {"opening": opening, "base": before, "baked": after}
-                for opening, before, after in zip(
-                    self.openings, self.written[::SAMPLES], steered[::SAMPLES], strict=True
+                {"opening": opening, "base": base, "baked": baked}
+                for kind, texts in openings.items()
+                for opening, base, baked in zip(
+                    texts, written[kind][0][::SAMPLES], written[kind][1][::SAMPLES], strict=True
                 )
             ],
         }
 
-    def compare_with_chance(self, axis: str, made: Any) -> dict[str, Any]:
+    def compare_with_chance(self, made: Any, pairs: tuple[Any, ...]) -> dict[str, Any]:
         """Return the shift of all held-out pairs, its interval, and the largest of random directions."""
-        pairs = tuple(read_pairs(f"{axis}.held-out"))
         push, site = made.push, made.plan.route.site
         layers = [entry.layer for entry in push.layers]
         arms = [
             Arm("base", "base"),
             Arm("push", "direction", push.multiplier, site, push=push.vectors),
+            Arm(
+                "last",
+                "direction",
+                push.multiplier,
+                site,
+                injection="last-token",
+                push=push.vectors,
+            ),
         ]
         for seed in range(SEEDS):
             drawn = random_direction(made.direction, layers, push.hidden_size, seed)
@@ -198,22 +241,81 @@ class Model:
                 entry.layer: drawn.layer(entry.layer) * entry.coefficient for entry in push.layers
             }
             arms.append(Arm(f"random {seed}", "random", push.multiplier, site, push=vectors))
-        texts = Texts(pairs, (), ())
         measured = {"pairs": measure_pairs(self.loaded, arms, pairs)}
+        texts = Texts(pairs, (), ())
         points = summarise(arms, measured, self.base.tokenizer, texts, Sampling())
-        shift, *chance = [point.shift for point in points[1:]]
+        shift, last, *chance = [point.shift for point in points[1:]]
         return {
             "shift": [shift.value, shift.low, shift.high],
+            "last_token": [last.value, last.low, last.high],
             "gain": points[1].gain.value,
             "largest_random": max(abs(each.value) for each in chance),
         }
 
-    def write(self, loaded: Any) -> list[str]:
+    def sweep(self, made: Any, axis: str, output: Path) -> list[dict[str, Any]]:
+        """Sweep the direction around the chosen multiplier; return the figures of every arm but samples."""
+        neutral = output.with_name(f"{output.name}.neutral.txt")
+        neutral.write_text("\n".join(self.neutral[8:20]))
+        judging = output.with_name(f"{output.name}.pairs.jsonl")
+        source = Path("calibration/pairs") / f"{axis}.held-out.jsonl"
+        judging.write_text("".join(source.read_text().splitlines(keepends=True)[12:]))
+        found = sweep(
+            str(self.directory),
+            direction=made.direction,
+            sites=(made.plan.route.site,),
+            multipliers=tuple(float(f"{made.push.multiplier * dose:.2g}") for dose in DOSES),
+            output=output.with_name(f"{output.name}.sweep"),
+            pairs=judging,
+            neutral=neutral,
+            control_seeds=4,
+            samples=1,
+            new_tokens=24,
+        )
+        return [point.to_dict() for point in found.found.points]
+
+    def compare_laws(self, made: Any, pairs: tuple[Any, ...]) -> dict[str, Any]:
+        """Bring laws to one cost; return what each moves, on pairs and texts that chose nothing."""
+        site, push = made.plan.route.site, made.push
+        layers = tuple(entry.layer for entry in push.layers)
+        choosing = Texts(pairs[:12], tuple(self.neutral[:8]), ())
+        judging = Texts(pairs[12:], tuple(self.neutral[8:20]), ())
+        unit = push.at(1.0)
+        measured = follow_measured_law(self.loaded, site, unit, choosing)
+
+        def push_of(candidate: Candidate) -> Any:
+            if candidate.law == "measured":
+                return measured
+            kept = tuple(entry for entry in unit.layers if entry.layer in candidate.layers)
+            return replace(unit, law=candidate.law, layers=kept).at(1.0)
+
+        bench = Bench(self.loaded, push_of, target=0.7, usual=len(layers))
+        step = max(1, len(layers) // SINGLES)
+        singles = [Candidate(site, "mean", "last", (layer,)) for layer in layers[::step]]
+        best = bench.compare("choosing", singles, choosing)[0].candidate
+        laws = ("inverse-sqrt-d", "flat", "measured")
+        candidates = [Candidate(site, "mean", "last", layers, law) for law in laws] + [best]
+        found = {each.candidate: each for each in bench.compare("judging", candidates, judging)}
+        arms = [bench.arm(each, bench.sizes[each]) for each in candidates]
+        scored = measure_pairs(self.loaded, arms, judging.pairs)
+        gaps = [pair_gaps(scored[arm.name]) for arm in arms]
+        return {
+            "active": sum(entry.coefficient > 0 for entry in measured.layers),
+            "laws": {
+                candidate.name: {
+                    "kl": found[candidate].kl,
+                    "shift": found[candidate].point.shift.to_dict(),
+                    "less": _mean_interval(gap - gaps[0]),
+                }
+                for candidate, gap in zip(candidates, gaps, strict=True)
+            },
+        }
+
+    def write(self, loaded: Any, openings: Sequence[str]) -> list[str]:
         """Sample continuations of every opening; the noise is the same for every checkpoint."""
         tokenizer = self.base.tokenizer
         drawn = sample_continuations(
             loaded,
-            encode_openings(tokenizer, self.openings, "auto"),
+            encode_openings(tokenizer, openings, "auto"),
             new_tokens=TOKENS,
             samples=SAMPLES,
             temperature=TEMPERATURE,
@@ -222,10 +324,13 @@ class Model:
         return [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in drawn]
 
 
+def _mean_interval(values: Any) -> list[float]:
+    low, high = bootstrap_interval(lambda rows: float(values[rows].mean()), len(values))
+    return [float(values.mean()), low, high]
+
+
 def count_effect(axis: Axis, base: Sequence[str], steered: Sequence[str]) -> dict[str, Any]:
     """Return what is counted in both, and the 95 % interval of the difference, over openings."""
-    import numpy as np
-
     tables = []
     for texts in (base, steered):
         counts = np.array([axis.count(text) for text in texts], dtype=float)
@@ -241,7 +346,7 @@ def count_effect(axis: Axis, base: Sequence[str], steered: Sequence[str]) -> dic
     low, high = bootstrap_interval(difference, len(tables[0]))
     everything = slice(None)
     return {
-        "counted": [share(table, everything) for table in tables],
+        "values": [share(table, everything) for table in tables],
         "difference": [difference(everything), low, high],
         "excludes_base": axis.sign * (low if axis.sign > 0 else high) > 0,
     }

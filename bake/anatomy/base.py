@@ -48,6 +48,12 @@ class Base:
         """What the base's card says of its licence, see `licences`; unreadable, it is announced."""
         return read_licence(self.checkpoint.source, self.checkpoint.companions)
 
+    def stat_files(self) -> list[tuple[str, int, int]]:
+        """Return name, bytes and time (ns) of every file of the checkpoint: what tells that one changed."""
+        files = sorted(path for path in self.checkpoint.source.iterdir() if path.is_file())
+        stats = [(path.name, path.stat()) for path in files]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
 
 def open_base(
     model: str,

@@ -1,7 +1,7 @@
 """The commands as Python functions: plain values in, frozen dataclasses out."""
 
 from bake.api.afterwards import diff, publish, reproduce, rescale, undo, verify, verify_endpoint
-from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep
+from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep, tune
 from bake.api.directions import convert_direction, extract_direction, show_direction
 from bake.directions.formats import read_direction
 
@@ -20,6 +20,7 @@ __all__ = [
     "rescale",
     "show_direction",
     "sweep",
+    "tune",
     "undo",
     "verify",
     "verify_endpoint",

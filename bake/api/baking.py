@@ -1,4 +1,4 @@
-"""Bake, and what is asked before: estimate, inspect, calibrate, sweep."""
+"""Bake, and what is asked before: estimate, inspect, calibrate, sweep, tune."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from bake.options.documentation import documented
 from bake.options.export import EXPORT
 from bake.options.others import CALIBRATE, INSPECT
 from bake.options.sweep import SWEEP
+from bake.options.tune import TUNE
 from bake.pipeline.estimate import Estimate, estimate_cost
 from bake.pipeline.export import Export
 from bake.pipeline.export import export as run_export
@@ -33,6 +34,7 @@ from bake.texts.prompts import identify_prompts, read_prompts
 
 if TYPE_CHECKING:
     from bake.sweeps.results import Trial
+    from bake.tuning.result import Tuned
 
 
 @documented(EXPORT)
@@ -251,6 +253,38 @@ def sweep(
 
     with given_as_file(direction) as path:
         return run(TrialOptions(**{**options, "direction": str(path)}))
+
+
+@documented(TUNE)
+def tune(
+    model: str,
+    *,
+    output: str | Path,
+    pairs: str | Path | None = None,
+    direction: str | Path | None = None,
+    held_out: str | Path | None = None,
+    sites: Sequence[str] | None = None,
+    methods: Sequence[str] = ("mean", "pca", "probe"),
+    tokens: Sequence[str] = ("last", "mean"),
+    laws: Sequence[str] = ("inverse-sqrt-d", "flat", "measured"),
+    route: str = "auto",
+    target_kl: float = 0.7,
+    reverse: bool = False,
+    minutes: float | None = None,
+    neutral: str | Path = "neutral",
+    prompts: str | Path = "neutral",
+    chat_template: str = "auto",
+    html: bool = False,
+    revision: str | None = None,
+    device_map: str | None = None,
+    max_memory: str | None = None,
+) -> Tuned:
+    """Find where to push: what moves held-out pairs most at one cost; write a recipe and the ranking."""
+    options = _as_text(dict(locals()))
+    from bake.tuning.options import TuneOptions
+    from bake.tuning.tune import tune as run
+
+    return run(TuneOptions(**options))
 
 
 def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:

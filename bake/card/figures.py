@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from bake.sweeps.findings import DoseResponse
     from bake.sweeps.points import Interval, Point
+    from bake.tuning.bench import Judged
 
 PAPER, INK, GRID = "#fbfaf7", "#22252a", "#d9d6cf"
 BLUE, ORANGE, GREY, GREEN = "#1f5fa8", "#c8561b", "#8b8f96", "#dfe9d8"
@@ -47,6 +48,8 @@ MOST_TICKS = 9
 ALTERNATIVES = {
     "dose-response": "Shift, perplexity of sampled text and KL over the multiplier, with the window",
     "layers": "What each layer of the band gives alone, and what is lost without it",
+    "layer-curve": "What every layer moves by itself at one cost, with 95 % intervals",
+    "ranking": "What the best candidates move at one cost, with 95 % intervals",
     "norms": "Activation norms over depth, and the coefficients of the band",
 }
 FIGURES = "figures"  # the folder, of a sweep and of a bake
@@ -205,6 +208,38 @@ def draw_separation(path: Path, accuracy: Mapping[int, tuple[float, float, float
         axes.set_title("How well the direction separates, with 95 % intervals")
         _whole_numbers(axes)
         axes.legend(loc="lower right")
+    return path
+
+
+def draw_ranking(path: Path, judged: Sequence[Judged]) -> Path:
+    """Draw what candidates move at one cost, the best on top, with 95 % intervals."""
+    with _canvas(path, 1, 1.1 + 0.34 * len(judged)) as (axes,):
+        for place, each in enumerate(reversed(judged)):
+            found = each.point.net_shift
+            assert found is not None
+            axes.plot([found.low, found.high], [place, place], color=BLUE, lw=2.2, alpha=0.45)
+            axes.plot([found.value], [place], color=BLUE, marker="o", ms=5)
+        names = [each.candidate.name for each in reversed(judged)]
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="net shift of held-out pairs, nats a token", ylim=(-0.6, len(names) - 0.4))
+        axes.axvline(0, color=INK, lw=0.6)
+        axes.set_title("What moves most at one cost")
+    return path
+
+
+def draw_layer_curve(path: Path, judged: Sequence[Judged], best: Judged) -> Path:
+    """Draw what every layer moves by itself at one cost; the best candidate's layers are shaded."""
+    with _canvas(path, 1, HEIGHT) as (axes,):
+        layers = best.candidate.layers
+        axes.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color=GREEN, zorder=0, label="best")
+        points = [each.point.net_shift for each in judged]
+        places = [each.candidate.layers[0] for each in judged]
+        _draw_series(axes, places, [point for point in points if point], BLUE, "o")
+        axes.axhline(0, color=INK, lw=0.6)
+        axes.set(xlabel="decoder layer", ylabel="net shift, nats a token")
+        axes.set_title(f"One layer by itself at one cost ({judged[0].candidate.site})")
+        _whole_numbers(axes)
+        _legend_below(axes, axes.get_legend_handles_labels()[0])
     return path
 
 

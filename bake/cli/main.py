@@ -24,6 +24,7 @@ from bake.cli import (
     reproduce,
     rescale,
     sweep,
+    tune,
     undo,
     verify,
 )
@@ -34,6 +35,7 @@ from bake.options import others
 from bake.options.declaration import Command
 from bake.options.export import EXPORT
 from bake.options.sweep import SWEEP
+from bake.options.tune import TUNE
 
 # In the order of `bake --help`.
 COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
@@ -44,6 +46,7 @@ COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
     (others.CALIBRATE, calibrate.run),
     (others.INSPECT, inspect.run),
     (SWEEP, sweep.run),
+    (TUNE, tune.run),
     (others.VERIFY, verify.run),
     (others.PUBLISH, publish.run),
     (others.PROMPT_SETS, prompts.run_list),

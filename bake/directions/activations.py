@@ -9,7 +9,7 @@ because no config says which attention respects such a mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bake.directions.shared_prompts import (
@@ -76,6 +76,15 @@ class PairActivations:
             {layer: values[rows] for layer, values in self.negative.items()},
             {layer: values[texts] for layer, values in self.norms.items()},
             tuple(self.alike[index] for index in indices) if self.alike else (),
+        )
+
+    def at(self, layer: int) -> PairActivations:
+        """Return what one layer holds."""
+        return replace(
+            self,
+            positive={layer: self.positive[layer]},
+            negative={layer: self.negative[layer]},
+            norms={layer: self.norms[layer]},
         )
 
     @property

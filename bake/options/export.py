@@ -96,10 +96,11 @@ EXPORT = Command(
             ),
             Option(
                 "law",
-                "how α follows from μ",
+                "how α follows from μ; measured: from what each layer's push does to held-out pairs and "
+                "costs neutral text",
                 default="inverse-sqrt-d",
                 shown="inverse-sqrt-d: α = m·μ/√d",
-                choices=LAWS,
+                choices=(*LAWS, "measured"),
             ),
             Option("coefficients", "explicit α per layer instead of a law", metavar="L=α,…"),
             PROMPTS,

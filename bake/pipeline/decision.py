@@ -14,7 +14,8 @@ from bake.anatomy.base import Base, load_base
 from bake.directions.direction import Direction, convert_to_input
 from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
-from bake.io.shipped import find_set, tried_on
+from bake.errors import BakeError
+from bake.io.shipped import tried_on
 from bake.models.forward import LanguageModel, SpareModel
 from bake.models.streaming import Placement
 from bake.pipeline.given_directions import GivenDirection, read_directions
@@ -22,6 +23,7 @@ from bake.pipeline.recipe import Recipe
 from bake.plan.destination import Destination
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.strength.coefficients import (
+    DEFAULT_LAW,
     EXPLICIT_LAW,
     OWN_LENGTH_LAW,
     Push,
@@ -34,11 +36,11 @@ from bake.support.progress import announce
 from bake.support.timing import Stopwatch
 from bake.sweeps.auto import BOUNDS, MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.sweeps.evidence import Evidence, read_evidence
+from bake.sweeps.measured_law import MEASURED_LAW, follow_measured_law
 from bake.sweeps.measurements import Texts
-from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
+from bake.texts.held_out import read_divided
+from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.prompts import identify_prompts, read_prompts
-
-LEAST_DIVIDED = 16  # pairs: of fewer none are kept out to choose a multiplier on
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,13 @@ def decide_push(
     hidden_size: int,
     direction: Direction,
     norms: ActivationNorms,
-    multiplier: float,
 ) -> Push:
-    """Return the push of a recipe at a multiplier."""
+    """Return the push of a recipe at m = 1; by its default law where its own has to be measured."""
     law, given = choose_coefficients(recipe, destination, hidden_size, direction, norms)
     return compute_push(
         norms.values(),
         direction.select(destination.layers, hidden_size),
         hidden_size=hidden_size,
-        multiplier=multiplier,
         law=law,
         given=given,
     )
@@ -89,14 +89,15 @@ def choose_coefficients(
     of several unit vectors is pushed in proportion to its length.
     """
     own = direction.own_lengths(destination.layers)
+    by_law = DEFAULT_LAW if recipe.law == MEASURED_LAW else recipe.law
     if destination.coefficients is not None:
         law, unit = EXPLICIT_LAW, destination.coefficients
     elif recipe.keep_scale:
         return OWN_LENGTH_LAW, own
     elif direction.parts:
-        law, unit = recipe.law, apply_law(recipe.law, norms.values(), hidden_size)
+        law, unit = by_law, apply_law(by_law, norms.values(), hidden_size)
     else:
-        return recipe.law, None
+        return by_law, None
     if direction.parts and not recipe.keep_scale:
         unit = {layer: unit[layer] * length for layer, length in own.items()}
     return law, unit
@@ -134,38 +135,25 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
 
 def read_pairs_and_trial(recipe: Recipe) -> tuple[Sequence[ContrastPair], Texts | None]:
-    """Read the pairs that a direction is found from, and the texts that its multiplier is chosen on.
+    """Read the pairs that a direction is found from, and the texts that its strength is chosen on.
 
-    Where no held-out pairs are named, those that lie beside the pairs are taken (NAME.held-out), or every
-    fourth pair is kept out of the direction.
+    Held-out pairs are those that the recipe names, those that lie beside its pairs, a part of its pairs, or
+    those that suit a direction that ships.
     """
-    pairs = list(read_pairs(recipe.pairs)) if recipe.pairs is not None else []
-    if recipe.given_multiplier is not None or recipe.thin:
-        return pairs, None
-    held_out = find_held_out(recipe)
-    judged = list(read_pairs(held_out)) if held_out else []
-    if judged and pairs:
-        judged = list(leave_out_known(judged, pairs, str(held_out)))
-    elif len(pairs) >= LEAST_DIVIDED:
-        pairs, judged = [p for n, p in enumerate(pairs) if n % 4 != 3], pairs[3::4]
-        announce(
-            f"{len(judged)} of the pairs are kept out of the direction, to choose its strength on; give "
-            "others with --held-out, or a strength with --multiplier M"
+    if (recipe.given_multiplier is not None and recipe.law != MEASURED_LAW) or recipe.thin:
+        return list(read_pairs(recipe.pairs)) if recipe.pairs is not None else [], None
+    held_out = recipe.held_out
+    if held_out is None and recipe.asks_for_auto:
+        held_out = tried_on(recipe.direction).get("pairs")
+    pairs, judged = read_divided(recipe.pairs, held_out)
+    if not judged and recipe.law == MEASURED_LAW:
+        raise BakeError(
+            "--law measured is measured on held-out contrast pairs: name them with --held-out FILE, or "
+            "give --pairs with 16 or more"
         )
     if not judged and not recipe.asks_for_auto:
         return pairs, None
     return pairs, read_trial_texts(recipe.direction, judged, recipe.chat_template)
-
-
-def find_held_out(recipe: Recipe) -> str | None:
-    """Return the held-out pairs of a recipe: those it names, or those beside its pairs or direction."""
-    if recipe.held_out is not None:
-        return recipe.held_out
-    if recipe.pairs is None:
-        return tried_on(recipe.direction).get("pairs") if recipe.asks_for_auto else None
-    found = find_set(recipe.pairs, "pairs")
-    beside = found.with_name(f"{found.stem}.held-out{found.suffix}") if found else None
-    return str(beside) if beside and beside.is_file() else None
 
 
 def decide(
@@ -183,38 +171,31 @@ def decide(
     """
     loaded: LanguageModel | None = None
     saved = saved_norms(base, recipe, destination)
-
-    def push_at(multiplier: float, direction: Direction, norms: ActivationNorms) -> Push:
-        return decide_push(
-            recipe, destination, base.anatomy.hidden_size, direction, norms, multiplier
-        )
-
-    choice = None
+    trial, choice = inputs.trial_texts, None
     if (
         given is not None
         and saved is not None
         and not crosses_norm(given, destination.site)
-        and inputs.trial_texts is None
+        and trial is None
     ):
         direction, norms = given, saved
     else:
         with clock.stage("load"):
             loaded = load_base(base, placement)
         direction, norms = measure(base, loaded, recipe, destination, given, saved, inputs, clock)
-        if inputs.trial_texts is not None:
-            with clock.stage("strength"):
+    push = decide_push(recipe, destination, base.anatomy.hidden_size, direction, norms)
+    if trial is not None:
+        assert loaded is not None
+        with clock.stage("strength"):
+            if recipe.law == MEASURED_LAW:
+                push = follow_measured_law(loaded, destination.site, push, trial)
+            if recipe.given_multiplier is None:
+                bounds = replace(BOUNDS, kl=recipe.target_kl or BOUNDS.kl)
                 choice = choose_multiplier(
-                    loaded,
-                    destination.site,
-                    lambda m: push_at(m, direction, norms),
-                    inputs.trial_texts,
-                    sign=recipe.sign,
-                    bounds=replace(BOUNDS, kl=recipe.target_kl or BOUNDS.kl),
+                    loaded, destination.site, push.at, trial, sign=recipe.sign, bounds=bounds
                 )
-            announce(choice.describe())
-    push = push_at(
-        choice.multiplier if choice else recipe.given_multiplier or 1.0, direction, norms
-    )
+                announce(choice.describe())
+    push = push.at(choice.multiplier if choice else recipe.given_multiplier or 1.0)
     if push.warning:
         announce(push.warning)
     if inputs.evidence is not None:

@@ -204,8 +204,11 @@ class Recipe:
             raise BakeError(
                 f"multiplier {given:g}: it must be finite and not zero; give a number such as 1.0"
             )
-        if self.held_out is not None and self.pairs is None and given is not None:
-            raise BakeError("--held-out pairs go with --pairs or with --multiplier auto")
+        measured = self.law == "measured"
+        if self.held_out is not None and self.pairs is None and given is not None and not measured:
+            raise BakeError(
+                "--held-out pairs go with --pairs, with --multiplier auto or with --law measured"
+            )
         if self.target_kl is not None and given is not None:
             raise BakeError("--target-kl is for --multiplier auto: give one of it and a number")
         if self.target_kl is not None and not 0 < self.target_kl < math.inf:
@@ -219,6 +222,7 @@ class Recipe:
                 self.asks_for_auto or self.held_out,
                 "the sweep that chooses needs the weights; run bake sweep and give a number",
             ),
+            ("--law measured", self.law == "measured", "it is measured with the weights"),
             ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
             ("--shards", self.shards != "copy", "no base shard is written"),
             ("--convert-site", self.convert_site, "the conversion reads the norms' weights"),

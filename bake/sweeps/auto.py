@@ -19,6 +19,7 @@ from bake.errors import BakeError
 from bake.io.shipped import OPENINGS, REQUESTS, tried_on
 from bake.models.generation import bootstrap_interval, sample_continuations, score_continuations
 from bake.sweeps.arms import Arm
+from bake.sweeps.cost_curve import cross, shorten
 from bake.sweeps.design import BASE
 from bake.sweeps.measurements import (
     Measurements,
@@ -136,7 +137,7 @@ def choose_multiplier(
         sign * largest,
         bounds,
         len(texts.pairs),
-        tuple(_in_short(point) for point in points),
+        tuple(_inshorten(point) for point in points),
         describe_template(loaded.tokenizer, texts.pairs, texts.chat_template),
     )
 
@@ -177,7 +178,7 @@ class _Trial:
             if max(within, default=0.0) >= NEAR * target:
                 break
             # A little below, because what costs more than the target is of no use.
-            size = _short(_cross(self.costs, (1 + NEAR) / 2 * target))
+            size = shorten(cross(self.costs, (1 + NEAR) / 2 * target))
             if size in self.costs or not SMALLEST <= size <= LARGEST:
                 break
             self._cost_of(size)
@@ -213,7 +214,7 @@ class _Trial:
                 best = point
             if point.net_shift.value >= self.sign * point.shift.value:  # Nothing is lost there.
                 break
-            size = _short(size * WEAKER)
+            size = shorten(size * WEAKER)
         if best is not None:
             return abs(best.arm.multiplier)
         shift = self._point(largest).shift
@@ -236,7 +237,7 @@ class _Trial:
             point = self._point(size)
             if why is None and moves(point):
                 return size
-            last, size = point.arm.multiplier, _short(size * WEAKER)
+            last, size = point.arm.multiplier, shorten(size * WEAKER)
         raise BakeError(
             f"--multiplier auto: no strength stays within the bounds (m = {last:g}: "
             f"{why or 'no significant shift of the held-out pairs'}); try another direction or site, or "
@@ -334,34 +335,7 @@ class _Trial:
         return [Arm(BASE, "base"), arm]
 
 
-def _cross(costs: Mapping[float, float], target: float) -> float:
-    """Return the |m| at which KL reaches the target: on the line through the nearest two, log m and log KL.
-
-    costs: {|m|: KL}. KL grows about as m² for a small push and slower for a large one, so beyond what was
-    measured the line is neither flatter nor steeper than such growth.
-    """
-    goal = math.log(target)
-    known = [(math.log(m), math.log(max(cost, 1e-9))) for m, cost in sorted(costs.items())]
-    below = [point for point in known if point[1] <= goal]
-    above = [point for point in known if point[1] > goal]
-    if below and above:
-        (low, left), (high, right) = below[-1], above[0]
-        return math.exp(low + (goal - left) / (right - left) * (high - low))
-    start, cost = below[-1] if below else above[0]
-    slope = 2.0
-    if len(known) > 1:
-        (low, left), (high, right) = known[-2:] if below else known[:2]
-        slope = min(max((right - left) / (high - low), 0.5), 4.0)
-    return math.exp(start + (goal - cost) / slope)
-
-
-def _short(size: float) -> float:
-    """Round a multiplier down to two digits."""
-    unit = 10.0 ** (math.floor(math.log10(size)) - 1)
-    return float(f"{math.floor(size / unit + 1e-9) * unit:.2g}")
-
-
-def _in_short(point: Point) -> dict[str, float | None]:
+def _inshorten(point: Point) -> dict[str, float | None]:
     return {
         "multiplier": point.arm.multiplier,
         "shift": _figure(point.shift),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 from bake.card.figures import FIGURES, draw_dose_response, draw_norms
 from bake.errors import OutputError
-from bake.sweeps.page import render_page
+from bake.sweeps.page import render_trial
 from bake.sweeps.results import Trial
 from bake.sweeps.store import MEASUREMENTS_FILE, REPORT_FILE
 
@@ -18,14 +18,18 @@ PAGE_FILE, PARTIAL = "index.html", ".partial"
 
 def prepare_directory(output: Path) -> Path:
     """Make the directory; one that holds something else than a sweep is left alone."""
-    known = {MEASUREMENTS_FILE, REPORT_FILE, PAGE_FILE, FIGURES}
-    known |= {name + PARTIAL for name in (REPORT_FILE, PAGE_FILE)}
+    return check_directory(output, "sweep", {MEASUREMENTS_FILE, REPORT_FILE, PAGE_FILE, FIGURES})
+
+
+def check_directory(output: Path, what: str, known: Set[str]) -> Path:
+    """Make a directory that holds such files only; raise OutputError for one with something else."""
+    known = {*known, *(name + PARTIAL for name in known)}
     try:
         if output.is_dir():
             strange = sorted({entry.name for entry in output.iterdir()} - known)
             if strange:
                 raise OutputError(
-                    f"{output} holds {strange[0]}, which is no sweep's: give another --output"
+                    f"{output} holds {strange[0]}, which is no {what}'s: give another --output"
                 )
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -37,15 +41,15 @@ def write_report(trial: Trial, *, complete: bool) -> None:
     """Write report.json, whole or not at all. complete: whether everything in it was measured."""
     values = {**trial.report(), "complete": complete}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    with _writing(trial.output):
-        _write(trial.output / REPORT_FILE, text)
+    with writing(trial.output):
+        write_text(trial.output / REPORT_FILE, text)
 
 
 def write_pictures(trial: Trial, *, html: bool) -> None:
     """Write the figures, and the page where it is asked for; an earlier sweep's go."""
     figures, page = trial.output / FIGURES, trial.output / PAGE_FILE
     found = trial.found
-    with _writing(trial.output):
+    with writing(trial.output):
         drawn = [
             draw_norms(
                 figures / "norms.png",
@@ -61,13 +65,14 @@ def write_pictures(trial: Trial, *, html: bool) -> None:
             if path not in drawn:
                 path.unlink()
         if html:
-            _write(page, render_page(trial))
+            write_text(page, render_trial(trial))
         else:
             page.unlink(missing_ok=True)
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def writing(output: Path) -> Iterator[None]:
+    """Name what went wrong where a directory cannot be written."""
     try:
         yield
     except OSError as error:
@@ -77,7 +82,8 @@ def _writing(output: Path) -> Iterator[None]:
         ) from None
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -140,7 +140,7 @@ def measure_neutral(
     """
     shared = [arm for arm in arms if not arm.instruction and arm.injection == "broadcast"]
     most = min(NEUTRAL_TOKENS, position_limit(loaded.config) or NEUTRAL_TOKENS)
-    encoded = _encode_neutral(loaded.tokenizer, texts, most, chat_template)
+    encoded = encode_neutral(loaded.tokenizer, texts, most, chat_template)
     if not encoded:
         raise PromptError("the neutral texts have no two tokens to predict; give longer ones")
 
@@ -160,7 +160,7 @@ def measure_neutral(
     return each(encoded, "neutral texts", measure)
 
 
-def _encode_neutral(
+def encode_neutral(
     tokenizer: Tokenizer, texts: Sequence[str], most: int, chat_template: str
 ) -> list[tuple[Tokens, int]]:
     """Return each text's ids and where it begins to count, the texts in their order."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bake.card.figures import alternative
-from bake.io.shipped import shipped
+from bake.card.figures import FIGURES
+from bake.card.pages import render_page
 from bake.models.generation import WORD
 from bake.sweeps.findings import compare_laws
 from bake.sweeps.points import Point
@@ -21,24 +19,17 @@ if TYPE_CHECKING:
 TEMPLATE = "sweep.html.jinja"
 
 
-def render_page(trial: Trial) -> str:
+def render_trial(trial: Trial) -> str:
     """Return the page; the figures must have been drawn. Everything in it is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(shipped("model_cards")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = trial.found
     words = trial.texts.words
-    environment.filters["marked"] = lambda text: mark_words(text, words)
     costs = found.laws_at_equal_shift()
     curve = found.curve()
     written = [point.arm.name for point in curve if point.fluency is not None]
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        TEMPLATE,
+        trial.output / FIGURES,
+        {"marked": lambda text: mark_words(text, words)},
         title=f"{trial.base.to_dict()['id']}, steered",
         base=trial.base.to_dict(),
         direction=trial.direction.to_dict(),
@@ -51,10 +42,6 @@ def render_page(trial: Trial) -> str:
         specificity=found.specificity,
         costs=costs,
         costs_sentence=compare_laws(costs),
-        figures=[
-            {"alt": alternative(path), "data": _encode(path)}
-            for path in sorted((trial.output / "figures").glob("*.png"))
-        ],
         arms=written,
         inside={point.arm.name for point in curve if _is_inside(point, found.windows)},
         words=words,
@@ -82,7 +69,3 @@ def _is_inside(point: Point, windows: Sequence[Window]) -> bool:
     size = point.arm.multiplier
     edges = [window.largest for window in windows if window.largest is not None]
     return min([0.0, *edges]) <= size <= max([0.0, *edges])
-
-
-def _encode(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()

@@ -105,13 +105,11 @@ def fingerprint_of(
     Words, a scorer and bounds are not in it: they judge what was measured. A local model is known by its
     files' sizes and times.
     """
-    source = base.checkpoint.source
-    stats = [(path.name, path.stat()) for path in sorted(source.iterdir()) if path.is_file()]
     values = {
         "bake": __version__,
         "log": 3,  # Its lines have numbers, and conversations are run as such.
         "base": base.to_dict(),
-        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "files": base.stat_files(),
         "direction": {str(layer): vector.tolist() for layer, vector in direction.vectors.items()},
         "design": asdict(replace(design, bounds=Bounds())),
         "texts": [[asdict(pair) for pair in texts.pairs], texts.neutral, texts.openings],

@@ -97,12 +97,7 @@ class _Figures:
 
     def _gap(self, *, base: bool = False) -> np.ndarray:
         """Return log p(positive) − log p(negative) per token of every pair."""
-        positive, negative = (
-            _pairs_array(self._required("pairs", base=base)[side])
-            for side in ("positive", "negative")
-        )
-        gap: np.ndarray = negative[:, 0] / negative[:, 1] - positive[:, 0] / positive[:, 1]
-        return gap
+        return pair_gaps(self._required("pairs", base=base))
 
     def _gain(self, side: str) -> np.ndarray:
         """Return by how much each pair's completion on a side became likelier than under the base."""
@@ -228,6 +223,13 @@ class _Figures:
 def _interval(statistic: Callable[[Any], float], count: int) -> Interval:
     low, high = bootstrap_interval(statistic, count, draws=DRAWS)
     return Interval(float(statistic(slice(None))), low, high)
+
+
+def pair_gaps(figures: Mapping[str, Sequence[Sequence[float]]]) -> np.ndarray:
+    """Return log p(positive) − log p(negative) per token of every pair that an arm was measured on."""
+    positive, negative = (_pairs_array(figures[side]) for side in ("positive", "negative"))
+    gap: np.ndarray = negative[:, 0] / negative[:, 1] - positive[:, 0] / positive[:, 1]
+    return gap
 
 
 def _pairs_array(values: Sequence[Sequence[float]]) -> np.ndarray:

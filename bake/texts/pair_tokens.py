@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 from bake.errors import DirectionError, PromptError
 from bake.support.progress import announce
@@ -21,6 +22,8 @@ from bake.texts.rendering import (
 )
 
 CHAT_TEMPLATES = ("auto", "never")
+# Of whose templates the user was told: a command renders pairs with one tokenizer many times.
+_TOLD: WeakSet[Tokenizer] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ def _spans(tokenizer: Tokenizer, pairs: Sequence[ContrastPair], templated: bool)
             conversations.append(Conversation((*before, *last), opens, f"pair {number}"))
     if conversations:
         rendering = render(tokenizer, conversations)
-        _announce_template(rendering)
+        if tokenizer not in _TOLD:
+            _TOLD.add(tokenizer)
+            _announce_template(rendering)
         texts = iter(rendering.texts)
     spans = []
     for number, pair in enumerate(pairs, start=1):

@@ -13,21 +13,26 @@ from bake.anatomy.routes import ROUTES
 from bake.cli.main import COMMANDS
 from bake.cli.reference import render
 from bake.directions.extract import METHODS
+from bake.directions.fit import METHODS as FITTED_METHODS
 from bake.io.copy import SHARDS
 from bake.options.export import EXPORT
 from bake.options.shared import SITES
 from bake.options.sweep import SWEEP
+from bake.options.tune import TUNE
 from bake.pipeline.recipe import Recipe
 from bake.plan.plan import FLOAT_DTYPES
 from bake.sites import SITES as ALL_SITES
 from bake.strength.coefficients import LAWS
 from bake.strength.norms import STATISTICS
+from bake.sweeps.measured_law import MEASURED_LAW
 from bake.sweeps.options import TrialOptions
+from bake.tuning.options import TuneOptions
 
 DECLARED = {command.name: command for command, _ in COMMANDS}
 FUNCTIONS = {
     "export": api.export,
     "sweep": api.sweep,
+    "tune": api.tune,
     "calibrate": api.calibrate,
     "direction": api.extract_direction,
     "direction convert": api.convert_direction,
@@ -88,7 +93,9 @@ def test_an_estimate_has_the_options_of_an_export():
     )
 
 
-@pytest.mark.parametrize(("name", "kind"), [("export", Recipe), ("sweep", TrialOptions)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("export", Recipe), ("sweep", TrialOptions), ("tune", TuneOptions)]
+)
 def test_what_a_stage_is_given_has_the_declared_defaults(name, kind):
     wanted = declared(name)
     held = {field.name: field.default for field in fields(kind) if field.name != "added"}
@@ -103,7 +110,9 @@ def test_choices_are_those_of_the_stages():
         (EXPORT["site"], ("auto", *ALL_SITES)),
         (EXPORT["direction_site"], ALL_SITES),
         (EXPORT["route"], ROUTES),
-        (EXPORT["law"], LAWS),
+        (EXPORT["law"], (*LAWS, MEASURED_LAW)),
+        (TUNE["site"], ALL_SITES),
+        (TUNE["method"], FITTED_METHODS),
         (EXPORT["method"], METHODS),
         (EXPORT["shards"], SHARDS),
         (EXPORT["dtype"], FLOAT_DTYPES),

@@ -13,10 +13,10 @@ from bake.directions.direction import Direction, normalise
 from bake.directions.direction_file import load_direction
 from bake.errors import BakeError
 from bake.io.shipped import DEMO_DIRECTION, DEMO_NAME
-from bake.pipeline.decision import find_held_out, read_pairs_and_trial
+from bake.pipeline.decision import read_pairs_and_trial
 from bake.pipeline.recipe import Recipe
 from bake.strength.coefficients import band_layers, compute_push
-from bake.sweeps import auto
+from bake.sweeps import auto, cost_curve
 from bake.sweeps.auto import BOUNDS, choose_multiplier, read_trial_texts
 from bake.sweeps.controls import random_direction
 from bake.sweeps.sweep import measure_sites
@@ -181,12 +181,12 @@ def test_text_that_comes_apart_at_every_strength_is_refused(choose, monkeypatch)
     ],
 )
 def test_where_the_target_is_reached_is_guessed_from_what_is_known(costs, target, expected):
-    assert auto._cross(costs, target) == pytest.approx(expected)
+    assert cost_curve.cross(costs, target) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("size", "short"), [(0.3567, 0.35), (12.9, 12.0), (1.0, 1.0), (0.1, 0.1)])
 def test_multipliers_have_two_digits_and_are_rounded_down(size, short):
-    assert auto._short(size) == short
+    assert cost_curve.shorten(size) == short
 
 
 class TestPairsAtHand:
@@ -247,7 +247,6 @@ class TestPairsAtHand:
 
     def test_what_ships_has_its_own_held_out_pairs(self):
         recipe = Recipe("m", "o", direction=DEMO_NAME, multiplier="auto")
-        assert find_held_out(recipe) == HELD_OUT
         _, texts = read_pairs_and_trial(recipe)
         assert texts.pairs == tuple(read_pairs(HELD_OUT)[:12])
         assert texts.neutral[0] == read_prompts("neutral-stories")[0]
@@ -297,7 +296,7 @@ class TestRefused:
 
     def test_held_out_with_a_number(self):
         found = self.check(held_out="pairs.jsonl", multiplier=1.0)
-        assert "go with --pairs or with --multiplier auto" in found
+        assert "go with --pairs, with --multiplier auto" in found
 
     def test_a_target_with_a_number(self):
         assert "--target-kl is for --multiplier auto" in self.check(target_kl=0.5, multiplier=1.0)

@@ -1,0 +1,1 @@
+"""Where and how to push: candidates brought to one cost, and ranked by what they move."""
