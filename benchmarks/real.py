@@ -256,6 +256,8 @@ class Model:
         """Sweep the direction around the chosen multiplier; return the figures of every arm but samples."""
         neutral = output.with_name(f"{output.name}.neutral.txt")
         neutral.write_text("\n".join(self.neutral[8:20]))
+        openings = output.with_name(f"{output.name}.openings.txt")
+        openings.write_text("\n".join(self.openings[:8]))
         judging = output.with_name(f"{output.name}.pairs.jsonl")
         source = Path("calibration/pairs") / f"{axis}.held-out.jsonl"
         judging.write_text("".join(source.read_text().splitlines(keepends=True)[12:]))
@@ -267,6 +269,7 @@ class Model:
             output=output.with_name(f"{output.name}.sweep"),
             pairs=judging,
             neutral=neutral,
+            openings=openings,
             control_seeds=4,
             samples=1,
             new_tokens=24,
@@ -297,13 +300,18 @@ class Model:
         found = {each.candidate: each for each in bench.compare("judging", candidates, judging)}
         arms = [bench.arm(each, bench.sizes[each]) for each in candidates]
         scored = measure_pairs(self.loaded, arms, judging.pairs)
-        gaps = [pair_gaps(scored[arm.name]) for arm in arms]
+        base = pair_gaps(measure_pairs(self.loaded, [Arm("base", "base")], judging.pairs)["base"])
+        # Costs agree to 5 %; the shift grows with the root of the cost.
+        gaps = [
+            (pair_gaps(scored[arm.name]) - base) * (bench.target / found[each].kl) ** 0.5
+            for arm, each in zip(arms, candidates, strict=True)
+        ]
         return {
             "active": sum(entry.coefficient > 0 for entry in measured.layers),
             "laws": {
                 candidate.name: {
                     "kl": found[candidate].kl,
-                    "shift": found[candidate].point.shift.to_dict(),
+                    "shift": _mean_interval(gap),
                     "less": _mean_interval(gap - gaps[0]),
                 }
                 for candidate, gap in zip(candidates, gaps, strict=True)

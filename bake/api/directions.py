@@ -28,6 +28,7 @@ from bake.pipeline.recipe import DEFAULT_BAND
 from bake.plan.destination import site_to_read
 from bake.sites import check_site, layers_with
 from bake.strength.coefficients import band_layers, parse_band
+from bake.support.processes import is_main
 from bake.support.progress import announce
 from bake.texts.pairs import read_pairs
 
@@ -98,7 +99,7 @@ def extract_direction(
         options,
         model_name=base.to_dict()["id"],
     )
-    if output is not None:
+    if output is not None and is_main():
         write_file(Path(output), direction_bytes(direction))
     return direction
 

@@ -36,6 +36,7 @@ from bake.options.declaration import Command
 from bake.options.export import EXPORT
 from bake.options.sweep import SWEEP
 from bake.options.tune import TUNE
+from bake.support.processes import is_main, rank
 
 # In the order of `bake --help`.
 COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
@@ -86,7 +87,8 @@ def _run(words: Sequence[str]) -> int:
         run = {command.name: run for command, run in COMMANDS}[name]
         return int(run(parsed))
     except BakeError as error:
-        print(f"bake: error: {error}", file=sys.stderr)
+        who = "bake" if is_main() else f"bake, process {rank()}"
+        print(f"{who}: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         print("bake: interrupted; no output is half written", file=sys.stderr)

@@ -26,6 +26,7 @@ from bake.directions.shared_prompts import (
 from bake.errors import DirectionError
 from bake.hooks import check_activation
 from bake.models.forward import LanguageModel, run_layers
+from bake.support.processes import agree, divide, gather
 from bake.support.progress import announce, track
 from bake.texts.pair_tokens import EncodedPair
 from bake.texts.prompts import Encoded, TokenBatch, make_batches
@@ -162,7 +163,7 @@ def read_activations(
     texts = [text for pair in pairs for text in pair.texts]
     together = [i for i, pair in enumerate(pairs) if share and saves(pair)]
     reader = _Reader(loaded, site, layers, texts, positions, padding_side)
-    if together and not reader.may_share(pairs, longest(pairs, together)):
+    if together and not agree(reader.may_share(pairs, longest(pairs, together))):
         announce("this model computes shared prompts otherwise; every text runs by itself")
         together = []
     rest = set(range(len(pairs))) - set(together)
@@ -171,7 +172,12 @@ def read_activations(
         *reader.shared_batches(pairs, together, batch_tokens),
         *reader.plain_batches(alone, batch_tokens),
     ]
-    found, norms = reader.read(list(track(batches, "reading pairs")))
+    # A text is in one batch, and zero in the readings of the processes that had others.
+    readings = gather(reader.read(list(track(divide(batches), "reading pairs"))))
+    found, norms = (
+        {layer: sum(part[layer] for part in parts) for layer in layers}
+        for parts in zip(*readings, strict=True)
+    )
     return PairActivations(
         {layer: values[0::2] for layer, values in found.items()},
         {layer: values[1::2] for layer, values in found.items()},
@@ -311,10 +317,12 @@ class _Reader:
         found = {}
         norms = {}
         for layer in self.layers:
-            sums = torch.cat([values for values, _ in kept[layer]]).cpu()
-            found[layer] = torch.zeros(len(self.texts), sums.shape[1]).index_copy_(0, order, sums)
-            lengths = torch.cat([values for _, values in kept[layer]]).cpu()
-            norms[layer] = torch.zeros(len(self.texts)).index_copy_(0, order, lengths)
+            found[layer] = torch.zeros(len(self.texts), self.loaded.hidden_size)
+            norms[layer] = torch.zeros(len(self.texts))
+            if kept[layer]:
+                sums, lengths = (torch.cat(part).cpu() for part in zip(*kept[layer], strict=True))
+                found[layer].index_copy_(0, order, sums)
+                norms[layer].index_copy_(0, order, lengths)
         return found, norms
 
 

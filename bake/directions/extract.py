@@ -34,6 +34,7 @@ from bake.errors import DirectionError
 from bake.io.foreign_json import parse_json
 from bake.models.forward import LanguageModel
 from bake.models.generation import check_seed
+from bake.support.processes import agree
 from bake.support.progress import announce
 from bake.texts.pair_tokens import CHAT_TEMPLATES, describe_template, encode_pairs
 from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
@@ -117,15 +118,17 @@ def extract(
     fit: partial[dict[int, torch.Tensor]] | None = None
     if options.method == OPTIMIZE:
         neutral = encode_texts(loaded.tokenizer, read_prompts(options.neutral), limit=limit)
-        optimised = optimize_push(
-            loaded,
-            site,
-            encoded,
-            found,
-            neutral,
-            steps=options.steps,
-            kl_weight=options.kl_weight,
-            seed=options.seed,
+        optimised = agree(  # Every process descends; rounding may lead them apart.
+            optimize_push(
+                loaded,
+                site,
+                encoded,
+                found,
+                neutral,
+                steps=options.steps,
+                kl_weight=options.kl_weight,
+                seed=options.seed,
+            )
         )
         vectors, extra = _describe_optimised(optimised, options)
         # It cannot be found again for every fold: the pairs left out of its training measure it.

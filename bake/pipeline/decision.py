@@ -32,6 +32,7 @@ from bake.strength.coefficients import (
 )
 from bake.strength.norms import ActivationNorms, measure_norms
 from bake.strength.saved_norms import read_calibration, read_norms
+from bake.support.processes import divide
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch
 from bake.sweeps.auto import BOUNDS, MultiplierChoice, choose_multiplier, read_trial_texts
@@ -224,7 +225,7 @@ def measure(
             measure_norms(
                 loaded,
                 site,
-                loaded.batches(inputs.prompts),
+                loaded.batches(divide(inputs.prompts)),
                 layers,
                 statistic=recipe.statistic,
             ),

@@ -39,6 +39,7 @@ from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
 from bake.proof.prove import prove
 from bake.strength.coefficients import Push
+from bake.support.processes import is_main, leave_to_main
 from bake.support.progress import announce, track_bytes
 from bake.support.timing import Stopwatch, peak_memory
 from bake.texts.tokenizer import keep_tokenizer
@@ -91,8 +92,9 @@ def export(recipe: Recipe) -> Export:
     """Bake a direction into a checkpoint: measure, decide, write, prove. See `bake export --help`.
 
     A thin one is decided from config and headers; the base's shards are neither read nor written, and
-    so nothing is proven. Raises a BakeError that names what is wrong; then nothing is left at the
-    output path.
+    so nothing is proven. Under `accelerate launch` only the main process comes back; the others end once
+    they have measured their share. Raises a BakeError that names what is wrong; then nothing is left at
+    the output path.
     """
     recipe.check()
     clock = Stopwatch()
@@ -100,7 +102,7 @@ def export(recipe: Recipe) -> Export:
     check_access(recipe, clock)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     inputs = read_inputs(recipe)
-    with kept_plain_process(start=placement is None and not recipe.thin):
+    with kept_plain_process(start=placement is None and not recipe.thin and is_main()):
         base = open_for_export(recipe, output, clock)
         given = fit_directions(base, inputs.directions, recipe)
         destination = choose_destination(base.anatomy, recipe.place, given)
@@ -109,6 +111,7 @@ def export(recipe: Recipe) -> Export:
         else:
             base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
         decision, spare = decide(base, destination, recipe, inputs, given, placement, clock)
+        leave_to_main()
         with clock.stage("plan"):
             plan = make_plan(
                 base.checkpoint,

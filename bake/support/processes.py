@@ -1,15 +1,23 @@
-"""Several processes, as `accelerate launch` starts them: divide the texts, gather what was found.
+"""Several processes, as `accelerate launch` starts them: divide the work, gather what was found.
 
-In a process on its own every function here does nothing, and accelerate is not even imported.
+Every process decides the same, from the same gathered values; only the main one writes and speaks. In a
+process on its own every function here does nothing, and accelerate is not even imported.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Finished(SystemExit):
+    """Raised where a process has done its share and the main one goes on alone; it ends with 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
 
 
 def count() -> int:
@@ -17,14 +25,26 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Return which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Tell whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def divide(items: Sequence[T]) -> list[T]:
     """Return this process's share: every n-th item, so that all get texts of every kind."""
-    return list(items)[int(os.environ.get("RANK", "0")) :: count()]
+    return list(items)[rank() :: count()]
+
+
+def put_together(own: Sequence[T]) -> list[T]:
+    """Gather what every process made of its share of `divide`, one value an item, in the items' order."""
+    shares = gather(list(own))
+    longest = max(map(len, shares))
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]
 
 
 def gather(value: Any) -> list[Any]:
@@ -37,3 +57,40 @@ def gather(value: Any) -> list[Any]:
     PartialState()  # Joins the group that the launcher described, once.
     gathered: list[Any] = gather_object([value])
     return gathered
+
+
+def agree(value: T) -> T:
+    """Return the main process's value: what has no single right answer to the last bit is decided there."""
+    if count() == 1:
+        return value
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState()
+    agreed: list[T] = broadcast_object_list([value])
+    return agreed[0]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Return, in every process, what an action gives in the main one; or raise what it raises there."""
+    if count() == 1:
+        return action()
+    value, failure = None, None
+    if is_main():
+        try:
+            value = action()
+        except Exception as error:  # It is raised again below, in all of them.
+            failure = error
+    found, raised = agree((value, failure))
+    if raised is not None:
+        raise raised
+    made: Any = found
+    given: T = made
+    return given
+
+
+def leave_to_main() -> None:
+    """Wait for the others; then end every process but the main one, which goes on alone."""
+    gather(None)
+    if not is_main():
+        raise Finished

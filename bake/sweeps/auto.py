@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bake.errors import BakeError
 from bake.io.shipped import OPENINGS, REQUESTS, tried_on
 from bake.models.generation import bootstrap_interval, sample_continuations, score_continuations
+from bake.support.processes import agree
 from bake.sweeps.arms import Arm
 from bake.sweeps.cost_curve import cross, shorten
 from bake.sweeps.design import BASE
@@ -233,7 +234,7 @@ class _Trial:
                 self._cost_of(size)
             if self.texts.pairs:
                 self._shift_of(size)
-            why = self._sample(size)
+            why, self.fluency[size] = agree(self._sample(size))  # Every process samples it all.
             point = self._point(size)
             if why is None and moves(point):
                 return size
@@ -276,8 +277,10 @@ class _Trial:
             self.loaded, arms, self.texts.pairs, chat_template=self.texts.chat_template
         )
 
-    def _sample(self, size: float) -> str | None:
-        """Continue openings; say what is wrong with the text, None where it holds together."""
+    def _sample(self, size: float) -> tuple[str | None, Interval]:
+        """Continue openings; say what is wrong with the text, None where it holds together, and its
+        perplexity × the base's.
+        """
         base, own = self._base_text, self._write(self._arms(size)[1].push)
         ratios = own.nats - base.nats
 
@@ -285,13 +288,15 @@ class _Trial:
             return math.exp(min(float(ratios[rows].mean()), 700.0))
 
         low, high = bootstrap_interval(ratio, len(ratios))
-        found = self.fluency[size] = Interval(ratio(slice(None)), low, high)
+        found = Interval(ratio(slice(None)), low, high)
         bound = max(self.bounds.fluency, self._wanted_ratio(base))
+        why = None
         if found.value > bound:
-            return f"sampled text's perplexity is × {found.value:.2f} (bound {bound:.2g})"
-        if own.repeats > base.repeats + MOST_REPEATS:
-            return f"{own.repeats:.0%} of sampled text repeats itself, and {base.repeats:.0%} of the base's"
-        return None
+            why = f"sampled text's perplexity is × {found.value:.2f} (bound {bound:.2g})"
+        elif own.repeats > base.repeats + MOST_REPEATS:
+            shares = f"{own.repeats:.0%} of sampled text repeats itself, and {base.repeats:.0%}"
+            why = f"{shares} of the base's"
+        return why, found
 
     def _wanted_ratio(self, base: _Text) -> float:
         """Return the perplexity, under the base, of completions it is pushed to, × its own text's."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from bake.errors import BakeError
+from bake.support.processes import divide, put_together
 from bake.sweeps.arms import Arm, compare_arms
 from bake.sweeps.design import BASE
 from bake.sweeps.measurements import Texts, encode_neutral, measure_pairs
@@ -88,13 +89,10 @@ def measure_derivatives(loaded: LanguageModel, site: str, push: Push, texts: Tex
     scored = measure_pairs(loaded, arms, texts.pairs, chat_template=texts.chat_template)
     base = pair_gaps(scored[BASE])
     shift = [(pair_gaps(scored[arm.name]) - base).mean() / STEP for arm in arms[1:]]
-    fisher, places = np.zeros((len(layers), len(layers))), 0
-    for ids, start in encode_neutral(
-        loaded.tokenizer, texts.neutral, NEUTRAL_TOKENS, texts.chat_template
-    ):
-        fisher += _fisher(loaded, arms, ids, start)
-        places += len(ids) - start + 1
-    return Derivatives(layers, np.array(shift), fisher / places)
+    neutral = encode_neutral(loaded.tokenizer, texts.neutral, NEUTRAL_TOKENS, texts.chat_template)
+    parts = put_together([_fisher(loaded, arms, *text) for text in divide(neutral)])
+    places = sum(len(ids) - start + 1 for ids, start in neutral)
+    return Derivatives(layers, np.array(shift), np.sum(parts, axis=0) / places)
 
 
 def _fisher(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bake.errors import PromptError
 from bake.models.forward import LanguageModel, decode
 from bake.models.generation import draw_noise
+from bake.support.processes import divide, put_together
 from bake.support.progress import track
 from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
 from bake.texts.chats import encode_replies, encode_requests
@@ -75,8 +76,8 @@ Each = Callable[[Sequence[Any], str, Callable[[Any], Measurements]], Measurement
 def measure_each(
     texts: Sequence[Any], label: str, measure: Callable[[Any], Measurements]
 ) -> Measurements:
-    """Measure every text and join what they gave."""
-    return join([measure(text) for text in track(texts, label)])
+    """Measure every text, each in one of the processes there are, and join what they gave."""
+    return join(put_together([measure(text) for text in track(divide(texts), label)]))
 
 
 def join(parts: Sequence[Measurements]) -> Measurements:

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from bake.anatomy.base import Base, load_base, open_base
 from bake.directions.direction import Direction
 from bake.directions.formats import fit_direction, read_direction
-from bake.errors import BakeError
 from bake.models.streaming import choose_placement
-from bake.support import processes
+from bake.support.processes import on_main
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch, peak_memory
 from bake.sweeps.attribution import attribute
@@ -43,8 +43,6 @@ def sweep(options: TrialOptions) -> Trial:
     The directory keeps what is measured as it is made: the same command again goes on from there.
     Raises a BakeError that names what is wrong.
     """
-    if processes.count() > 1:
-        raise BakeError("bake sweep runs in one process; start it without accelerate launch")
     clock = Stopwatch()
     check_numbers(options)
     texts = read_texts(options)
@@ -63,7 +61,7 @@ def sweep(options: TrialOptions) -> Trial:
         announce(note)
     texts = texts.suited_to(base.tokenizer)
     design = make_design(options, base.anatomy, direction)
-    output = prepare_directory(Path(options.output))
+    output = on_main(lambda: prepare_directory(Path(options.output)))
     with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
         template = describe_template(base.tokenizer, texts.pairs, texts.chat_template)
         with clock.stage("load"):
@@ -78,7 +76,7 @@ def sweep(options: TrialOptions) -> Trial:
             )
             for found in swept:
                 trial = Trial(output, base, direction, found, texts, template)
-                write_report(trial, complete=False)
+                on_main(partial(write_report, trial, complete=False))
         if options.by_layer:
             with clock.stage("by layer"):
                 attribution = attribute(
@@ -92,8 +90,8 @@ def sweep(options: TrialOptions) -> Trial:
                 )
             trial = replace(trial, attribution=attribution)
         with clock.stage("report"):
-            write_pictures(trial, html=options.html)
-            write_report(trial, complete=True)
+            on_main(lambda: write_pictures(trial, html=options.html))
+            on_main(lambda: write_report(trial, complete=True))
     return replace(trial, timings=clock.seconds, peak_memory=peak_memory())
 
 

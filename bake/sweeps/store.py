@@ -11,10 +11,11 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from bake.errors import OutputError
 from bake.io.work_directory import try_lock
+from bake.support.processes import count, divide, on_main, put_together
 from bake.support.progress import announce, track
 from bake.sweeps.measurements import Each, Measurements, join
 
@@ -30,7 +31,11 @@ class Store:
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.path = folder / MEASUREMENTS_FILE
-        self.values: dict[str, list[Any]] = {}
+        self._file: IO[bytes] | None = None
+        self.values: dict[str, list[Any]] = on_main(lambda: self._open(folder, fingerprint))
+
+    def _open(self, folder: Path, fingerprint: str) -> dict[str, list[Any]]:
+        """Open and lock the log; return what it holds."""
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
@@ -39,11 +44,13 @@ class Store:
         try:
             if try_lock(descriptor) is False:
                 raise OutputError(
-                    f"another sweep is writing into {folder}: wait for it, or give another --output"
+                    f"another run is writing into {folder}: wait for it, or give another --output"
                 )
-            self._file.truncate(self._read(fingerprint))  # Of a torn last line nothing stays.
+            values, size = self._read(self._file, fingerprint)
+            self._file.truncate(size)  # Of a torn last line nothing stays.
             if self._file.seek(0, os.SEEK_END) == 0:
                 self._append({"fingerprint": fingerprint})
+            return values
         except BaseException:
             self.close()
             raise
@@ -56,7 +63,8 @@ class Store:
 
     def close(self) -> None:
         """Let others have the log."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def keep(self, stage: str, measure: Callable[[], Any]) -> Any:
         """Return a plain value that is measured once, from the log if it is there."""
@@ -66,7 +74,7 @@ class Store:
         return self.values[stage][0]
 
     def each(self, stage: str) -> Each:
-        """Return what measures texts one by one, those that are not in the log."""
+        """Return what measures texts one by one, or one in each process; those that are not in the log."""
 
         def measure_each(
             texts: Sequence[Any], label: str, measure: Callable[[Any], Measurements]
@@ -75,42 +83,45 @@ class Store:
             if known:
                 announce(f"{label}: {known} of {len(texts)} measured before")
             self._check_count(stage, len(texts))
-            for text in track(texts[known:], label):
-                self._add(stage, measure(text))
+            for first in track(range(known, len(texts), count()), label):
+                own = divide(texts[first : first + count()])
+                for value in put_together([measure(text) for text in own]):
+                    self._add(stage, value)
             return join(self.values.get(stage, ()))
 
         return measure_each
 
-    def _read(self, fingerprint: str) -> int:
-        """Fill `values`; return how many bytes of the log are whole lines of this sweep."""
+    def _read(self, file: IO[bytes], fingerprint: str) -> tuple[dict[str, list[Any]], int]:
+        """Return what the log holds, and how many bytes of it are whole lines of this run."""
         try:
-            lines = self._file.readlines()
+            lines = file.readlines()
         except OSError as error:
             raise OutputError(f"{self.path} cannot be read: {error.strerror or error}") from None
         if not lines or lines[0] != _encode({"fingerprint": fingerprint}):
-            return 0
+            return {}, 0
+        values: dict[str, list[Any]] = {}
         whole = lines if lines[-1].endswith(b"\n") else lines[:-1]
         for number, line in enumerate(whole[1:], start=2):
             try:
                 entry = json.loads(line)  # A figure may be infinite, which is no JSON of others.
-                known = self.values.setdefault(entry["stage"], [])
+                known = values.setdefault(entry["stage"], [])
                 value, fits = entry["value"], entry["index"] == len(known)
             except (ValueError, TypeError, LookupError, RecursionError):
                 fits = False
             if not fits:
                 raise OutputError(
                     f"{self.path}:{number} is not the measurement that comes next; remove the file, "
-                    "and the sweep begins anew"
+                    "and it begins anew"
                 )
             known.append(value)
-        return sum(map(len, whole))
+        return values, sum(map(len, whole))
 
-    def _check_count(self, stage: str, count: int) -> None:
+    def _check_count(self, stage: str, texts: int) -> None:
         found = len(self.values.get(stage, ()))
-        if found > count:
+        if found > texts:
             raise OutputError(
-                f"{self.path} has {found} measurements of {stage!r} for {count}; remove the file, and "
-                "the sweep begins anew"
+                f"{self.path} has {found} measurements of {stage!r} for {texts}; remove the file, and "
+                "it begins anew"
             )
 
     def _add(self, stage: str, value: Any) -> None:
@@ -119,6 +130,8 @@ class Store:
         known.append(value)
 
     def _append(self, entry: dict[str, Any]) -> None:
+        if self._file is None:  # Another process writes it.
+            return
         try:
             self._file.write(_encode(entry))
             self._file.flush()

@@ -9,6 +9,7 @@ from typing import Any
 from bake.directions.direction import Direction
 from bake.models.forward import LanguageModel
 from bake.strength.norms import measure_norms
+from bake.support.processes import divide
 from bake.support.progress import announce
 from bake.sweeps.arms import Arm
 from bake.sweeps.design import Design, compute_variant_push, make_arms
@@ -44,7 +45,7 @@ def measure_sites(
     """
 
     def measure() -> dict[str, dict[int, float]]:
-        batches = loaded.batches(prompts)
+        batches = loaded.batches(divide(prompts))
         return {
             site: measure_norms(loaded, site, batches, layers).values()
             for site, layers in sites.items()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from bake.errors import BakeError, DirectionError
+from bake.support.processes import agree
 from bake.support.progress import announce
 from bake.sweeps.measurements import Texts
 from bake.tuning.bench import Bench, Judged
@@ -131,7 +132,8 @@ class Search:
         """Tell whether another stage may begin; say what is left out where none may."""
         if not self._finished:
             return False
-        if self.minutes is not None and time.monotonic() - self._begun > 60 * self.minutes:
+        spent = agree(time.monotonic() - self._begun)
+        if self.minutes is not None and spent > 60 * self.minutes:
             announce(
                 f"--minutes {self.minutes:g} are over before {stage} were compared; the same command "
                 "goes on from here"

@@ -19,6 +19,7 @@ from bake.errors import UnsupportedError
 from bake.models.forward import LanguageModel
 from bake.models.streaming import choose_placement
 from bake.strength.coefficients import DEFAULT_LAW, Push, band_layers, compute_push
+from bake.support.processes import on_main
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch, peak_memory
 from bake.sweeps.measured_law import MEASURED_LAW, follow_measured_law
@@ -63,7 +64,7 @@ def tune(options: TuneOptions) -> Tuned:
             announce(note)
     routes = choose_routes(anatomy, options, given.site if given else None)
     space = make_space(options, base, {s: route.layers for s, route in routes.items()}, given)
-    output = prepare_directory(Path(options.output))
+    output = on_main(lambda: prepare_directory(Path(options.output)))
     with Store(output, fingerprint_of(base, options, material, prompts, given)) as store:
         with clock.stage("load"):
             loaded = load_base(base, placement)
@@ -86,7 +87,7 @@ def tune(options: TuneOptions) -> Tuned:
         ranking = replace(ranking, forwards=ranking.forwards + pushes.forwards)
         tuned = Tuned(output, base, options, routes, ranking, pushes.coefficients(ranking))
         with clock.stage("report"):
-            write_all(tuned, html=options.html)
+            on_main(lambda: write_all(tuned, html=options.html))
     return replace(tuned, timings=clock.seconds, peak_memory=peak_memory())
 
 

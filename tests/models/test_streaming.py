@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -148,32 +146,3 @@ def test_sizes_are_read_as_people_write_them():
     for wrong in ("lots", "12XB", "disk=3GB", "", "0=,cpu=1GB"):
         with pytest.raises(BakeError, match="--max-memory"):
             parse_max_memory(wrong)
-
-
-def test_two_processes_measure_what_one_does(llama, prompts_file, tmp_path):
-    """The median too: token norms are gathered, not sums."""
-    command = [
-        "-m",
-        "bake.cli.main",
-        "calibrate",
-        llama,
-        "--prompts",
-        prompts_file,
-        "--statistic",
-        "median",
-    ]
-    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
-    subprocess.run([sys.executable, *command, "-o", alone], check=True, capture_output=True)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    finished = subprocess.run(
-        [sys.executable, *launch, *command, "-o", together, "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count('"site"') == 1  # One process speaks.
-    one, two = json.loads(alone.read_text()), json.loads(together.read_text())
-    assert one["prompts"] == two["prompts"] == len(PROMPTS)
-    for left, right in zip(one["layers"], two["layers"], strict=True):
-        assert left["tokens"] == right["tokens"]
-        for statistic in ("mean", "median", "spread"):
-            assert right[statistic] == pytest.approx(left[statistic], rel=1e-6)

@@ -330,10 +330,6 @@ class TestBadInput:
         self.output.write_text("mine")
         assert "cannot be made" in self.refuse("--pairs", self.pairs)
 
-    def test_several_processes(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert "runs in one process" in self.refuse("--pairs", self.pairs)
-
     def test_multipliers_that_are_no_numbers(self):
         with pytest.raises(SystemExit) as caught:
             self.run(*self.common, "--pairs", self.pairs, "--multipliers=a,b")

@@ -271,7 +271,7 @@ def test_a_file_that_is_no_log_is_begun_anew(sweep, tmp_path):
 def test_one_sweep_at_a_time_writes_a_log(sweep, tmp_path):
     with (
         Store(tmp_path, "one"),
-        pytest.raises(OutputError, match="another sweep is writing into"),
+        pytest.raises(OutputError, match="another run is writing into"),
     ):
         sweep(tmp_path)
     assert sweep(tmp_path) == sweep()
@@ -314,7 +314,7 @@ def test_more_measurements_than_texts_are_refused(sweep, tmp_path):
     last = json.loads(log.read_bytes().splitlines()[-1])
     with log.open("a") as file:
         file.write(json.dumps({**last, "index": last["index"] + 1}) + "\n")
-    with pytest.raises(OutputError, match="remove the file, and the sweep begins anew"):
+    with pytest.raises(OutputError, match="remove the file, and it begins anew"):
         sweep(tmp_path)
 
 
