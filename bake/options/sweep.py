@@ -72,6 +72,17 @@ SWEEP = Command(
         PROMPTS,
         Option("scorer", "your own score of a sampled text", metavar="MODULE:FUNCTION"),
         Option(
+            "judge",
+            "an OpenAI-compatible server that scores what was written, from 0 to 10; it sees replies only. "
+            "A key for it is read from BAKE_JUDGE_KEY",
+            metavar="URL",
+        ),
+        Option("judge_model", "what the judge's server calls its model", metavar="NAME"),
+        Option(
+            "question", "what the judge is asked, such as 'Does the text refuse?'", metavar="TEXT"
+        ),
+        Option("judge_repeats", "how often about each reply", int, default=2, metavar="N"),
+        Option(
             "instruction", "a prompt that asks for the same", default="", shown="", metavar="TEXT"
         ),
         Option("control_seeds", "random directions", int, default=8, metavar="N"),

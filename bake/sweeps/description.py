@@ -16,10 +16,15 @@ def describe(trial: Trial) -> str:
     """Return what a person reads: the curve, chance beside it, the window."""
     found = trial.found
     scored = any(point.score for point in found.points)
-    rows = [_row(point, scored=scored) for point in found.points if point.arm.kind != "random"]
+    judged = found.judge is not None
+    rows = [
+        _row(point, scored=scored, judged=judged)
+        for point in found.points
+        if point.arm.kind != "random"
+    ]
     header = (
         "arm", "shift [95 %]", "pairs", "words", "text's ppl", "neutral ppl", "KL p95", "repeats",
-        *["score"] * scored,
+        *["score"] * scored, *["judge"] * judged,
     )  # fmt: skip
     parts = [
         f"{trial.base.to_dict()['id']}: {len(found.points)} arms, "
@@ -31,6 +36,8 @@ def describe(trial: Trial) -> str:
     if found.specificity is not None:
         parts.append(found.specificity.describe())
     parts += [window.describe() for window in found.windows]
+    if found.agreement is not None:
+        parts.append(found.agreement.describe())
     costs = found.laws_at_equal_shift()
     if len(costs) > 1:
         parts.append(f"at equal shift, {compare_laws(costs)}")
@@ -48,7 +55,7 @@ def _written(output: Path) -> Sequence[str]:
     )
 
 
-def _row(point: Point, *, scored: bool) -> tuple[str, ...]:
+def _row(point: Point, *, scored: bool, judged: bool) -> tuple[str, ...]:
     def ratio(value: Any) -> str:
         return f"× {value.value:.3g}" if value else "-"
 
@@ -63,6 +70,7 @@ def _row(point: Point, *, scored: bool) -> tuple[str, ...]:
         f"{point.neutral_kl['p95'].value:.3f}" if point.neutral_kl else "-",
         f"{point.repetition.value:.1%}" if point.repetition else "-",
         *[f"{point.score.value:.3g}" if point.score else "-"] * scored,
+        *[f"{point.judged.value:.1f}" if point.judged else "-"] * judged,
     )
 
 

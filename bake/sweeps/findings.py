@@ -10,6 +10,7 @@ from typing import Any
 
 from bake.sweeps.controls import Specificity, compare_with_chance
 from bake.sweeps.design import Design, Variant
+from bake.sweeps.judge import Agreement, Judge
 from bake.sweeps.points import Point
 from bake.sweeps.window import Window
 
@@ -24,6 +25,8 @@ class DoseResponse:
     coefficients: Mapping[int, float]
     design: Design
     samples: tuple[Mapping[str, Any], ...] = ()
+    judge: Judge | None = None
+    agreement: Agreement | None = None
 
     def point(self, name: str) -> Point:
         """Return the point of an arm by its name."""
@@ -79,6 +82,11 @@ class DoseResponse:
             "specificity": self.specificity.to_dict() if self.specificity else None,
             "fluency_at_equal_shift": self.laws_at_equal_shift(),
             "samples": list(self.samples),
+            **(
+                {"judge": {**self.judge.to_dict(), **self.agreement.to_dict()}}
+                if self.judge and self.agreement
+                else {}
+            ),
         }
 
 

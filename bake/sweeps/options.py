@@ -43,6 +43,10 @@ class TrialOptions:
     neutral: str | None = None
     prompts: str = "neutral"
     scorer: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    question: str | None = None
+    judge_repeats: int = 2
     instruction: str = ""
     control_seeds: int = CONTROL_SEEDS
     samples: int = 2

@@ -47,6 +47,8 @@ def render_trial(trial: Trial) -> str:
         words=words,
         instruction=found.design.instruction,
         last_token=any(v.injection == "last-token" for v in found.design.variants),
+        judge=found.judge,
+        agreement=found.agreement,
         samples=found.samples,
         attribution=trial.attribution,
     )

@@ -36,6 +36,7 @@ class Point:
     text; target_ratio is None where the base never writes one. fluency: perplexity of sampled text
     under the base. repetition: share of 3-grams that occurred before in their text. on_axis, opposite,
     neutral: perplexity of those texts under the arm. neutral_kl, rollout_kl: {mean, p95, p99}.
+    score: a scorer's mean, judged: a judge's, from 0 to 10.
     """
 
     arm: Arm
@@ -54,6 +55,7 @@ class Point:
     repetition: Interval | None = None
     rollout_kl: Mapping[str, Interval] = field(default_factory=dict)
     score: Interval | None = None
+    judged: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `report.json`."""

@@ -19,6 +19,7 @@ from bake.support.timing import Stopwatch, peak_memory
 from bake.sweeps.attribution import attribute
 from bake.sweeps.design import Design
 from bake.sweeps.files import prepare_directory, write_pictures, write_report
+from bake.sweeps.judge import make_judge
 from bake.sweeps.measurements import Texts
 from bake.sweeps.options import (
     TrialOptions,
@@ -49,6 +50,7 @@ def sweep(options: TrialOptions) -> Trial:
     prompts = read_prompts(options.prompts)
     placement = choose_placement(options.device_map, options.max_memory)
     scorer = load_scorer(options.scorer)
+    judge = make_judge(options.judge, options.judge_model, options.question, options.judge_repeats)
     file = read_direction(options.direction)
     base = open_base(options.model, options.revision, clock)
     direction, notes = fit_direction(
@@ -72,7 +74,15 @@ def sweep(options: TrialOptions) -> Trial:
             norms = measure_sites(loaded, sites, prompts, store.keep)
         with clock.stage("sweep"):
             swept = run_sweep(
-                loaded, direction, design, texts, norms, layer_count, each=store.each, scorer=scorer
+                loaded,
+                direction,
+                design,
+                texts,
+                norms,
+                layer_count,
+                each=store.each,
+                scorer=scorer,
+                judge=judge,
             )
             for found in swept:
                 trial = Trial(output, base, direction, found, texts, template)

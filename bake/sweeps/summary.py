@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.models.generation import bootstrap_interval, count_words, middle_of, resample
 from bake.sweeps.arms import Arm
+from bake.sweeps.judge import mean_scores
 from bake.sweeps.measurements import Measurements, Sampling, Scorer, Texts
 from bake.sweeps.points import Interval, Point
 from bake.texts.protocols import Tokenizer
@@ -63,6 +64,7 @@ class _Figures:
             **(self._pairs() if self.own.get("pairs") else {}),
             **(self._neutral() if self.own.get("neutral") else {}),
             **(self._rollouts() if self.own.get("rollouts") else {}),
+            **(self._judged() if self.own.get("judge") else {}),
         )
 
     def _pairs(self) -> dict[str, Any]:
@@ -194,6 +196,19 @@ class _Figures:
             scores = per_opening(self.scorer(text) for text in texts) / samples
             found["score"] = _interval(lambda rows: float(scores[rows].mean()), count)
         return found
+
+    def _judged(self) -> dict[str, Any]:
+        """Return the judge's mean over openings; continuations without a number do not count."""
+        import numpy as np
+
+        scores = mean_scores(self._required("judge"))
+        values = np.array([math.nan if score is None else score for score in scores])
+        rows = values.reshape(-1, self.sampling.samples)
+        openings = rows[~np.isnan(rows).all(axis=1)]
+        if not len(openings):
+            return {}
+        means = np.nanmean(openings, axis=1)
+        return {"judged": _interval(lambda chosen: float(means[chosen].mean()), len(means))}
 
     def _targets(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from bake.support.progress import announce
 from bake.sweeps.arms import Arm
 from bake.sweeps.design import Design, compute_variant_push, make_arms
 from bake.sweeps.findings import DoseResponse
+from bake.sweeps.judge import Judge, ask_judge, measure_agreement
 from bake.sweeps.measurements import (
     Each,
     Measurements,
@@ -66,8 +69,9 @@ def run_sweep(
     *,
     each: Callable[[str], Each] = lambda _stage: measure_each,
     scorer: Scorer | None = None,
+    judge: Judge | None = None,
 ) -> Iterator[DoseResponse]:
-    """Measure every arm; yield what was found after each of the three measurements.
+    """Measure every arm; yield what was found after each of the measurements.
 
     norms: from `measure_sites`. each: stage → what measures its texts, such as `Store.each`.
     """
@@ -93,6 +97,8 @@ def run_sweep(
             {entry.layer: entry.coefficient for entry in push.layers},
             design,
             tuple(samples),
+            judge,
+            measure_agreement(measured["judge"]) if "judge" in measured else None,
         )
         return replace(found, windows=tuple(find_windows(found.curve(), design.bounds)))
 
@@ -114,6 +120,11 @@ def run_sweep(
         chat_template=chat_template,
     )
     yield account()
+    if judge is not None:
+        asked = hashlib.sha256(json.dumps(judge.to_dict()).encode()).hexdigest()[:16]
+        samples, stage = design.sampling.samples, each(f"judge {asked}")
+        measured["judge"] = ask_judge(judge, measured["rollouts"], samples, loaded.tokenizer, stage)
+        yield account()
 
 
 def _collect_samples(
