@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from bake.checkpoint.foreign_config import check_methods, config_errors_named
 from bake.checkpoint.loading import load_pretrained
 from bake.checkpoint.pretrained import load_config
-from bake.errors import BakeError, CheckpointError, PromptError
+from bake.errors import BakeError, CheckpointError, PromptError, UnsupportedError
 from bake.hooks import captured, steered, submodule
 from bake.models.streaming import CheckpointWeights, Placement, stream_model
 from bake.sites import LayerStructure
+from bake.support.processes import count
 from bake.support.text import explain_briefly
 from bake.texts.prompts import TokenBatch, batch_prompts, position_limit
 from bake.texts.protocols import Config, Tokenizer
@@ -134,6 +135,8 @@ def load_model(
     """
     import torch
 
+    if placement is not None and placement.parallel:
+        return _load_share(directory, dtype)
     if placement is not None:
         with _load_errors_named(directory):
             streamed, weights, report, main = stream_model(directory, dtype, placement)
@@ -145,6 +148,33 @@ def load_model(
     with _load_errors_named(directory):
         model, report = load_pretrained(directory, dtype=chosen)
     return LoadedModel(model.eval().to(device), report, device)
+
+
+def _load_share(directory: Path, dtype: str | None) -> LoadedModel:
+    """Load this process's share of every layer; raise UnsupportedError where it cannot be divided."""
+    import torch
+    from transformers.distributed import DistributedConfig
+
+    config = read_config(directory).get_text_config()
+    device, processes = default_device(), count()
+    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    if not getattr(config, "base_model_tp_plan", None):
+        raise UnsupportedError(
+            f"transformers has no plan to shard {config.model_type} by layers; give --device-map auto"
+        )
+    if any(number is not None and number % processes for number in heads):
+        raise UnsupportedError(
+            f"{heads[0]} attention heads ({heads[1]} of keys) cannot be divided among {processes} "
+            "processes; start fewer, or give --device-map auto"
+        )
+    chosen: Any = dtype or ("auto" if device.type != "cpu" else "float32")
+    options = {
+        "dtype": chosen if chosen == "auto" else getattr(torch, chosen),
+        "distributed_config": DistributedConfig(tp_size=processes),
+    }
+    with _load_errors_named(directory):
+        model, report = load_pretrained(directory, **options)
+    return LoadedModel(model.eval(), report, device)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from bake.checkpoint.loading import build_model, quiet_transformers
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.pretrained import load_config
 from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.support import processes
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +37,18 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+TENSOR_PARALLEL = "tp"
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Where weights may be: {"cpu" or GPU number: bytes kept there}; None: as accelerate finds."""
+    """Where weights may be: {"cpu" or GPU number: bytes kept there}; None: as accelerate finds.
+
+    parallel: every process keeps its share of every layer, and nothing is streamed.
+    """
 
     max_memory: Mapping[str | int, int] | None = None
+    parallel: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -49,8 +57,20 @@ class Placement:
 
 def choose_placement(device_map: str | None, max_memory: str | None) -> Placement | None:
     """Return where weights may be, from the two options; None where the model is loaded whole."""
-    if device_map not in (None, "auto"):
-        raise BakeError(f"--device-map {device_map!r} is not known; the one there is is auto")
+    if device_map not in (None, "auto", TENSOR_PARALLEL):
+        raise BakeError(f"--device-map {device_map!r} is not known; one of auto, {TENSOR_PARALLEL}")
+    processes.share_model(device_map == TENSOR_PARALLEL)
+    if device_map == TENSOR_PARALLEL:
+        if max_memory is not None:
+            raise BakeError(
+                "--device-map tp keeps its share of the weights whole: leave --max-memory out"
+            )
+        if processes.count() == 1:
+            raise BakeError(
+                "--device-map tp shards a model over several processes; start it with accelerate launch -m "
+                "bake, or give --device-map auto"
+            )
+        return Placement(parallel=True)
     if max_memory is not None:
         return parse_max_memory(max_memory)
     return Placement() if device_map else None

@@ -142,7 +142,7 @@ VERIFY = Command(
         BASE,
         Option("endpoint", "a server, as http://localhost:8000/v1", metavar="URL"),
         Option("model", "what the server calls the model", metavar="NAME"),
-        *MEMORY,
+        *(option.but(choices=option.choices and ("auto",)) for option in MEMORY),
     ),
 )
 

@@ -21,7 +21,12 @@ OUTPUT = Option(
     "output", "directory to write; must not exist", metavar="DIR", short="-o", required=True
 )
 OVERWRITE = Option("overwrite", "replace what is there", bool)
-DEVICE_MAP = Option("device_map", "spread weights over GPUs, CPU and disk", choices=("auto",))
+DEVICE_MAP = Option(
+    "device_map",
+    "auto: spread weights over GPUs, CPU and disk; tp: shard every layer over the processes of accelerate "
+    "launch (transformers' tensor parallelism)",
+    choices=("auto", "tp"),
+)
 MAX_MEMORY = Option(
     "max_memory", "weights kept in memory: 600MB, or 0=20GB,cpu=60GB", metavar="SIZES"
 )

@@ -184,6 +184,7 @@ def decide(
         with clock.stage("load"):
             loaded = load_base(base, placement)
         direction, norms = measure(base, loaded, recipe, destination, given, saved, inputs, clock)
+    parallel = placement is not None and placement.parallel  # A share is no model.
     push = decide_push(recipe, destination, base.anatomy.hidden_size, direction, norms)
     if trial is not None:
         assert loaded is not None
@@ -201,7 +202,9 @@ def decide(
         announce(push.warning)
     if inputs.evidence is not None:
         inputs.evidence.check(base.to_dict(), destination.site, push)
-    return Decision(push, norms, direction, choice, inputs.evidence), SpareModel(loaded)
+    return Decision(push, norms, direction, choice, inputs.evidence), SpareModel(
+        None if parallel else loaded
+    )
 
 
 def measure(

@@ -112,6 +112,8 @@ def export(recipe: Recipe) -> Export:
             base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
         decision, spare = decide(base, destination, recipe, inputs, given, placement, clock)
         leave_to_main()
+        if placement is not None and placement.parallel:
+            placement = Placement()  # What is proven is read from disk, by one process.
         with clock.stage("plan"):
             plan = make_plan(
                 base.checkpoint,

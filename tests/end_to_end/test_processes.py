@@ -1,6 +1,10 @@
-"""`accelerate launch`: two processes on the CPU (gloo) find what one finds, and one of them speaks."""
+"""Two processes on the CPU (gloo) find what one finds, and one of them speaks.
+
+They are started by torchrun: on a CPU `accelerate launch` starts one process, whatever it is asked for.
+"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +13,28 @@ import pytest
 
 from bake.directions.direction_file import load_direction
 
-LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node")
 PAIRS = "cheerful-gloomy"
 
 
-def bake(*words, together=False):
-    """Run the command line in one process or in two; return what is finished."""
-    launch = LAUNCH if together else ()
-    command = [sys.executable, *launch, "-m", "bake", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*words, processes):
+    """Run Python with these words in one process or in several; return what is finished."""
+    launch = (*TORCHRUN, str(processes)) if processes > 1 else ()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def bake(*words, together=False, processes=2):
+    """Run the command line in one process or in several; return what is finished."""
+    return run("-m", "bake", *words, processes=processes if together else 1)
 
 
 @pytest.fixture
 def both(tmp_path):
     """Return a function: words → the two outputs, of one process and of two."""
 
-    def run(*words, suffix=""):
+    def in_both(*words, suffix=""):
         outputs = []
         for together in (False, True):
             output = tmp_path / f"{'two' if together else 'one'}{suffix}"
@@ -34,7 +44,27 @@ def both(tmp_path):
             outputs.append(output)
         return outputs
 
-    return run
+    return in_both
+
+
+def test_there_are_two_that_divide_the_work(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from bake.support import processes as p\n"
+        "def say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
+        "own = p.divide('abcde')\n"
+        "say(p.count(), p.rank(), own, p.put_together(own), p.agree(p.rank()), p.gather(p.rank()))\n"
+        "p.leave_to_main()\n"
+        "say('alone', p.count())\n"
+    )
+    finished = run(script, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(finished.stdout.splitlines()) == [
+        "2 0 ['a', 'c', 'e'] ['a', 'b', 'c', 'd', 'e'] 0 [0, 1]",
+        "2 1 ['b', 'd'] ['a', 'b', 'c', 'd', 'e'] 0 [0, 1]",
+        "alone 1",
+    ]
 
 
 def alike(one, two, rel=1e-5):
@@ -107,6 +137,30 @@ def test_a_search(both):
     one, two = both("tune", "bake-demo", "--pairs", PAIRS, *small)
     alike(*(json.loads((output / "report.json").read_text()) for output in (one, two)), rel=1e-3)
     assert (one / "recipe.yaml").read_text() == (two / "recipe.yaml").read_text()
+
+
+def test_one_model_in_two_shares(tmp_path):
+    """transformers' tensor parallelism: half of every layer in each process."""
+    words = ["export", "bake-demo", "--pairs", PAIRS, "--json", "--output"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert bake(*words, alone).returncode == 0
+    finished = bake(*words, shared, "--device-map", "tp", together=True)
+    assert finished.returncode == 0, finished.stderr
+    left, right = (json.loads((output / "bake.json").read_text()) for output in (alone, shared))
+    assert left["multiplier"] == right["multiplier"]
+    alike(left["layers"], right["layers"], rel=1e-5)
+    assert right["equivalence"]["passed"] is True
+
+
+def test_shares_need_processes_and_heads_that_divide(tmp_path):
+    words = ["calibrate", "bake-demo", "-o", tmp_path / "norms.json", "--device-map", "tp"]
+    finished = bake(*words)
+    assert finished.returncode == 1
+    assert "start it with accelerate launch" in finished.stderr
+    finished = bake(*words, together=True, processes=3)
+    assert finished.returncode == 1
+    assert "attention heads (" in finished.stderr
+    assert "cannot be divided among 3 processes" in finished.stderr
 
 
 def test_an_error_ends_all_of_them(tmp_path):
