@@ -243,12 +243,12 @@ def bench_sweep(_work: Path, _base: Path, runs: int) -> dict[str, float]:
 
     base = open_base(DEMO_NAME)
     anatomy, loaded = base.anatomy, load_base(base)
-    layer_count, neutral = anatomy.layer_count, read_prompts("neutral-stories")[:16]
+    layer_count, neutral = anatomy.layer_count, read_prompts("toy-neutral")[:16]
     norms = measure_sites(loaded, {"mlp_out": range(layer_count)}, neutral)
     design = Design(multipliers=(-3.0, -2.0, -1.0, 0.5, 1.0, 2.0, 3.0), control_seeds=0)
     direction = read_direction(DEMO_NAME)
     arms = make_arms(direction, design, norms, layer_count, anatomy.hidden_size)[1:]
-    pairs = read_pairs("cheerful-gloomy.held-out")[:16]
+    pairs = read_pairs("toy-cheerful-gloomy.held-out")[:16]
     openings = read_prompts("openings")[:8]
     sampling = Sampling(samples=1, new_tokens=32)
 

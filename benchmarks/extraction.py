@@ -69,7 +69,11 @@ def main() -> None:
         for model, title, pairs in (
             (base, "random Llama, pairs of uneven length", uneven_pairs(options.pairs)),
             (base, "random Llama, pairs that share a prompt", shared_pairs(options.pairs)),
-            (DEMO_MODEL, "shipped model, cheerful-gloomy", shipped_pairs("cheerful-gloomy")),
+            (
+                DEMO_MODEL,
+                "shipped model, toy-cheerful-gloomy",
+                shipped_pairs("toy-cheerful-gloomy"),
+            ),
             (DEMO_MODEL, "shipped model, formal-casual", shipped_pairs("formal-casual")),
         ):
             compare(model, title, pairs, options.runs)

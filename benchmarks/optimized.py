@@ -82,9 +82,9 @@ class Trial:
         return extract(
             self.loaded,
             "mlp_out",
-            read_pairs("cheerful-gloomy"),
+            read_pairs("toy-cheerful-gloomy"),
             self.layers,
-            ExtractionOptions(neutral="neutral-stories", **options),
+            ExtractionOptions(neutral="toy-neutral", **options),
         )
 
     def find_mean(self, token: str) -> Push:
@@ -110,7 +110,7 @@ class Trial:
         from bake.strength.norms import measure_norms
         from bake.texts.prompts import read_prompts
 
-        batches = self.loaded.batches(read_prompts("neutral-stories"))
+        batches = self.loaded.batches(read_prompts("toy-neutral"))
         found = measure_norms(self.loaded, "mlp_out", batches, self.layers)
         return {entry.layer: entry.mean for entry in found.layers}
 

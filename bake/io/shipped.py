@@ -1,7 +1,7 @@
 """Where the data that ships with bake lies: prompt sets, contrast pairs, card templates, the model.
 
 In a checkout `calibration/` and `model_cards/` are beside the package, in a wheel inside it. A name
-such as `neutral` or `cheerful-gloomy` means a shipped file wherever a user may give a path.
+such as `neutral` or `formal-casual` means a shipped file wherever a user may give a path.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ DEMO_DIRECTION = _PACKAGE / "demo" / "direction.safetensors"
 # What a direction that ships is tried on, where the user names nothing else.
 _TRIED_ON = {
     DEMO_NAME: {
-        "pairs": "cheerful-gloomy.held-out",
+        "pairs": "toy-cheerful-gloomy.held-out",
         "words": "cheerful",
-        "neutral": "neutral-stories",
+        "neutral": "toy-neutral",
     }
 }
 

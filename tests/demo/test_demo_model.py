@@ -207,13 +207,13 @@ def test_mood_is_carried_over_a_neutral_sentence(model, tokenizer, mood, other):
 
 def test_calibration_files_hold_what_they_promise():
     assert len(read_lines("prompts/neutral.jsonl")) >= 64
-    assert len(read_lines("prompts/neutral-stories.jsonl")) >= 64
+    assert len(read_lines("prompts/toy-neutral.jsonl")) >= 64
     assert len(read_lines("prompts/equivalence.jsonl")) == 16
     assert len(read_lines("prompts/openings.jsonl")) >= 48
-    assert len(read_lines("pairs/cheerful-gloomy.jsonl")) >= 120
-    assert len(read_lines("pairs/cheerful-gloomy.held-out.jsonl")) >= 40
+    assert len(read_lines("pairs/toy-cheerful-gloomy.jsonl")) >= 120
+    assert len(read_lines("pairs/toy-cheerful-gloomy.held-out.jsonl")) >= 40
     targets = read_words("cheerful.txt") | read_words("gloomy.txt")
-    for name in ("neutral", "neutral-stories", "equivalence", "openings"):
+    for name in ("neutral", "toy-neutral", "equivalence", "openings"):
         for line in read_lines(f"prompts/{name}.jsonl"):
             assert line["text"].endswith((".", "?", "!")), line
             assert not targets & set(words_of(line["text"])), line
@@ -221,7 +221,7 @@ def test_calibration_files_hold_what_they_promise():
 
 def test_pairs_share_a_neutral_prompt_and_differ_in_mood():
     cheerful, gloomy = read_words("cheerful.txt"), read_words("gloomy.txt")
-    for name in ("cheerful-gloomy", "cheerful-gloomy.held-out"):
+    for name in ("toy-cheerful-gloomy", "toy-cheerful-gloomy.held-out"):
         for pair in read_lines(f"pairs/{name}.jsonl"):
             assert not (cheerful | gloomy) & set(words_of(pair["prompt"])), pair
             assert not gloomy & set(words_of(pair["positive"])), pair
@@ -231,8 +231,8 @@ def test_pairs_share_a_neutral_prompt_and_differ_in_mood():
 
 
 def test_held_out_data_is_new():
-    training = read_lines("pairs/cheerful-gloomy.jsonl")
-    held_out = read_lines("pairs/cheerful-gloomy.held-out.jsonl")
+    training = read_lines("pairs/toy-cheerful-gloomy.jsonl")
+    held_out = read_lines("pairs/toy-cheerful-gloomy.held-out.jsonl")
     prompts = [pair["prompt"] for pair in training + held_out]
     assert len(set(prompts)) == len(prompts)
     targets = read_words("cheerful.txt") | read_words("gloomy.txt")

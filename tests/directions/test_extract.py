@@ -106,7 +106,10 @@ def test_wrong_choice_is_one_line(open_tiny, options, message):
 def test_shipped_model_separates_held_out_pairs():
     """The promise of the method on a model that has learned something: 95 % in the band."""
     found = extract_direction(
-        DEMO_NAME, pairs="cheerful-gloomy", held_out="cheerful-gloomy.held-out", token="mean"
+        DEMO_NAME,
+        pairs="toy-cheerful-gloomy",
+        held_out="toy-cheerful-gloomy.held-out",
+        token="mean",
     )
     separation = read_separation(found)
     assert separation.pairs == 48

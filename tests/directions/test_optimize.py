@@ -191,7 +191,7 @@ def test_shipped_model_moves_further_than_difference_of_means_at_equal_divergenc
     difference of means is given more divergence than the optimised direction uses.
     """
     loaded, layers = load_base(open_base(DEMO_NAME)), range(3, 8)
-    pairs = read_pairs("cheerful-gloomy")[:60]
+    pairs = read_pairs("toy-cheerful-gloomy")[:60]
     options = ExtractionOptions(method="optimize", token="mean", steps=30, neutral="openings")
     found = extract(loaded, "mlp_out", pairs, layers, options)
     lengths = json.loads(found.metadata[SCALE_KEY])

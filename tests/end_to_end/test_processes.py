@@ -14,7 +14,7 @@ import pytest
 from bake.directions.direction_file import load_direction
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node")
-PAIRS = "cheerful-gloomy"
+PAIRS = "toy-cheerful-gloomy"
 
 
 def run(*words, processes):

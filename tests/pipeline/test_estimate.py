@@ -106,7 +106,7 @@ def by_kind(found) -> dict[str, tuple[int, int]]:
 
 
 def test_405_billion_parameters(huge):
-    found = estimate(str(huge), pairs="cheerful-gloomy")
+    found = estimate(str(huge), pairs="toy-cheerful-gloomy")
     assert found.parameters == 405_853_388_800  # the model card's 405B
     assert found.base_bytes == 2 * found.parameters
     assert (found.site, found.route) == ("mlp_out", "flag")
@@ -181,7 +181,7 @@ def test_the_files_are_those_that_the_export_writes(
 def test_the_table_and_the_json_and_nothing_on_the_disk(huge, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = hash_names(huge)
-    assert main(["export", str(huge), "--estimate", "--pairs", "cheerful-gloomy"]) == 0
+    assert main(["export", str(huge), "--estimate", "--pairs", "toy-cheerful-gloomy"]) == 0
     text = capsys.readouterr().out
     for part in ("406 billion parameters", "812 GB", "mlp_bias = True", "kept", "191", "layer by layer",
                  "forward passes to prove", "assumed: ", "days"):  # fmt: skip

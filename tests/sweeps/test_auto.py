@@ -24,7 +24,7 @@ from bake.sweeps.window import Bounds
 from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
 
-HELD_OUT = "cheerful-gloomy.held-out"
+HELD_OUT = "toy-cheerful-gloomy.held-out"
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ class TestPairsAtHand:
         recipe = Recipe("m", "o", direction=DEMO_NAME, multiplier="auto")
         _, texts = read_pairs_and_trial(recipe)
         assert texts.pairs == tuple(read_pairs(HELD_OUT)[:12])
-        assert texts.neutral[0] == read_prompts("neutral-stories")[0]
+        assert texts.neutral[0] == read_prompts("toy-neutral")[0]
 
 
 def test_an_export_uses_it_and_records_why(tmp_path, capsys):
@@ -272,7 +272,7 @@ def test_an_export_uses_it_and_records_why(tmp_path, capsys):
 
 def test_pairs_alone_choose_the_strength(tmp_path, capsys):
     output = tmp_path / "out"
-    assert main(["export", "bake-demo", "--pairs", "cheerful-gloomy", "-o", str(output)]) == 0
+    assert main(["export", "bake-demo", "--pairs", "toy-cheerful-gloomy", "-o", str(output)]) == 0
     result = json.loads((output / "bake.json").read_text())
     assert result["multiplier_choice"]["pairs"] == 12
     assert f"m = {result['multiplier']:g} shifts 12 held-out pairs" in capsys.readouterr().err

@@ -42,16 +42,16 @@ def texts(tmp_path_factory):
     from bake.texts.prompts import read_prompts
 
     folder = tmp_path_factory.mktemp("texts")
-    for name, count in (("openings", 6), ("neutral-stories", 4)):
+    for name, count in (("openings", 6), ("toy-neutral", 4)):
         (folder / name).write_text("\n".join(read_prompts(name)[:count]) + "\n")
     pairs = [
         {"prompt": pair.prompt, "positive": pair.positive, "negative": pair.negative}
-        for pair in read_pairs("cheerful-gloomy.held-out")[:8]
+        for pair in read_pairs("toy-cheerful-gloomy.held-out")[:8]
     ]
     (folder / "pairs").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return (
-        "--openings", folder / "openings", "--neutral", folder / "neutral-stories",
-        "--prompts", folder / "neutral-stories", "--pairs", folder / "pairs",
+        "--openings", folder / "openings", "--neutral", folder / "toy-neutral",
+        "--prompts", folder / "toy-neutral", "--pairs", folder / "pairs",
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_prompt_may_be_left_out_and_notes_do_no_harm(tmp_path):
 
 
 def test_shipped_pairs_have_names():
-    shipped = read_pairs("cheerful-gloomy")
+    shipped = read_pairs("toy-cheerful-gloomy")
     assert len(shipped) > 50
     assert all(pair.positive != pair.negative for pair in shipped)
 
@@ -119,7 +119,7 @@ def test_file_without_pairs_is_refused(tmp_path):
 
 
 def test_missing_file_names_the_shipped_sets(tmp_path):
-    with pytest.raises(PromptError, match=r"nowhere\.jsonl'; .*cheerful-gloomy"):
+    with pytest.raises(PromptError, match=r"nowhere\.jsonl'; .*toy-cheerful-gloomy"):
         read_pairs(tmp_path / "nowhere.jsonl")
 
 

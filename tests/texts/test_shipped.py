@@ -25,7 +25,7 @@ PROMPTS = sorted(shipped_sets("prompts"))
 PAIRS = sorted(shipped_sets("pairs"))
 AXES = [name for name in PAIRS if not name.endswith(".held-out")]
 # The demo model knows few words, so its pairs resemble each other; test_demo_model.py checks them.
-EVERYDAY = [name for name in PAIRS if not re.fullmatch(r"cheerful-gloomy(\.held-out)?", name)]
+EVERYDAY = [name for name in PAIRS if not re.fullmatch(r"toy-cheerful-gloomy(\.held-out)?", name)]
 NEAR = 0.6  # the share of words in common from which two texts count as one said twice
 
 
@@ -62,8 +62,8 @@ def test_a_near_duplicate_is_noticed():
 def test_the_sets_that_were_promised_are_there():
     assert {"neutral", "chat", "code", "multilingual"} <= set(PROMPTS)
     for axis in (
+        "toy-cheerful-gloomy",
         "cheerful-gloomy",
-        "cheerful-gloomy-everyday",
         "formal-casual",
         "concise-wordy",
         "confident-hedging",
@@ -148,7 +148,7 @@ def test_the_two_texts_have_the_axis_s_lengths(name):
 
 # Not first-third-person, where pronouns are the axis, nor concise-wordy, whose long texts share words
 # that the short ones have no room for.
-@pytest.mark.parametrize("name", ["formal-casual", "confident-hedging", "cheerful-gloomy-everyday"])
+@pytest.mark.parametrize("name", ["formal-casual", "confident-hedging", "cheerful-gloomy"])
 def test_no_single_word_carries_the_axis(name):
     """A direction should not be the direction of one word: none is in most of one side only."""
     pairs = read_pairs(name)
@@ -249,7 +249,7 @@ def test_show_as_json(run):
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(("no-such-set",), "cheerful-gloomy-everyday"), (("chat", "--limit", 0), "from 1")],
+    [(("no-such-set",), "cheerful-gloomy"), (("chat", "--limit", 0), "from 1")],
 )
 def test_bad_requests_get_one_line(run, arguments, expected):
     code, out, error = run("prompts", "show", *arguments)

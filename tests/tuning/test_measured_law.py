@@ -19,7 +19,7 @@ from bake.sweeps.sweep import measure_sites
 from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts
 
-HELD_OUT = "cheerful-gloomy.held-out"
+HELD_OUT = "toy-cheerful-gloomy.held-out"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def toy():
     norms = measure_sites(loaded, {"mlp_out": layers}, read_prompts("neutral")[:6])["mlp_out"]
     direction = load_direction(DEMO_DIRECTION).select(layers, loaded.hidden_size)
     push = compute_push(norms, direction, hidden_size=loaded.hidden_size)
-    neutral = [text[:120] for text in read_prompts("neutral-stories")[:4]]
+    neutral = [text[:120] for text in read_prompts("toy-neutral")[:4]]
     return loaded, push, Texts(tuple(read_pairs(HELD_OUT)[:6]), tuple(neutral), ())
 
 

@@ -15,7 +15,7 @@ from bake.texts.pairs import read_pairs
 from bake.tuning.candidates import Candidate, Space
 from bake.tuning.options import TuneOptions, read_material
 
-PAIRS, NEUTRAL, TARGET = "cheerful-gloomy", "neutral-stories", 0.5
+PAIRS, NEUTRAL, TARGET = "toy-cheerful-gloomy", "toy-neutral", 0.5
 SMALL = {"methods": ("mean",), "tokens": ("last",), "sites": ("mlp_out",)}
 
 
