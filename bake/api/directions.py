@@ -84,6 +84,7 @@ def extract_direction(
         check_file(Path(output))
     base = open_base(model, revision)
     site = site_to_read(base.anatomy, site)
+    named = layers is not None
     if layers is None:
         band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
         layers = layers_with(
@@ -98,6 +99,7 @@ def extract_direction(
         layers,
         options,
         model_name=base.to_dict()["id"],
+        named=named,
     )
     if output is not None and is_main():
         write_file(Path(output), direction_bytes(direction))

@@ -79,13 +79,13 @@ class PairActivations:
             tuple(self.alike[index] for index in indices) if self.alike else (),
         )
 
-    def at(self, layer: int) -> PairActivations:
-        """Return what one layer holds."""
+    def only(self, layers: Sequence[int]) -> PairActivations:
+        """Return what these layers hold."""
         return replace(
             self,
-            positive={layer: self.positive[layer]},
-            negative={layer: self.negative[layer]},
-            norms={layer: self.norms[layer]},
+            positive={layer: self.positive[layer] for layer in layers},
+            negative={layer: self.negative[layer] for layer in layers},
+            norms={layer: self.norms[layer] for layer in layers},
         )
 
     @property

@@ -36,6 +36,7 @@ from bake.models.forward import LanguageModel
 from bake.models.generation import check_seed
 from bake.support.processes import agree
 from bake.support.progress import announce
+from bake.support.text import list_numbers
 from bake.texts.pair_tokens import CHAT_TEMPLATES, describe_template, encode_pairs
 from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
 from bake.texts.prompts import encode as encode_texts
@@ -92,8 +93,12 @@ def extract(
     options: ExtractionOptions | None = None,
     *,
     model_name: str = "",
+    named: bool = True,
 ) -> Direction:
     """Find one unit direction per layer and measure how well it separates pairs it was not found from.
+
+    named: whether the user asked for just these layers; else those in which the texts do not differ are
+    left out, as the first layer's input is at a last token that is a full stop in all of them.
 
     The separation is in the direction's metadata (see `read_separation`); a direction
     that does not separate is announced. Raises DirectionError for a layer the model does not have, and
@@ -111,6 +116,12 @@ def extract(
 
     encoded = encode(pairs)
     found = read(encoded)
+    alike = [] if named else [layer for layer in layers if not found.differences(layer).any()]
+    if alike and len(alike) < len(layers):
+        announce(f"left out: layers {list_numbers(alike)}, in which the texts do not differ there")
+        layers = [layer for layer in layers if layer not in alike]
+        found = found.only(layers)
+        read = partial(read, layers=layers)
     held_out = None
     if options.held_out:
         fresh = leave_out_known(read_pairs(options.held_out), pairs, str(options.held_out))

@@ -32,6 +32,7 @@ from bake.proof.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.proof.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
 from bake.proof.prove import EQUIVALENCE_PROMPTS
 from bake.sweeps.auto import CONTINUED, WRITTEN
+from bake.sweeps.measured_law import MEASURED_LAW, NEUTRAL_TOKENS
 from bake.sweeps.measurements import Texts
 from bake.texts.prompts import BATCH_TOKENS, read_prompts
 
@@ -192,7 +193,9 @@ def _count_passes(base: Base, recipe: Recipe, layers: Sequence[int]) -> list[Pas
         passes.append(_measuring("direction", texts, share))
     if recipe.calibration is None:
         passes.append(_measuring("calibrate", read_prompts(recipe.prompts), share))
-    if trial_texts is not None:
+    if trial_texts is not None and recipe.law == MEASURED_LAW:
+        passes.append(_measuring_law(trial_texts, len(layers)))
+    if trial_texts is not None and recipe.given_multiplier is None:
         passes.append(_choosing(trial_texts))
     return [*passes, _proving(base)]
 
@@ -211,6 +214,15 @@ def _choosing(texts: Texts) -> PassCost:
     # A continuation is read once while it is written, and once to score it.
     tokens += sum(2 * (_tokens(opening) + WRITTEN) for opening in openings)
     return PassCost("choose the multiplier", len(read) + 2 * (WRITTEN + 1), 2 * tokens)
+
+
+def _measuring_law(texts: Texts, layers: int) -> PassCost:
+    """The passes of `--law measured`: every text by the base and with every layer pushed by itself."""
+    pairs = [pair.prompt + text for pair in texts.pairs for text in (pair.positive, pair.negative)]
+    tokens = sum(map(_tokens, pairs))
+    tokens += sum(min(_tokens(text), NEUTRAL_TOKENS) for text in texts.neutral)
+    forwards = len(pairs) + len(texts.neutral)
+    return PassCost("measure the law", forwards, (layers + 1) * tokens)
 
 
 def _proving(base: Base) -> PassCost:

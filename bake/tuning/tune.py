@@ -187,7 +187,7 @@ class Pushes:
         return self._fitted(candidate.site, candidate.token, candidate.method, layer)
 
     def _fit(self, site: str, token: str, method: str, layer: int) -> torch.Tensor:
-        return fit_directions(self._read(site, token).at(layer), method)[layer]
+        return fit_directions(self._read(site, token).only([layer]), method)[layer]
 
     def _read_activations(self, site: str, token: str) -> PairActivations:
         limit = position_limit(self.loaded.config)

@@ -1,9 +1,12 @@
 """Where a direction is found, on a model that takes none in its residual stream."""
 
+import json
+
 import pytest
 from conftest import TinyModel
 
 from bake.cli.main import main
+from bake.directions.direction_file import load_direction
 
 
 @pytest.fixture
@@ -28,6 +31,21 @@ def test_auto_finds_it_where_export_pushes(gemma, pairs_file, prompts_file, tmp_
     assert "site attn_in, which bake export takes on this model" in capsys.readouterr().err
     rest = ["--direction", str(direction), "--prompts", str(prompts_file)]
     assert main(["export", gemma, *rest, "-m", "20", "-o", str(tmp_path / "out")]) == 0
+
+
+def test_a_first_layer_that_sees_only_the_token_is_left_out(gemma, tmp_path, capsys):
+    pairs = tmp_path / "alike.jsonl"
+    rows = [{"prompt": f"{n} ", "positive": "abc.", "negative": "dcb."} for n in "abcdef"]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    direction = tmp_path / "d.safetensors"
+    assert find(gemma, pairs, direction, "--site", "attn_in") == 0
+    assert "left out: layers 0, in which the texts do not differ" in capsys.readouterr().err
+    found = load_direction(direction)
+    assert 0 not in found.vectors
+    assert 1 in found.vectors
+    # Whoever names it is told that there is none.
+    assert find(gemma, pairs, direction, "--site", "attn_in", "--layers", "0,1") == 1
+    assert "at layer 0 is all zeros" in capsys.readouterr().err
 
 
 def test_nothing_is_said_where_the_site_suits(make_model, pairs_file, tmp_path, capsys):
