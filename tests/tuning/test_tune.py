@@ -1,11 +1,14 @@
 """`bake tune`: candidates at one cost, ranked on texts that chose nothing, and a recipe that is baked."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
+from conftest import TinyModel
 
 from bake import api
+from bake.anatomy.base import open_base
 from bake.cli.main import main
 from bake.errors import BakeError, UnsupportedError
 from bake.io.shipped import DEMO_DIRECTION
@@ -13,7 +16,7 @@ from bake.pipeline.recipe import read_recipe
 from bake.strength.coefficients import band_layers
 from bake.texts.pairs import read_pairs
 from bake.tuning.candidates import Candidate, Space
-from bake.tuning.options import TuneOptions, read_material
+from bake.tuning.options import TuneOptions, choose_routes, read_material
 
 PAIRS, NEUTRAL, TARGET = "toy-cheerful-gloomy", "toy-neutral", 0.5
 SMALL = {"methods": ("mean",), "tokens": ("last",), "sites": ("mlp_out",)}
@@ -194,6 +197,37 @@ def test_a_given_direction_keeps_its_site_and_its_vectors(tmp_path):
     values = yaml.safe_load((given.output / "recipe.yaml").read_text())
     assert values["direction"] == str(DEMO_DIRECTION)
     assert "method" not in values
+
+
+class TestAddedLayers:
+    """Where the residual stream takes no push but in extra layers, they are compared, and not taken."""
+
+    @pytest.fixture
+    def ranked(self, make_model, found):
+        base = open_base(str(make_model(TinyModel("gemma2"))))
+        routes = choose_routes(base.anatomy, TuneOptions("m", "o"), None)
+        best, default = found.ranking.finalists[0], found.ranking.finalists[-1]
+        inserted = replace(best, candidate=Candidate("mlp_out", "mean", "last", (2, 3)))
+        weaker = replace(default, candidate=Candidate("attn_in", "mean", "last", (2, 3)))
+        ranking = replace(found.ranking, finalists=(inserted, weaker), default=weaker.candidate)
+        return replace(found, base=base, routes=routes, ranking=ranking)
+
+    def test_both_are_compared(self, ranked):
+        assert {site: route.route for site, route in ranked.routes.items()} == {
+            "mlp_out": "insert",
+            "attn_in": "flag",
+        }
+
+    def test_the_recipe_takes_none_and_says_what_they_would_move(self, ranked):
+        assert ranked.recipe()["site"] == "attn_in"
+        assert "route" not in ranked.recipe()
+        assert "--route insert lets the recipe take it" in ranked.describe()
+
+    def test_it_does_where_it_may(self, ranked):
+        options = replace(ranked.options, route="insert")
+        allowed = replace(ranked, options=options)
+        assert allowed.recipe()["site"] == "mlp_out"
+        assert allowed.recipe()["route"] == "insert"
 
 
 @pytest.mark.parametrize(
