@@ -51,10 +51,13 @@ def convert(file: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
         str(file.parent),
         gguf_file=file.name,
+        trust_remote_code=False,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
