@@ -45,7 +45,7 @@ SMALL_EFFECT = 0.1
 NEW_TOKENS = 20
 CANARY_TOKENS = 12
 CANARIES = 4
-WRITTEN = 24  # tokens of each sample
+WRITTEN = 16  # tokens of each sample
 LOGIT_BYTES = 64 * 1024 * 1024  # of one batch's logits in float32
 
 Logits = list["torch.Tensor"]

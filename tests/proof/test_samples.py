@@ -6,6 +6,7 @@ from bake.anatomy.base import open_base
 from bake.cli.main import main
 from bake.io.shipped import DEMO_NAME
 from bake.models.forward import continue_greedily, load_model
+from bake.proof.observation import WRITTEN
 from bake.proof.samples import choose_openings, collect_samples, decode_written
 from bake.texts.prompts import read_prompts
 
@@ -51,7 +52,7 @@ def test_a_bake_records_what_the_written_checkpoint_writes(tmp_path, capsys):
     openings = choose_openings(base.tokenizer)
     for name, folder in (("base", base.checkpoint.directory), ("baked", output)):
         loaded = load_model(folder, dtype="float32")
-        written = continue_greedily(loaded, [opening.ids for opening in openings], 24)
+        written = continue_greedily(loaded, [opening.ids for opening in openings], WRITTEN)
         texts = [decode_written(base.tokenizer, ids) for ids in written]
         assert [sample[name] for sample in samples] == texts
     for sample in samples:
