@@ -108,8 +108,8 @@ def choose_coefficients(
 class Inputs:
     """What a recipe's own files say, read before a model is opened; None for what it leaves out.
 
-    pairs: what a direction is found from. trial_texts: what the multiplier is chosen on; None where it is
-    given, or nothing is there to choose it by.
+    pairs: what a direction is found from. trial_texts: what the multiplier is chosen on and the measured
+    law is found on; None where neither is needed, or nothing is there to choose by.
     """
 
     directions: tuple[GivenDirection, ...]

@@ -30,7 +30,9 @@ from bake.plan.destination import choose_destination
 from bake.plan.plan import outline_edits
 from bake.proof.equivalence import MAX_PROMPTS, MAX_TOKENS
 from bake.proof.observation import CANARIES, CANARY_TOKENS, LOGIT_BYTES, NEW_TOKENS
+from bake.proof.observation import WRITTEN as SAMPLE_TOKENS
 from bake.proof.prove import EQUIVALENCE_PROMPTS
+from bake.proof.samples import SAMPLES
 from bake.sweeps.auto import CONTINUED, WRITTEN
 from bake.sweeps.measured_law import MEASURED_LAW, NEUTRAL_TOKENS
 from bake.sweeps.measurements import Texts
@@ -228,7 +230,7 @@ def _measuring_law(texts: Texts, layers: int) -> PassCost:
 def _proving(base: Base) -> PassCost:
     """The proof's passes, as `bake.proof.observation` makes them.
 
-    Samples are not counted: a model that is streamed writes none, and for another they are a few per cent.
+    Samples are counted, though a model that is streamed writes none.
     """
     texts = [
         min(_tokens(text), MAX_TOKENS) for text in read_prompts(EQUIVALENCE_PROMPTS)[:MAX_PROMPTS]
@@ -246,12 +248,14 @@ def _proving(base: Base) -> PassCost:
         + padded
         + continued * NEW_TOKENS
         + chosen * CANARIES
+        + 2 * SAMPLE_TOKENS  # by base and bake
     )
     tokens = (
         batched * sum(texts)
         + (single + 1) * sum(few)
         + padded * len(few) * max(few)
         + (continued + chosen) * CANARIES * (CANARY_TOKENS + NEW_TOKENS)
+        + 2 * SAMPLES * (CANARY_TOKENS + SAMPLE_TOKENS)
     )
     return PassCost("prove", forwards, tokens)
 

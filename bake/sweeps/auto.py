@@ -20,7 +20,7 @@ from bake.io.shipped import OPENINGS, REQUESTS, tried_on
 from bake.models.generation import bootstrap_interval, sample_continuations, score_continuations
 from bake.support.processes import agree
 from bake.sweeps.arms import Arm
-from bake.sweeps.cost_curve import cross, shorten
+from bake.sweeps.cost_curve import cost_of, cross, shorten
 from bake.sweeps.design import BASE
 from bake.sweeps.measurements import (
     Measurements,
@@ -138,7 +138,7 @@ def choose_multiplier(
         sign * largest,
         bounds,
         len(texts.pairs),
-        tuple(_inshorten(point) for point in points),
+        tuple(_in_short(point) for point in points),
         describe_template(loaded.tokenizer, texts.pairs, texts.chat_template),
     )
 
@@ -258,14 +258,11 @@ class _Trial:
 
     def _cost_of(self, size: float) -> None:
         """Measure KL on neutral text."""
-        import numpy as np
-
         arms = self._arms(size)
         self.neutral |= measure_neutral(
             self.loaded, arms, self.texts.neutral, chat_template=self.texts.chat_template
         )
-        divergences = np.concatenate(self.neutral[arms[-1].name]["kl"])
-        self.costs[size] = float(np.quantile(divergences, 0.95))
+        self.costs[size] = cost_of(self.neutral[arms[-1].name]["kl"])
 
     def _shift_of(self, size: float) -> None:
         """Measure the likelihood of held-out pairs, once; of the base with the first."""
@@ -340,7 +337,7 @@ class _Trial:
         return [Arm(BASE, "base"), arm]
 
 
-def _inshorten(point: Point) -> dict[str, float | None]:
+def _in_short(point: Point) -> dict[str, float | None]:
     return {
         "multiplier": point.arm.multiplier,
         "shift": _figure(point.shift),

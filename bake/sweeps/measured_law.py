@@ -53,7 +53,15 @@ class Derivatives:
         import numpy as np
         from scipy.optimize import nnls
 
-        ridged = self.fisher + RIDGE * np.diag(np.diag(self.fisher))
+        costs = np.diag(self.fisher)
+        if not (
+            np.isfinite(self.fisher).all() and np.isfinite(self.shift).all() and costs.max() > 0
+        ):
+            raise BakeError(
+                "--law measured: a small push gives no finite effect to measure; try --law inverse-sqrt-d"
+            )
+        # A layer that costs nothing, as far as is seen, gets no weight for nothing.
+        ridged = self.fisher + RIDGE * np.diag(np.maximum(costs, RIDGE * costs.max()))
         lower = np.linalg.cholesky(ridged)
         found, _ = nnls(lower.T, np.linalg.solve(lower, self.shift))
         if not found.any():

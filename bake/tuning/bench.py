@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bake.strength.coefficients import Push
 from bake.sweeps.arms import Arm
-from bake.sweeps.cost_curve import cross, shorten
+from bake.sweeps.cost_curve import cost_of, cross, shorten
 from bake.sweeps.design import BASE
 from bake.sweeps.measurements import (
     Each,
@@ -141,8 +141,6 @@ class Bench:
         neutral: Sequence[str],
     ) -> dict[Candidate, float]:
         """Return the 95th percentile of KL on neutral texts of each at its size."""
-        import numpy as np
-
         arms = [Arm(BASE, "base"), *(self.arm(each, sizes[each]) for each in candidates)]
         measured = measure_neutral(
             self.loaded,
@@ -154,7 +152,7 @@ class Bench:
         self.forwards += len(arms) * len(neutral)
         self.rounds += len(candidates)
         return {
-            each: float(np.quantile(np.concatenate(measured[arm.name]["kl"]), 0.95))
+            each: cost_of(measured[arm.name]["kl"])
             for each, arm in zip(candidates, arms[1:], strict=True)
         }
 

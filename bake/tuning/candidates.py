@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bake.strength.coefficients import DEFAULT_BAND, DEFAULT_LAW, band_layers
+from bake.support.text import list_numbers
 
 GIVEN = "given"  # the method of a direction that came from a file
 # Where bands begin and end, in per cent of the depth: every band between two of them is a candidate.
@@ -17,8 +18,8 @@ EDGES = (10, 25, 40, 55, 70, 90)
 class Candidate:
     """One way of pushing, whatever its strength.
 
-    method, token: how the direction is found; ("given", "") for one from a file. layers: 0-based, without
-    a gap.
+    method, token: how the direction is found; ("given", "") for one from a file. layers: 0-based; with
+    gaps where a hybrid has layers that take no push.
     """
 
     site: str
@@ -30,8 +31,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """What it is called in reports."""
-        first, last = self.layers[0], self.layers[-1]
-        where = f"layers {first}–{last}" if last > first else f"layer {first}"
+        where = f"layer{'s' if len(self.layers) > 1 else ''} {list_numbers(self.layers)}"
         how = f"{self.method}/{self.token}" if self.token else self.method
         return f"{self.site}, {how}, {where}, {self.law}"
 
@@ -88,7 +88,7 @@ class Space:
         )
 
     def _within(self, site: str, share: tuple[float, float]) -> tuple[int, ...]:
-        """Return the layers of a band that can be pushed; () where they have gaps or there are none."""
+        """Return the layers of a band that can be pushed, () where there are none."""
         first, stop = (int(edge * self.layer_count + 1e-9) for edge in share)
         if first >= stop:
             return ()

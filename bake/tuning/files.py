@@ -17,6 +17,9 @@ HEAD = """\
 # {name}, {moved:+.3f} nats a token.
 #     bake export --recipe {file} --output DIR
 """
+DIVIDED = """\
+# A fourth of the pairs judged and is in the direction too when this is baked: it may differ a little.
+"""
 
 
 def prepare_directory(output: Path) -> Path:
@@ -35,7 +38,10 @@ def write_all(tuned: Tuned, *, html: bool) -> None:
         draw_ranking(figures / "ranking.png", tuned.ranking.finalists)
         if len(tuned.ranking.layers) > 1:
             draw_layer_curve(figures / "layer-curve.png", tuned.ranking.layers, tuned.best)
-        write_text(output / RECIPE_FILE, _recipe_text(tuned))
+        if tuned.refusal is None:
+            write_text(output / RECIPE_FILE, _recipe_text(tuned))
+        else:
+            (output / RECIPE_FILE).unlink(missing_ok=True)
         text = json.dumps(tuned.report(), indent=2, ensure_ascii=False)
         write_text(output / REPORT_FILE, text + "\n")
         if html:
@@ -54,6 +60,8 @@ def _recipe_text(tuned: Tuned) -> str:
         moved=best.moved,
         file=RECIPE_FILE,
     )
+    if tuned.divided:
+        head += DIVIDED
     return head + yaml.safe_dump(tuned.recipe(), sort_keys=False, allow_unicode=True)
 
 
@@ -65,5 +73,6 @@ def _page(tuned: Tuned) -> str:
         tuned=tuned,
         ranking=tuned.ranking,
         target=tuned.options.target_kl,
+        refusal=tuned.refusal,
         recipe=_recipe_text(tuned),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.directions.activations import parse_token
@@ -13,7 +13,7 @@ from bake.options.tune import TUNED_LAWS, TUNED_METHODS, TUNED_SITES
 from bake.sites import RESIDUAL_SITES, is_usable_at
 from bake.support.progress import announce
 from bake.sweeps.measurements import Texts
-from bake.texts.held_out import read_divided
+from bake.texts.held_out import find_beside, read_divided
 from bake.texts.pairs import ContrastPair
 from bake.texts.prompts import read_prompts
 
@@ -60,25 +60,34 @@ class TuneOptions:
             ("method", self.methods, TUNED_METHODS),
             ("law", self.laws, TUNED_LAWS),
         ):
+            if not given and name != "site":
+                raise BakeError(f"no {name} is given to compare; one of {', '.join(known)}")
             unknown = next((each for each in given if each not in known), None)
             if unknown is not None:
                 raise BakeError(f"unknown {name} {unknown!r}; one of {', '.join(known)}")
+        if not self.tokens:
+            raise BakeError("no token position is given to compare; such as last")
         for token in self.tokens:
             parse_token(token)
 
 
 @dataclass(frozen=True)
 class Material:
-    """The texts of a search. pairs: what directions are found from; no text is in two of the three."""
+    """The texts of a search. pairs: what directions are found from; no text is in two of the three.
+
+    divided: whether those that choose and judge were kept out of the pairs.
+    """
 
     pairs: Sequence[ContrastPair]
     choosing: Texts
     judging: Texts
+    divided: bool
 
 
 def read_material(options: TuneOptions) -> Material:
     """Read and divide the texts. Raises BakeError where there are too few of them."""
     pairs, held_out = read_divided(options.pairs, options.held_out)
+    divided = options.pairs is not None and not (options.held_out or find_beside(options.pairs))
     if len(held_out) < LEAST_PAIRS:
         raise BakeError(
             f"bake tune judges on contrast pairs that the direction was not found from, and there are "
@@ -100,6 +109,7 @@ def read_material(options: TuneOptions) -> Material:
             (),
             chat_template=options.chat_template,
         ),
+        divided,
     )
 
 
@@ -109,7 +119,8 @@ def choose_routes(
     """Return {site: its route} of the sites to compare.
 
     Extra layers are among them where the residual stream takes no push otherwise, to say what they would
-    give. found_at: where a given direction was found. Raises UnsupportedError where no site is exact.
+    give. found_at: where a given direction was found. Raises UnsupportedError where no site is exact, or
+    none without extra layers that nobody asked for.
     """
     wanted = options.sites or TUNED_SITES
     usable = [site for site in wanted if found_at is None or is_usable_at(found_at, site)]
@@ -125,14 +136,14 @@ def choose_routes(
             routes = {"mlp_out": anatomy.choose("mlp_out", route="insert"), **routes}
         except UnsupportedError as error:
             announce(f"mlp_out is left out: {error}")
+    if options.route != "insert" and {route.route for route in routes.values()} == {"insert"}:
+        raise UnsupportedError(
+            f"{anatomy.model_type} takes no push at {', '.join(usable)} but in extra layers, which cost "
+            "compute: allow them with --route insert, or leave --site out"
+        )
     if not routes:
         where = f" of a direction found at {found_at}" if found_at else ""
         raise UnsupportedError(
             f"{anatomy.model_type} takes no push{where} at {', '.join(wanted)}; see bake inspect"
         )
     return routes
-
-
-def halve(texts: Texts, neutral: int, pairs: int) -> Texts:
-    """Return the first texts of each kind."""
-    return replace(texts, neutral=texts.neutral[:neutral], pairs=texts.pairs[:pairs])

@@ -13,6 +13,7 @@ from bake.anatomy.insertion import Insertion
 from bake.strength.coefficients import EXPLICIT_LAW, band_of
 from bake.support.tables import format_table
 from bake.sweeps.measured_law import MEASURED_LAW
+from bake.sweeps.window import moves
 from bake.tuning.bench import Judged
 from bake.tuning.options import TuneOptions
 from bake.tuning.search import Ranking
@@ -23,7 +24,11 @@ SHORT_OF = 0.8  # of the cost: a candidate below it could not be pushed so far
 
 @dataclass(frozen=True)
 class Tuned:
-    """A finished search. coefficients: {finalist's name: {layer: α at its m}}."""
+    """A finished search.
+
+    coefficients: {finalist's name: {layer: α at its m}}. judging_pairs: how many ranked the finalists.
+    divided: whether the pairs that chose and judged were kept out of --pairs.
+    """
 
     output: Path
     base: Base
@@ -31,6 +36,8 @@ class Tuned:
     routes: Mapping[str, SiteRoute]
     ranking: Ranking
     coefficients: Mapping[str, Mapping[int, float]]
+    judging_pairs: int
+    divided: bool = False
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
@@ -40,6 +47,20 @@ class Tuned:
         return next(
             (each for each in self.ranking.finalists if not self._is_kept_out(each)),
             self.ranking.finalists[0],
+        )
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no recipe; None where there is one."""
+        if moves(self.best.point):
+            return None
+        found = self.best.point.net_shift
+        assert found is not None
+        return (
+            f"nothing moves the {self.judging_pairs} pairs that judge beyond doubt at KL "
+            f"{self.options.target_kl:g} (best: {self.best.candidate.name}, {found.value:+.3f} nats a "
+            f"token, 95 % interval {found.low:+.3f} to {found.high:+.3f}), so no recipe is written; the "
+            f"ranking is in {self.output}. Try more pairs or others, or another --target-kl"
         )
 
     def _is_kept_out(self, judged: Judged) -> bool:

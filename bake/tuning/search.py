@@ -28,9 +28,10 @@ WAYS = 2  # whose bands are compared
 class Ranking:
     """What a search found.
 
-    finalists: on the texts that chose nothing, best first; `default` is among them. layers: every layer by
-    itself, on the texts that chose, in order. forwards: texts that were run; grid: as many as every
-    candidate on all texts would have been. finished: whether no stage was left out for want of time.
+    finalists: on the texts that chose nothing, best first; `default` is among them if it can be pushed.
+    layers: every layer by itself, on the texts that chose, in order. forwards: texts that were run; grid:
+    as many as every candidate on all texts would have been. finished: whether no stage was left out for
+    want of time.
     """
 
     finalists: tuple[Judged, ...]
@@ -75,7 +76,7 @@ class Search:
             self._measure("laws", laws, self.choosing)
         best = [judged.candidate for judged in self._best(FINALISTS)]
         finalists = self.bench.compare(
-            "judging", list(dict.fromkeys([*best, self.default])), self.judging
+            "judging", self._pushable(list(dict.fromkeys([*best, self.default]))), self.judging
         )
         return Ranking(
             tuple(finalists),

@@ -15,7 +15,7 @@ from bake.directions.activations import PairActivations, read_activations
 from bake.directions.direction import Direction
 from bake.directions.fit import fit_directions
 from bake.directions.formats import fit_direction, read_direction
-from bake.errors import UnsupportedError
+from bake.errors import BakeError, UnsupportedError
 from bake.models.forward import LanguageModel
 from bake.models.streaming import choose_placement
 from bake.strength.coefficients import DEFAULT_LAW, Push, band_layers, compute_push
@@ -43,7 +43,7 @@ def tune(options: TuneOptions) -> Tuned:
     """Compare candidates and write a directory; see `bake tune --help`.
 
     The directory keeps what is measured as it is made: the same command again goes on from there. Raises a
-    BakeError that names what is wrong.
+    BakeError that names what is wrong, also, once the ranking is written, where nothing moves the pairs.
     """
     clock = Stopwatch()
     options.check()
@@ -85,9 +85,14 @@ def tune(options: TuneOptions) -> Tuned:
         with clock.stage("tune"):
             ranking = search.run()
         ranking = replace(ranking, forwards=ranking.forwards + pushes.forwards)
-        tuned = Tuned(output, base, options, routes, ranking, pushes.coefficients(ranking))
+        coefficients, judges = pushes.coefficients(ranking), len(material.judging.pairs)
+        tuned = Tuned(
+            output, base, options, routes, ranking, coefficients, judges, material.divided
+        )
         with clock.stage("report"):
             on_main(lambda: write_all(tuned, html=options.html))
+    if tuned.refusal is not None:
+        raise BakeError(tuned.refusal)
     return replace(tuned, timings=clock.seconds, peak_memory=peak_memory())
 
 

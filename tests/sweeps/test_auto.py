@@ -189,6 +189,12 @@ def test_multipliers_have_two_digits_and_are_rounded_down(size, short):
     assert cost_curve.shorten(size) == short
 
 
+def test_a_divergence_that_is_no_number_costs_more_than_anything():
+    assert cost_curve.cost_of([[0.1, 0.2], [0.3]]) == pytest.approx(0.29)
+    for broken in (math.nan, math.inf):
+        assert cost_curve.cost_of([[0.1, broken], [broken]]) > 1000
+
+
 class TestPairsAtHand:
     """What auto is judged on, and where it is the default."""
 

@@ -93,6 +93,18 @@ def test_a_cheaper_layer_is_pushed_further():
     assert units[3] == pytest.approx(4 * units[4])
 
 
+def test_a_layer_that_costs_nothing_that_is_seen_breaks_nothing():
+    units = Derivatives((3, 4), np.array([1.0, 0.0]), np.diag([1.0, 0.0])).solve()
+    assert units[3] > 0
+    assert units[4] == 0
+
+
+@pytest.mark.parametrize("fisher", [np.zeros((2, 2)), np.full((2, 2), np.nan)])
+def test_what_cannot_be_measured_is_one_line(fisher):
+    with pytest.raises(BakeError, match="gives no finite effect to measure"):
+        Derivatives((3, 4), np.array([1.0, 1.0]), fisher).solve()
+
+
 def test_where_no_layer_shifts_anything_it_says_so():
     with pytest.raises(BakeError, match="in no layer does a small push shift"):
         Derivatives((3, 4), np.array([-1.0, 0.0]), np.eye(2)).solve()

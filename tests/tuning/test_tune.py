@@ -11,7 +11,7 @@ from bake import api
 from bake.anatomy.base import open_base
 from bake.cli.main import main
 from bake.errors import BakeError, UnsupportedError
-from bake.io.shipped import DEMO_DIRECTION
+from bake.io.shipped import DEMO_DIRECTION, shipped_sets
 from bake.pipeline.recipe import read_recipe
 from bake.strength.coefficients import band_layers
 from bake.texts.pairs import read_pairs
@@ -158,6 +158,31 @@ class TestRecipe:
         assert reverse.best.point.shift.high < 0 < reverse.best.moved
 
 
+def test_where_nothing_moves_the_pairs_there_is_no_recipe(tmp_path, capsys):
+    """Held-out pairs whose sides are exchanged in every second: no direction can shift them all."""
+    held_out = shipped_sets("pairs")[f"{PAIRS}.held-out"].read_text().splitlines()
+    rows = [json.loads(line) for line in held_out]
+    for row in rows[::2]:
+        row["positive"], row["negative"] = row["negative"], row["positive"]
+    mixed, output = tmp_path / "mixed.jsonl", tmp_path / "o"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BakeError, match="nothing moves the 36 pairs that judge beyond doubt"):
+        tune(output, held_out=str(mixed), laws=("inverse-sqrt-d",), minutes=0.0)
+    assert not (output / "recipe.yaml").exists()
+    report = json.loads((output / "report.json").read_text())
+    assert report["finalists"][0]["net_shift"]["low"] <= 0
+
+
+def test_pairs_that_were_divided_are_told_in_the_recipe(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(shipped_sets("pairs")[PAIRS].read_text())
+    made = tune(tmp_path / "o", pairs=str(pairs), laws=("inverse-sqrt-d",), minutes=0.0)
+    assert made.divided
+    recipe = (made.output / "recipe.yaml").read_text()
+    assert "# A fourth of the pairs judged" in recipe
+    assert yaml.safe_load(recipe)["pairs"] == str(pairs)
+
+
 class TestResumed:
     def test_the_same_command_measures_nothing_again(self, found):
         log, report = ((found.output / name) for name in ("measurements.jsonl", "report.json"))
@@ -223,6 +248,14 @@ class TestAddedLayers:
         assert "route" not in ranked.recipe()
         assert "--route insert lets the recipe take it" in ranked.describe()
 
+    def test_alone_they_are_refused_unless_asked_for(self, make_model):
+        anatomy = open_base(str(make_model(TinyModel("gemma2")))).anatomy
+        options = TuneOptions("m", "o", sites=("mlp_out",))
+        with pytest.raises(UnsupportedError, match="allow them with --route insert"):
+            choose_routes(anatomy, options, None)
+        (route,) = choose_routes(anatomy, replace(options, route="insert"), None).values()
+        assert route.route == "insert"
+
     def test_it_does_where_it_may(self, ranked):
         options = replace(ranked.options, route="insert")
         allowed = replace(ranked, options=options)
@@ -240,6 +273,8 @@ class TestAddedLayers:
         ({"sites": ("middle",)}, "unknown site 'middle'"),
         ({"methods": ("optimize",)}, "unknown method 'optimize'"),
         ({"laws": ("norm",)}, "unknown law 'norm'"),
+        ({"methods": ()}, "no method is given to compare"),
+        ({"tokens": ()}, "no token position is given to compare"),
         ({"tokens": ("first",)}, "unknown token position 'first'"),
     ],
 )
