@@ -25,6 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # One worker a core; `python -m pytest` alone runs everything in one process.
 test: lint
@@ -43,9 +44,10 @@ test-real: $(READY)
 architectures: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/golden.py
 
-# The reference page, from the declarations of the options.
+# The documentation as a site in build/site, and the reference page, from the declarations of the options.
 docs: $(READY)
 	$(BIN)/python -m bake.cli.reference > docs/reference.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Both sides of every comparison in one run; needs 7 GB of disk under build/.
 bench: $(READY)

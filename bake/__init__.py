@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bake.version import __version__
 
 __all__ = [
+    "ContrastPair",
     "__version__",
     "calibrate",
     "convert_direction",
@@ -36,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from bake.api import (
+        ContrastPair,
         calibrate,
         convert_direction,
         diff,

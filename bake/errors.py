@@ -18,6 +18,16 @@ class BakeError(Exception):
         super().__init__(one_message(message))
 
 
+class UsageError(BakeError):
+    """Something that has to be given is not: the command line shows its usage and exits with 2."""
+
+    exit_code = 2
+
+
+class UnknownOptionError(BakeError, TypeError):
+    """A function was given a keyword that it does not have."""
+
+
 class CheckpointError(BakeError):
     """The base, or a baked directory, cannot be read as a checkpoint."""
 

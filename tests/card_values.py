@@ -42,6 +42,12 @@ CARD_VALUES = {
     },
     "config_removed": [],
     "separation": None,
+    "title": "base, more formal (m = 1.5)",
+    "concept": "more formal",
+    "description": None,
+    "pairs": [["Good evening, madam.", "hey | there"]],
+    "pairs_name": "formal-casual",
+    "pairs_sha256": "ab" * 32,
     "direction_summary": "found at mlp_out as the difference of means over 4 contrast pairs",
     "multiplier_choice": {
         "reason": "m = 1.5 is the largest shift on 24 held-out pairs within the bounds",

@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from bake.anatomy.examination import forget_examinations
 from bake.card import figures, render
+from bake.cli.messages import render_messages
 from bake.models.forward import LanguageModel, load_model
 from bake.proof.plain_process import kept_plain_process
 from bake.sites import LayerStructure
@@ -41,6 +42,7 @@ from bake.texts.prompts import load_tokenizer
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+render_messages()  # Tests read what is said on stderr, as the command line shows it.
 
 LAYERS, HIDDEN = 6, 32
 _COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

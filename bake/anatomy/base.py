@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from bake.anatomy import Anatomy, examine
-from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from bake.checkpoint.checkpoint import Checkpoint, is_path, open_checkpoint
 from bake.checkpoint.licences import read_licence
 from bake.checkpoint.quantization import check_quantization
-from bake.errors import CheckpointError
+from bake.errors import CheckpointError, UnsupportedError
 from bake.io.shipped import DEMO_MODEL, DEMO_NAME, find_model
 from bake.models.forward import LanguageModel, load_model, read_config
 from bake.models.streaming import Placement
+from bake.support.text import one_line
 from bake.support.timing import Stopwatch
 from bake.texts.prompts import load_tokenizer
 from bake.texts.protocols import Tokenizer
@@ -21,13 +24,23 @@ from bake.texts.protocols import Tokenizer
 
 @dataclass(frozen=True)
 class Base:
-    """A base that has been opened and examined: what every command starts from."""
+    """A base that has been opened and examined: what every command starts from.
+
+    on_hub: which model on the Hub a local one is, see `bake.hub.identify_base`; None where nobody said.
+    """
 
     checkpoint: Checkpoint
     anatomy: Anatomy
+    on_hub: Mapping[str, Any] | None = None
+
+    def named(self) -> dict[str, Any]:
+        """Return what names the base in a bake: as `to_dict`, or the id that the user gave a local one."""
+        if self.on_hub is None or self.on_hub["revision"]:
+            return dict(self.on_hub or self.to_dict())
+        return {**self.to_dict(), **self.on_hub}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what names the base in `bake.json`: never a local path.
+        """Return what names the base by itself: never a local path.
 
         A local base is named by its directory and by a hash of what its headers and config say.
         """
@@ -55,6 +68,79 @@ class Base:
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
+@dataclass(frozen=True)
+class BaseInMemory:
+    """A model and a tokenizer that Python holds already, examined: for what needs no files."""
+
+    loaded: LanguageModel
+    anatomy: Anatomy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what names the model: its Hub id or its folder's name, as its config has it."""
+        name = str(getattr(self.loaded.config, "name_or_path", "") or "a model in memory")
+        named = Path(name).name if is_path(name) or Path(name).exists() else name
+        return {"id": one_line(named), "revision": None}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was given."""
+        return self.loaded.tokenizer
+
+    def stat_files(self) -> list[tuple[str, int, float]]:
+        """Return name, size and sum of every parameter: what tells that one changed."""
+        return [
+            (name, each.numel(), float(each.detach().double().sum()))
+            for name, each in self.loaded.model.named_parameters()
+        ]
+
+
+AnyBase = Base | BaseInMemory
+MODEL_IN_MEMORY = "(model, tokenizer)"
+
+
+def take_base(given: Any) -> BaseInMemory:
+    """Return a base from (model, tokenizer), both transformers'; the model is used as it is.
+
+    Raises UnsupportedError for another kind of object, a model in training mode, and one without the
+    decoder that its config describes, such as a PEFT adapter around it.
+    """
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    pair = given if isinstance(given, tuple | list) and len(given) == 2 else (None, None)
+    model, tokenizer = pair
+    if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UnsupportedError(
+            f"a model is a path, a Hub id, or {MODEL_IN_MEMORY} of transformers, not "
+            f"{type(given).__name__}"
+        )
+    if model.training:
+        raise UnsupportedError("the model is in training mode; call model.eval() first")
+    anatomy = examine(model.config)
+    try:
+        model.get_submodule(anatomy.structure.layers)
+    except AttributeError:
+        raise UnsupportedError(
+            f"the model has no {anatomy.structure.layers}, where {anatomy.model_type} has its layers; "
+            "give the transformers model itself"
+        ) from None
+    device = next(model.parameters()).device
+    loaded = LanguageModel(
+        model,
+        {},
+        device,
+        structure=anatomy.structure,
+        tokenizer=cast("Tokenizer", tokenizer),
+    )
+    return BaseInMemory(loaded, anatomy)
+
+
+def open_any(model: Any, revision: str | None = None, clock: Stopwatch | None = None) -> AnyBase:
+    """Return the base that a user's MODEL means: a path, a Hub id, or (model, tokenizer)."""
+    if isinstance(model, str | Path):
+        return open_base(str(model), revision, clock)
+    return take_base(model)
+
+
 def open_base(
     model: str,
     revision: str | None = None,
@@ -77,8 +163,10 @@ def open_base(
     return Base(checkpoint, anatomy)
 
 
-def load_base(base: Base, placement: Placement | None = None) -> LanguageModel:
+def load_base(base: AnyBase, placement: Placement | None = None) -> LanguageModel:
     """Load the base; refuse one whose weights are incomplete, which transformers fills at random."""
+    if isinstance(base, BaseInMemory):
+        return base.loaded
     checkpoint, tokenizer = base.checkpoint, base.tokenizer  # the cheap part first
     loaded = load_model(checkpoint.directory, placement=placement)
     missing = loaded.report["missing_keys"] + loaded.report["mismatched_keys"]

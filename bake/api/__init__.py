@@ -4,8 +4,10 @@ from bake.api.afterwards import diff, publish, reproduce, rescale, undo, verify,
 from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep, tune
 from bake.api.directions import convert_direction, extract_direction, show_direction
 from bake.directions.formats import read_direction
+from bake.texts.pairs import ContrastPair
 
 __all__ = [
+    "ContrastPair",
     "calibrate",
     "convert_direction",
     "diff",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.checkpoint.checkpoint import find_bake, is_path
-from bake.errors import BakeError, EndpointError
+from bake.errors import BakeError, UsageError
 from bake.lifecycle.verify import Verification
 from bake.lifecycle.verify import verify as verify_directory
 from bake.models.streaming import choose_placement
@@ -57,7 +57,7 @@ def verify_endpoint(
     from bake.pipeline.record import read_canary
 
     if not model:
-        raise EndpointError("--endpoint needs --model NAME, what the server calls the model")
+        raise UsageError("--endpoint needs --model NAME, what the server calls the model")
     path = Path(directory)
     if not path.is_dir() and not is_path(str(directory)):
         path = download_record(str(directory), revision)
@@ -82,7 +82,7 @@ def publish(
 
     What the base's repository has already is copied there.
     """
-    from bake import hub
+    from bake.pipeline.publishing import publish_directory
 
     if strengths and (revision or create_pr or verify_remote):
         raise BakeError(
@@ -104,7 +104,9 @@ def publish(
         from bake.lifecycle.branches import publish_strengths
 
         return publish_strengths(Path(directory), repo_id, strengths, base=base, **options)
-    found = hub.publish(Path(directory), repo_id, revision=revision, create_pr=create_pr, **options)
+    found = publish_directory(
+        Path(directory), repo_id, revision=revision, create_pr=create_pr, **options
+    )
     if not verify_remote:
         return found
     from bake.lifecycle.published import verify_published

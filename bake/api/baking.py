@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy, examine
-from bake.anatomy.base import load_base, open_base
+from bake.anatomy.base import load_base, open_any, take_base
 from bake.anatomy.catalogue import CatalogueEntry, examine_all, list_model_types
+from bake.api.given import GivenPairs, GivenTexts, Model, as_files, as_options
 from bake.checkpoint.checkpoint import open_description
-from bake.directions.formats.objects import given_as_file
 from bake.io.atomic import check_file, write_file
 from bake.io.shipped import find_model
 from bake.models.forward import read_config
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 @documented(EXPORT)
 def export(
-    model: str,
+    model: str | Path,
     *,
-    output: str | Path,
+    output: str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     direction: Any = None,
@@ -49,23 +49,24 @@ def export(
     layer_offset: int | None = None,
     direction_site: str | None = None,
     keep_scale: bool = False,
-    pairs: str | Path | None = None,
+    pairs: GivenPairs | None = None,
     method: str = "mean",
     token: str | int = "last",
     from_layer: int | None = None,
     chat_template: str = "auto",
-    held_out: str | Path | None = None,
+    held_out: GivenPairs | None = None,
     seed: int = 0,
     steps: int = 150,
     kl_weight: float = 0.3,
     multiplier: float | str | None = None,
     target_kl: float | None = None,
     law: str = "inverse-sqrt-d",
-    coefficients: str | None = None,
-    prompts: str | Path = "neutral",
+    coefficients: str | Mapping[int, float] | None = None,
+    prompts: GivenTexts = "neutral",
     calibration: str | Path | None = None,
     statistic: str = "mean",
-    band: str = "40:90",
+    band: str | tuple[float, float] = "40:90",
+    layers: str | int | Sequence[int] | None = None,
     site: str = "auto",
     route: str = "auto",
     slot: str | None = None,
@@ -76,6 +77,9 @@ def export(
     dtype: str | None = None,
     allow_rounding: bool = False,
     sweep: str | Path | None = None,
+    name: str | None = None,
+    description: str | None = None,
+    base_id: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
     push_to_hub: str | None = None,
@@ -87,19 +91,20 @@ def export(
     """Bake a direction into `model` and write the checkpoint to `output`.
 
     A direction can also be an object: a `Direction`, a steering-vectors `SteeringVector`, {layer: vector},
-    a tensor or an array.
+    a tensor or an array. Pairs can be a list of tuples (positive, negative) or (prompt, positive,
+    negative), of mappings or of `ContrastPair`s, prompts a list of texts, a band shares of the depth such
+    as (0.4, 0.9), layers a number or numbers, coefficients {layer: α}.
     Raises a BakeError that names what is wrong; then nothing is left at `output`.
     """
-    options = dict(locals())
-    with given_as_file(direction) as given:
-        return run_export(make_recipe(_as_text({**options, "direction": given})))
+    with as_files(_given(locals())) as options:
+        return run_export(make_recipe(options))
 
 
 @documented(EXPORT)
 def estimate(
-    model: str,
+    model: str | Path,
     *,
-    output: str | Path = "",
+    output: str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     direction: Any = None,
@@ -107,23 +112,24 @@ def estimate(
     layer_offset: int | None = None,
     direction_site: str | None = None,
     keep_scale: bool = False,
-    pairs: str | Path | None = None,
+    pairs: GivenPairs | None = None,
     method: str = "mean",
     token: str | int = "last",
     from_layer: int | None = None,
     chat_template: str = "auto",
-    held_out: str | Path | None = None,
+    held_out: GivenPairs | None = None,
     seed: int = 0,
     steps: int = 150,
     kl_weight: float = 0.3,
     multiplier: float | str | None = None,
     target_kl: float | None = None,
     law: str = "inverse-sqrt-d",
-    coefficients: str | None = None,
-    prompts: str | Path = "neutral",
+    coefficients: str | Mapping[int, float] | None = None,
+    prompts: GivenTexts = "neutral",
     calibration: str | Path | None = None,
     statistic: str = "mean",
-    band: str = "40:90",
+    band: str | tuple[float, float] = "40:90",
+    layers: str | int | Sequence[int] | None = None,
     site: str = "auto",
     route: str = "auto",
     slot: str | None = None,
@@ -134,6 +140,9 @@ def estimate(
     dtype: str | None = None,
     allow_rounding: bool = False,
     sweep: str | Path | None = None,
+    name: str | None = None,
+    description: str | None = None,
+    base_id: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
     push_to_hub: str | None = None,
@@ -143,19 +152,22 @@ def estimate(
     accept_licence: bool = False,
 ) -> Estimate:
     """Say what `export` with the same options would cost, from headers alone; writes nothing."""
-    options = dict(locals())
-    with given_as_file(direction) as given:
-        values = _as_text({**options, "direction": given})
-        return estimate_cost(make_recipe(values, without_output=True))
+    with as_files(_given(locals())) as options:
+        return estimate_cost(make_recipe(options, without_output=True))
 
 
 @documented(INSPECT)
-def inspect(model: str, *, revision: str | None = None) -> Anatomy:
+def inspect(model: Model, *, revision: str | None = None) -> Anatomy:
     """Say which sites and routes of a model are exact, and why others are not; from its config.
 
-    An extra layer is tried where `mlp_out` has no slot in place: it costs compute, and a second here.
+    A model can also be (model, tokenizer), loaded by transformers. An extra layer is tried where `mlp_out`
+    has no slot in place: it costs compute, and a second here.
     """
-    anatomy = examine(read_config(open_description(find_model(model), revision=revision)))
+    if isinstance(model, str | Path):
+        described = open_description(find_model(str(model)), revision=revision)
+        anatomy = examine(read_config(described))
+    else:
+        anatomy = take_base(model).anatomy
     in_place = any(
         route.site == "mlp_out" and route.route in ("native", "flag") for route in anatomy.routes
     )
@@ -180,23 +192,28 @@ def inspect_all(
 
 @documented(CALIBRATE)
 def calibrate(
-    model: str,
+    model: Model,
     *,
     output: str | Path | None = None,
-    prompts: str | Path = "neutral",
+    prompts: GivenTexts = "neutral",
     site: str = "mlp_out",
     statistic: str = "mean",
     revision: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> ActivationNorms:
-    """Measure the activation norms of every layer at a site; write them to `output` if it is given."""
+    """Measure the activation norms of every layer at a site; write them to `output` if it is given.
+
+    A model can also be (model, tokenizer), loaded by transformers; prompts a list of texts.
+    """
+    with as_files({"prompts": prompts}) as given:
+        texts = read_prompts(given["prompts"])
+        identity = identify_prompts(given["prompts"], texts)
     check_site(site)
-    texts = read_prompts(prompts)
     placement = choose_placement(device_map, max_memory)
     if output is not None:
         check_file(Path(output))
-    base = open_base(model, revision)
+    base = open_any(model, revision)
     loaded = load_base(base, placement)
     measured = measure_norms(
         loaded,
@@ -205,7 +222,7 @@ def calibrate(
         layers_with(site, base.anatomy.structure, range(base.anatomy.layer_count)),
         statistic=statistic,
     )
-    norms = replace(measured, texts=identify_prompts(prompts, texts))
+    norms = replace(measured, texts=identity)
     if output is not None and is_main():
         values = {"base": base.to_dict(), **norms.to_dict()}
         write_file(Path(output), (json.dumps(values, indent=2) + "\n").encode())
@@ -214,20 +231,20 @@ def calibrate(
 
 @documented(SWEEP)
 def sweep(
-    model: str,
+    model: Model,
     *,
     direction: Any,
     output: str | Path,
     multipliers: Sequence[float] = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0),
-    bands: Sequence[str] = ("40:90",),
+    bands: Sequence[str | tuple[float, float]] = ("40:90",),
     sites: Sequence[str] = ("auto",),
     laws: Sequence[str] = ("inverse-sqrt-d",),
-    pairs: str | Path | None = None,
+    pairs: GivenPairs | None = None,
     chat_template: str = "auto",
-    words: str | Path | None = None,
-    openings: str | Path | None = None,
-    neutral: str | Path | None = None,
-    prompts: str | Path = "neutral",
+    words: str | Path | Iterable[str] | None = None,
+    openings: GivenTexts | None = None,
+    neutral: GivenTexts | None = None,
+    prompts: GivenTexts = "neutral",
     scorer: str | None = None,
     judge: str | None = None,
     judge_model: str | None = None,
@@ -249,19 +266,20 @@ def sweep(
 ) -> Trial:
     """Measure what a direction does at each strength, and what it costs; write report and figures.
 
-    A direction can be whatever `export` takes.
+    A direction and pairs can be whatever `export` takes, a model also (model, tokenizer), loaded by
+    transformers; prompts, neutral and openings lists of texts, words a list of words.
     """
-    options = _as_text(dict(locals()))
+    given = _given(locals())
     from bake.sweeps.options import TrialOptions
     from bake.sweeps.run import sweep as run
 
-    with given_as_file(direction) as path:
-        return run(TrialOptions(**{**options, "direction": str(path)}))
+    with as_files(given) as options:
+        return run(TrialOptions(**{**options, "model": given["model"]}))
 
 
 @documented(TUNE)
 def tune(
-    model: str,
+    model: str | Path,
     *,
     output: str | Path,
     pairs: str | Path | None = None,
@@ -283,21 +301,21 @@ def tune(
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> Tuned:
-    """Find where to push: what moves held-out pairs most at one cost; write a recipe and the ranking."""
-    options = _as_text(dict(locals()))
+    """Find where to push: what moves held-out pairs most at one cost; write a recipe and the ranking.
+
+    Model, pairs and texts are files here, or names of what ships: the recipe has to name them.
+    """
+    options = as_options(locals())
     from bake.tuning.options import TuneOptions
     from bake.tuning.tune import tune as run
 
     return run(TuneOptions(**options))
 
 
-def _as_text(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with their paths as text and their lists as tuples, as the stages hold them."""
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a function's options: its arguments, without an output where none was given."""
     return {
-        name: str(value)
-        if isinstance(value, Path)
-        else tuple(value)
-        if isinstance(value, list) and name != "direction"
-        else value
+        name: str(value) if name == "model" and isinstance(value, Path) else value
         for name, value in options.items()
+        if not (name == "output" and value is None)
     }

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bake.anatomy import examine
-from bake.anatomy.base import load_base, open_base
+from bake.anatomy import Anatomy, examine
+from bake.anatomy.base import load_base, open_any
+from bake.api.given import GivenPairs, GivenTexts, Model, as_files
 from bake.checkpoint.checkpoint import open_description
 from bake.directions.direction import Direction
 from bake.directions.direction_file import direction_bytes
-from bake.directions.extract import OPTIMIZE, ExtractionOptions, extract
+from bake.directions.extract import OPTIMIZE, ExtractionOptions, check_layers, extract
+from bake.directions.first_look import look_first
 from bake.directions.formats import conversion, fit_direction, read_direction, understanding
 from bake.directions.formats.conversion import ConvertedDirection
 from bake.directions.logit_lens import TOKENS, Reading, compare_directions, read_tokens
@@ -30,26 +32,26 @@ from bake.sites import check_site, layers_with
 from bake.strength.coefficients import band_layers, parse_band
 from bake.support.processes import is_main
 from bake.support.progress import announce
-from bake.texts.pairs import read_pairs
+from bake.texts.pairs import identify_pairs, read_pairs
 
 
 @documented(DIRECTION)
 def extract_direction(
-    model: str,
+    model: Model,
     *,
-    pairs: str | Path,
+    pairs: GivenPairs,
     output: str | Path | None = None,
     method: str = "mean",
     token: str | int = "last",
     site: str = "mlp_out",
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     from_layer: int | None = None,
     chat_template: str = "auto",
-    held_out: str | Path | None = None,
+    held_out: GivenPairs | None = None,
     seed: int = 0,
     steps: int = STEPS,
     kl_weight: float = KL_WEIGHT,
-    neutral: str | Path = "neutral",
+    neutral: GivenTexts = "neutral",
     revision: str | None = None,
     device_map: str | None = None,
     max_memory: str | None = None,
@@ -58,52 +60,63 @@ def extract_direction(
 
     How well the direction separates pairs that it was not found from is in its metadata:
     `bake.directions.separation.read_separation(direction)`.
+    A model can also be (model, tokenizer), loaded by transformers; pairs a list of tuples (positive,
+    negative) or (prompt, positive, negative), of mappings or of `ContrastPair`s.
     """
-    options = ExtractionOptions(
-        method=method,
-        token=token,
-        chat_template=chat_template,
-        held_out=None if held_out is None else str(held_out),
-        from_layer=from_layer,
-        seed=seed,
-        steps=steps,
-        kl_weight=kl_weight,
-        neutral=str(neutral),
-    )
-    options.check()
-    if site != "auto":
-        check_site(site)
-    read = read_pairs(pairs)
-    placement = choose_placement(device_map, max_memory)
-    if output is not None:
-        if Path(output).suffix.lower() in conversion.OTHER_TOOLS:
-            raise DirectionError(
-                f"{output}: a direction is found into a .safetensors file; bake direction convert then "
-                "writes other formats"
-            )
-        check_file(Path(output))
-    base = open_base(model, revision)
-    site = site_to_read(base.anatomy, site)
-    named = layers is not None
-    if layers is None:
-        band = band_layers(base.anatomy.layer_count, parse_band(DEFAULT_BAND))
-        layers = layers_with(
-            site,
-            base.anatomy.structure,
-            band if method == OPTIMIZE else range(base.anatomy.layer_count),
+    with as_files({"pairs": pairs, "held_out": held_out, "neutral": neutral}) as given:
+        options = ExtractionOptions(
+            method=method,
+            token=token,
+            chat_template=chat_template,
+            held_out=given["held_out"],
+            from_layer=from_layer,
+            seed=seed,
+            steps=steps,
+            kl_weight=kl_weight,
+            neutral=given["neutral"],
         )
-    direction = extract(
-        load_base(base, placement),
-        site,
-        read,
-        layers,
-        options,
-        model_name=base.to_dict()["id"],
-        named=named,
-    )
+        options.check()
+        if site != "auto":
+            check_site(site)
+        read = read_pairs(given["pairs"])
+        placement = choose_placement(device_map, max_memory)
+        _check_output(output)
+        named = None if layers is None else [layers] if isinstance(layers, int) else list(layers)
+        look_first(model, revision, layers=[partial(check_layers, named or ())])
+        base = open_any(model, revision)
+        site = site_to_read(base.anatomy, site)
+        direction = extract(
+            load_base(base, placement),
+            site,
+            read,
+            _layers_at(site, base.anatomy, method) if named is None else named,
+            options,
+            model_name=base.to_dict()["id"],
+            named=named is not None,
+            origin=identify_pairs(given["pairs"], read),
+        )
     if output is not None and is_main():
         write_file(Path(output), direction_bytes(direction))
     return direction
+
+
+def _check_output(output: str | Path | None) -> None:
+    """Raise a BakeError where no direction can be written."""
+    if output is None:
+        return
+    if Path(output).suffix.lower() in conversion.OTHER_TOOLS:
+        raise DirectionError(
+            f"{output}: a direction is found into a .safetensors file; bake direction convert then "
+            "writes other formats"
+        )
+    check_file(Path(output))
+
+
+def _layers_at(site: str, anatomy: Anatomy, method: str) -> Sequence[int]:
+    """Return the layers that a direction is found in where the user names none."""
+    count = anatomy.layer_count
+    band = band_layers(count, parse_band(DEFAULT_BAND))
+    return layers_with(site, anatomy.structure, band if method == OPTIMIZE else range(count))
 
 
 @documented(CONVERT, file="direction", direction_site="site")
@@ -143,7 +156,7 @@ def convert_direction(
 def show_direction(
     direction: Any,
     *,
-    model: str | None = None,
+    model: Model | None = None,
     compare: Sequence[str | Path] = (),
     tokens: int = TOKENS,
     layer_offset: int | None = None,
@@ -155,6 +168,8 @@ def show_direction(
     A direction, and what it is compared with, can be whatever `export` takes. Raises DirectionError for
     one that does not fit the model.
     """
+    if model is not None:
+        look_first(model, revision, directions=[direction, *compare])
     given = read_direction(direction, layer_offset=layer_offset, site=site)
     others = {str(path): read_direction(path) for path in compare}
     if model is None:
@@ -162,7 +177,7 @@ def show_direction(
             for sentence in understanding(shown):
                 announce(sentence)
         return given, Reading((), compare_directions(given, others))
-    base = open_base(model, revision)
+    base = open_any(model, revision)
     fit = partial(
         fit_direction,
         hidden_size=base.anatomy.hidden_size,

@@ -43,7 +43,7 @@ _STYLE = {
     "legend.fontsize": 8,
     "svg.hashsalt": "bake",
 }
-WIDTH, HEIGHT, DPI = 7.2, 3.0, 160
+WIDTH, NARROW, HEIGHT, DPI = 7.2, 3.6, 3.0, 160
 MOST_TICKS = 9
 ALTERNATIVES = {
     "dose-response": "Shift, perplexity of sampled text and KL over the multiplier, with the window",
@@ -52,6 +52,7 @@ ALTERNATIVES = {
     "ranking": "What the best candidates move at one cost, with 95 % intervals",
     "norms": "Activation norms over depth, and the coefficients of the band",
 }
+NARROW_SUFFIX = "-narrow"  # of the name of a figure that a page shows on a narrow screen
 FIGURES = "figures"  # the folder, of a sweep and of a bake
 
 
@@ -102,10 +103,13 @@ def draw_norms(
     return path
 
 
-def draw_dose_response(path: Path, found: DoseResponse) -> Path:
-    """Draw shift, fluency and KL over m: 95 % intervals, window shaded, chance as a grey band."""
+def draw_dose_response(path: Path, found: DoseResponse, *, narrow: bool = False) -> Path:
+    """Draw shift, fluency and KL over m: 95 % intervals, window shaded, chance as a grey band.
+
+    narrow: one below the other, for a screen that is not wide.
+    """
     curve = found.curve()
-    with _canvas(path, 3, 3.1) as (shift, fluency, kl):
+    with _canvas(path, 3, 7.2 if narrow else 3.1, stacked=narrow) as (shift, fluency, kl):
         for axes in (shift, fluency, kl):
             _shade_window(axes, found)
             axes.set_xlabel("multiplier m")
@@ -155,7 +159,7 @@ def draw_dose_response(path: Path, found: DoseResponse) -> Path:
             handles.insert(1, _key("patch", GREY, f"{_seeds(found)} random directions"))
         if any(window.largest is not None for window in found.windows):
             handles.append(_key("patch", GREEN, "operating window"))
-        _legend_below(shift, handles)
+        _legend_below(shift, handles, columns=2 if narrow else None)
     return path
 
 
@@ -204,7 +208,9 @@ def draw_separation(path: Path, accuracy: Mapping[int, tuple[float, float, float
         )
         axes.plot(layers, shares, color=BLUE, marker="o", ms=3.5, lw=1.4)
         axes.axhline(0.5, color=ORANGE, lw=1, ls="--", label="chance")
-        axes.set(xlabel="decoder layer", ylabel="held-out pairs separated", ylim=(0.4, 1.02))
+        lowest = min(low for _, low, _ in accuracy.values())
+        axes.set(xlabel="decoder layer", ylabel="held-out pairs separated")
+        axes.set_ylim(min(0.4, lowest - 0.03), 1.02)
         axes.set_title("How well the direction separates, with 95 % intervals")
         _whole_numbers(axes)
         axes.legend(loc="lower right")
@@ -249,16 +255,19 @@ def alternative(path: str | Path) -> str:
 
 
 @contextmanager
-def _canvas(path: Path, count: int, height: float) -> Iterator[Sequence[Axes]]:
-    """Yield axes side by side on one figure, which is written when the block ends without an error."""
+def _canvas(
+    path: Path, count: int, height: float, *, stacked: bool = False
+) -> Iterator[Sequence[Axes]]:
+    """Yield axes side by side, or stacked, on one figure, which is written when the block ends well."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(NARROW if stacked else WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
-        yield list(figure.subplots(1, count, squeeze=False)[0])
+        shape = (count, 1) if stacked else (1, count)
+        yield list(figure.subplots(*shape, squeeze=False).flat)
         path.parent.mkdir(parents=True, exist_ok=True)
         # No software version and no time, so that the same values give the same bytes.
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
@@ -348,6 +357,7 @@ def _number(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-def _legend_below(axes: Axes, handles: Sequence[Any]) -> None:
+def _legend_below(axes: Axes, handles: Sequence[Any], columns: int | None = None) -> None:
     """Put one legend under the whole figure, where it covers nothing."""
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    ncols = columns or len(handles)
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=ncols)

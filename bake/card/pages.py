@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bake.card.figures import alternative
+from bake.card.figures import NARROW_SUFFIX, alternative
 from bake.io.shipped import shipped
 
 
@@ -29,7 +29,18 @@ def render_page(
     )
     environment.filters.update(filters or {})
     drawn = [
-        {"alt": alternative(path), "data": base64.b64encode(path.read_bytes()).decode()}
+        {"alt": alternative(path), "data": _encoded(path), "narrow": _encoded(_narrow(path))}
         for path in sorted(figures.glob("*.png"))
+        if not path.stem.endswith(NARROW_SUFFIX)
     ]
     return environment.get_template(template).render(figures=drawn, **values)
+
+
+def _narrow(path: Path) -> Path:
+    """Return where the same figure lies for a narrow screen."""
+    return path.with_name(f"{path.stem}{NARROW_SUFFIX}.png")
+
+
+def _encoded(path: Path) -> str | None:
+    """Return a picture as text that a page can hold; None where there is none."""
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None

@@ -21,6 +21,8 @@ from bake.directions.direction import Direction
 from bake.directions.direction_file import direction_bytes
 from bake.directions.separation import parse_separation
 from bake.errors import CheckpointError
+from bake.io.concepts import describe_concept
+from bake.io.foreign_json import parse_json
 from bake.io.output_files import CARD_FILE, DIRECTION_FILE
 from bake.io.shipped import shipped
 from bake.sites import DESCRIPTIONS
@@ -31,11 +33,13 @@ from bake.support.markdown import (
     finalize,
     format_values,
     identifier,
+    link,
     literal,
     quoted,
     sentence,
 )
 from bake.support.text import explain
+from bake.texts.pairs import SHOWN
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -74,6 +78,11 @@ def interval(values: Mapping[str, float | None] | None, form: str) -> Markdown:
     )
 
 
+def hub_link(repo_id: str) -> Markdown:
+    """Return a model's id as a link to its page on the Hub."""
+    return link(repo_id, f"https://huggingface.co/{repo_id}")
+
+
 def picture(name: str) -> Markdown:
     """Return a figure of bake's own as an image. Raises CheckpointError for any other name."""
     stem = name.removeprefix(f"{FIGURES}/").removesuffix(".png")
@@ -100,6 +109,7 @@ def card_environment() -> Environment:
         "code": code,
         "figure": figure,
         "format": format_values,
+        "hub_link": hub_link,
         "identifier": identifier,
         "interval": interval,
         "json": partial(json.dumps, sort_keys=True, ensure_ascii=False),
@@ -148,7 +158,7 @@ def write_card_files(
     )
     (directory / DIRECTION_FILE).write_bytes(direction_bytes(pushed))
     draw_figures(directory, push, site, metadata, decision.evidence)
-    card = render_card({**record, **card_words_of_plan(plan, decision.direction)})
+    card = render_card({**record, **card_words_of_plan(plan, decision.direction, record)})
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -182,6 +192,7 @@ def card_words(
     slots: str,
     plan: Mapping[str, Any],
     direction: Mapping[str, Any],
+    recorded: Mapping[str, Any],
     added_layers: int = 0,
 ) -> dict[str, Any]:
     """Return the phrases that the card needs beside the values of `bake.json`."""
@@ -198,6 +209,7 @@ def card_words(
     if "understood" in known:
         summary += f"; read from another tool's file: {known['understood']}"
     return {
+        **describe_model(recorded),
         "site_description": DESCRIPTIONS[site],
         "slots": slots,
         "separation": parse_separation(known),
@@ -209,14 +221,52 @@ def card_words(
     }
 
 
-def card_words_of_plan(plan: Plan, direction: Direction) -> dict[str, Any]:
-    """Return the card's phrases for a bake that is being made."""
+def describe_model(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the card's title, what the model is in words, and the pairs that it shows.
+
+    recorded: "base", "about", "multiplier" and "direction" of `bake.json`. A title that nobody gave has the
+    base's name, the concept and m: "SmolLM2-135M-Instruct, more formal (m = 0.5)".
+    """
+    about, multiplier = recorded.get("about") or {}, float(recorded["multiplier"])
+    parts = recorded.get("directions") or ()
+    if parts:
+        concept = "steered by " + " and ".join(str(part["name"]) for part in parts)
+    else:
+        concept = describe_concept(about.get("concept"), multiplier)
+    base = str(recorded["base"]["id"]).rpartition("/")[2]
+    metadata = recorded["direction"]["metadata"]
+    return {
+        "title": about.get("name") or f"{base}, {concept} (m = {multiplier:g})",
+        "concept": concept,
+        "description": about.get("description"),
+        "pairs": _shown_pairs(metadata),
+        "pairs_name": metadata.get("pairs_name"),
+        "pairs_sha256": metadata.get("pairs_sha256"),
+    }
+
+
+def _shown_pairs(metadata: Mapping[str, str]) -> list[list[str]]:
+    """Return the pairs that a direction's metadata shows; none where it shows none."""
+    if "pairs_shown" not in metadata:
+        return []
+    found = parse_json(metadata["pairs_shown"], "pairs_shown", error=CheckpointError, kind=list)
+    fits = all(isinstance(p, list) and [type(text) for text in p] == [str, str] for p in found)
+    if not fits:
+        raise CheckpointError("the direction's pairs_shown is not a list of two texts each")
+    return [list(pair) for pair in found[:SHOWN]]
+
+
+def card_words_of_plan(
+    plan: Plan, direction: Direction, record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the card's phrases for a bake that is being made. record: the values of `bake.json`."""
     route = plan.route
     return card_words(
         route.site,
         route.describe(),
         plan.to_dict(),
         direction.to_dict(),
+        record,
         plan.added_layers,
     )
 
@@ -228,5 +278,6 @@ def card_words_of_record(recorded: Mapping[str, Any]) -> dict[str, Any]:
         recorded["slot"]["description"],
         recorded["plan"],
         recorded["direction"],
+        recorded,
         recorded.get("added_layers", 0),
     )

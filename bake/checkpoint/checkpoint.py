@@ -22,6 +22,7 @@ from bake.checkpoint.download import (
     Description,
     download_bake,
     download_checkpoint,
+    download_config,
     download_description,
     list_repository,
 )
@@ -214,6 +215,15 @@ def open_description(model: str, *, revision: str | None = None) -> Path:
         directory = download_description(model, revision).directory
     _read_config(directory)
     return directory
+
+
+def find_config(model: str, revision: str | None = None) -> Mapping[str, Any]:
+    """Return what config.json of a model says, of one on the Hub without anything else of it.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    directory = _find_directory(model, revision, None) or download_config(model, revision)
+    return _read_config(directory)[0]
 
 
 def find_bake(model: str, revision: str | None = None) -> Path:

@@ -61,6 +61,11 @@ def download_record(model_id: str, revision: str | None = None) -> Path:
     return _fetch(model_id, revision, allow_patterns=["bake.json"])
 
 
+def download_config(model_id: str, revision: str | None = None) -> Path:
+    """Fetch a model's config.json alone; returns the snapshot directory. Raises as above."""
+    return _fetch(model_id, revision, allow_patterns=["config.json", "adapter_config.json"])
+
+
 def list_repository(model_id: str, revision: str | None = None) -> tuple[str, ...]:
     """Return the names of all files of a repository on the Hub; none without a connection."""
     from huggingface_hub import HfApi, constants

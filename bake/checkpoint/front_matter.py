@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bake.errors import BakeError
+from bake.io.concepts import describe_concept, slug_of
 from bake.io.foreign_yaml import load_yaml
 from bake.support.text import one_line
 
@@ -43,7 +44,7 @@ def compose_front_matter(values: Mapping[str, Any]) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=list(TAGS),
+        tags=[*TAGS, *_concept_tags(values)],
         **_carried(values),
     )
     return f"{data.to_yaml()}\n"
@@ -53,7 +54,7 @@ def _carried(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that come from the base, texts on one line: who it is, its licence, languages."""
     base, licence = recorded.get("base") or {}, recorded.get("licence") or {}
     found: dict[str, Any] = {}
-    if base.get("revision"):
+    if base.get("revision") or base.get("claimed"):
         found |= {"base_model": one_line(base["id"]), "base_model_relation": RELATION}
     for key in LICENCE_FIELDS:
         value = licence.get(key)
@@ -61,6 +62,14 @@ def _carried(recorded: Mapping[str, Any]) -> dict[str, Any]:
             entries = [one_line(entry) for entry in value] if isinstance(value, list) else None
             found[key] = one_line(value) if entries is None else entries
     return found
+
+
+def _concept_tags(values: Mapping[str, Any]) -> list[str]:
+    """Return the tag of what the model was steered towards; none where nothing is known of it."""
+    name = (values.get("about") or {}).get("concept")
+    if not name:
+        return []
+    return [slug_of(describe_concept(str(name), float(values["multiplier"])))]
 
 
 def check_front_matter(card: str, recorded: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from bake.errors import BakeError
 from bake.io.foreign_json import read_bounded
 from bake.io.foreign_paths import check_links
 from bake.support.markdown import Markdown, code, link
-from bake.support.progress import announce
+from bake.support.progress import warn
 from bake.support.text import one_line
 
 NOTICE_FILE = "NOTICE"
@@ -67,7 +67,7 @@ def read_licence(directory: Path, companions: Collection[str]) -> dict[str, Any]
         }
         licence["language"] = _texts("language", found.get("language"))
     except BakeError as error:
-        announce(f"the base's licence is not known, for its card cannot be read: {error}")
+        warn(f"the base's licence is not known, for its card cannot be read: {error}")
         unreadable = {"unreadable": one_line(error)}
         licence = dict.fromkeys(("license", "license_name", "license_link")) | {"language": []}
     has_notice = any(_NOTICE_FILE.match(name) for name in companions)

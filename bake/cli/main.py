@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from bake.cli import (
     calibrate,
+    completion,
     demo,
     diff,
     direction,
@@ -28,14 +29,16 @@ from bake.cli import (
     undo,
     verify,
 )
+from bake.cli.messages import render_messages
 from bake.cli.output import discard_output, prepare_streams
-from bake.cli.parser import parse
-from bake.errors import BakeError
+from bake.cli.parser import parse, print_usage_error, usage_of
+from bake.errors import BakeError, UsageError
 from bake.options import others
 from bake.options.declaration import Command
 from bake.options.export import EXPORT
 from bake.options.sweep import SWEEP
 from bake.options.tune import TUNE
+from bake.support.color import RED, paint
 from bake.support.processes import is_main, rank
 
 # In the order of `bake --help`.
@@ -58,6 +61,7 @@ COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
     (others.RESCALE, rescale.run),
     (others.UNDO, undo.run),
     (others.DEMO, demo.run),
+    (others.COMPLETION, completion.run),
 )
 
 
@@ -82,13 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     """Parse and run; known errors become one line."""
+    name, parsed = parse({command.name: command for command, _ in COMMANDS}, words)
+    command, run = next(entry for entry in COMMANDS if entry[0].name == name)
+    render_messages(quiet=parsed.quiet)
     try:
-        name, parsed = parse({command.name: command for command, _ in COMMANDS}, words)
-        run = {command.name: run for command, run in COMMANDS}[name]
         return int(run(parsed))
+    except UsageError as error:
+        print_usage_error(f"bake {name}", f"usage: {usage_of(command)}", str(error))
+        return error.exit_code
     except BakeError as error:
         who = "bake" if is_main() else f"bake, process {rank()}"
-        print(f"{who}: error: {error}", file=sys.stderr)
+        print(f"{paint(f'{who}: error:', RED, sys.stderr)} {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         print("bake: interrupted; no output is half written", file=sys.stderr)

@@ -9,29 +9,53 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TextIO
 
 from bake.options.declaration import Command, Option
+from bake.support.color import BOLD, RED, paint
+from bake.support.text import did_you_mean
 from bake.version import __version__
 
 DESCRIPTION = "Turn a steering direction into ordinary weights: plain transformers, no hooks."
 EPILOG = (
-    "bake COMMAND --help says more. Begin with bake demo, which downloads nothing. Exit codes: 0 done, 1 "
-    "an error that one line names, 2 usage, 3 not equivalent."
+    "bake COMMAND --help says more, with examples. Begin with bake demo, which downloads nothing.\n"
+    "Exit codes: 0 done, 1 an error that one line names, 2 usage, 3 not equivalent."
 )
 _CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<known>.*)\)")
+_HEADING = re.compile(r"^[^\s].*:$", re.MULTILINE)
+# A value that begins with a dash, as in -m -auto and --multipliers -1,1: argparse takes it for an option.
+_REVERSED = re.compile(r"-(auto$|\.?\d)")
 JSON = Option("json", "print one JSON object", bool)
+QUIET = Option("quiet", "print warnings and errors only on stderr", bool, short="-q")
+ANYWHERE = (JSON, QUIET)  # They may stand before, between or after a command's words.
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that suggests the option, command or value that was probably meant."""
+    """A parser whose usage is one line, and that suggests what was probably meant."""
+
+    def __init__(self, *, examples: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.examples = examples
+
+    def format_help(self) -> str:
+        """Return the help, with examples at its end."""
+        text = super().format_help()
+        if self.examples:
+            text += "\nexamples:\n" + "".join(f"  {line}\n" for line in self.examples)
+        return text
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, its headings in bold where the terminal shows that."""
+        stream: TextIO = file or sys.stdout
+        text = _HEADING.sub(lambda found: paint(found[0], BOLD, stream), self.format_help())
+        self._print_message(text, stream)
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message; exit with 2."""
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: error: {message}{self._suggest(message)}\n")
+        """Print one line of usage, and one of what is wrong; exit with 2."""
+        told = message.replace("unrecognized arguments:", "no such option:")
+        print_usage_error(self.prog, self.format_usage(), f"{told}{self._suggest(message)}")
+        self.exit(2)
 
     def _suggest(self, message: str) -> str:
         given, known = message.rpartition("unrecognized arguments: ")[2].split(), []
@@ -39,32 +63,44 @@ class Parser(argparse.ArgumentParser):
             given, known = [choice["given"]], re.findall(r"[^\s,']+", choice["known"])
         elif "unrecognized arguments: " in message:
             known = list(self._option_string_actions)
-        words = (word.partition("=")[0] for word in given)
-        near = [match for word in words for match in get_close_matches(word, known, 1)]
-        return f"; did you mean {near[0]}?" if near else ""
+        words = [word.partition("=")[0] for word in given]
+        short = [  # --device, where --device-map is meant: too far apart to be a slip of the pen
+            f"; did you mean {option}?" for word in words for option in known
+            if len(word) > 3 and option.startswith(word)
+        ]  # fmt: skip
+        return next(filter(None, (*short, *(did_you_mean(word, known) for word in words))), "")
+
+
+def print_usage_error(program: str, usage: str, message: str) -> None:
+    """Print what exit code 2 stands for: a line of usage, and a line with the mistake."""
+    label = paint(f"{program}: error:", RED, sys.stderr)
+    print(f"{usage.strip()}\n{label} {message}", file=sys.stderr)
 
 
 def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """Return the command's name and its options; exit with 2 where they are not what it takes.
 
-    A command may be two words. `--json` may stand before, between or after them.
+    A command may be two words. What is in ANYWHERE may stand before, between or after them.
     """
-    plain = _join_reversed([word for word in words if word != f"--{JSON.name}"])
+    flags = {f"--{option.name}": option.name for option in ANYWHERE} | {"-q": QUIET.name}
+    plain = _join_reversed([word for word in words if word not in flags])
     for length in (2, 1):
         name = " ".join(plain[:length])
         if name in commands and len(plain) >= length:
-            parser = _fill(Parser(prog=f"bake {name}"), commands[name])
-            given = argparse.Namespace(json=f"--{JSON.name}" in words)
-            return name, parser.parse_args(plain[length:], given)
+            given = {option.name: False for option in ANYWHERE}
+            given |= {flags[word]: True for word in words if word in flags}
+            parser = make_parser(commands[name])
+            return name, parser.parse_args(plain[length:], argparse.Namespace(**given))
     return _answer_without_command(commands, words)
 
 
 def _join_reversed(words: Sequence[str]) -> list[str]:
-    """Join an option with the value -auto, which argparse would take for an option of its own."""
+    """Join an option with a value that begins with a dash."""
     joined: list[str] = []
     for word in words:
-        if word == "-auto" and joined and joined[-1] in ("-m", "--multiplier"):
-            joined[-1] = f"--multiplier={word}"
+        before = joined[-1] if joined else ""
+        if _REVERSED.match(word) and before.startswith("-") and "=" not in before:
+            joined[-1] += f"={word}" if before.startswith("--") else word
         else:
             joined.append(word)
     return joined
@@ -72,30 +108,98 @@ def _join_reversed(words: Sequence[str]) -> list[str]:
 
 def options_of(parsed: argparse.Namespace) -> dict[str, Any]:
     """Return a command's options by name, without what belongs to the command line itself."""
-    return {name: value for name, value in vars(parsed).items() if name != JSON.name}
+    own = {option.name for option in ANYWHERE}
+    return {name: value for name, value in vars(parsed).items() if name not in own}
 
 
 def _answer_without_command(commands: Mapping[str, Command], words: Sequence[str]) -> NoReturn:
-    overview = _overview(commands)
+    overview = make_overview(commands)
     overview.parse_args(list(words))
     overview.error("the command stands first: bake COMMAND …")
 
 
-def _overview(commands: Mapping[str, Command]) -> Parser:
-    """Return the parser of a line that names no command: help, version, or a mistake."""
-    parser = Parser(prog="bake", description=DESCRIPTION, epilog=EPILOG)
+class _Overview(Parser):
+    """The help of `bake` itself: the commands under their headings."""
+
+    def __init__(self, commands: Iterable[Command]) -> None:
+        super().__init__(prog="bake", description=DESCRIPTION, usage="bake COMMAND [options]")
+        self.commands = list(commands)
+
+    def format_help(self) -> str:
+        """Return the commands under their headings; options and exit codes after them."""
+        width = max(len(command.name) for command in self.commands) + 4
+        lines = [f"{self.format_usage()}", DESCRIPTION]
+        for heading in dict.fromkeys(command.heading for command in self.commands):
+            lines += ["", f"{heading}:"]
+            lines += [
+                f"  {command.name:<{width}}{command.help}"
+                for command in self.commands
+                if command.heading == heading
+            ]
+        lines += ["", "options:", "  -h, --help, --version, --json, -q/--quiet", "", EPILOG, ""]
+        return "\n".join(lines)
+
+
+def make_overview(commands: Mapping[str, Command], *, whole: bool = False) -> Parser:
+    """Return the parser of a line that names no command: help, version, or a mistake.
+
+    whole: with every command's own parser in it, which is what completion needs.
+    """
+    parser = _Overview(command for name, command in commands.items() if " " not in name)
     parser.add_argument("--version", action="version", version=f"bake {__version__}")
-    names = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Completion reads this tree, and needs neither a command nor its arguments to be there.
+    names = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, parser_class=Parser
+    )
     for name, command in commands.items():
-        if " " not in name:
-            names.add_parser(name, help=command.help)
+        if " " in name:
+            continue
+        made = names.add_parser(name, help=command.help)
+        if whole:
+            _fill(made, command)
+            _add_below(made, name, commands)
     return parser
 
 
-def _fill(parser: Parser, command: Command) -> Parser:
-    parser.description, parser.epilog = command.description, command.epilog
+def _add_below(parser: argparse.ArgumentParser, name: str, commands: Mapping[str, Command]) -> None:
+    """Add the commands of two words whose first one is `name`."""
+    below = {key: each for key, each in commands.items() if key.startswith(f"{name} ")}
+    if below:
+        nested = parser.add_subparsers(dest="below", parser_class=Parser)
+        for key, each in below.items():
+            _fill(nested.add_parser(key.partition(" ")[2], help=each.help), each)
+
+
+def make_parser(command: Command) -> Parser:
+    """Return the parser of one command."""
+    parser = Parser(
+        prog=f"bake {command.name}",
+        usage=usage_of(command),
+        description=command.description,
+        examples=command.examples,
+    )
+    _fill(parser, command)
+    return parser
+
+
+def usage_of(command: Command) -> str:
+    """Return a command's usage in one line: what has to be given, and that there are options."""
+    needed = []
+    for option in command.options:
+        if option.positional:
+            optional = option.default is not None or option.excludes
+            metavar = option.metavar or option.name.upper()
+            needed.append(f"[{metavar}]" if optional else metavar)
+    for option in command.options:
+        if option.required and not option.positional:
+            needed.append(f"{option.flag} {option.metavar or option.name.upper()}")
+    return " ".join(["bake", command.name, *needed, "[options]"])
+
+
+def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
+    parser.description = command.description
     groups: dict[str, Any] = {}
-    for option in (*command.options, JSON):
+    for option in (*command.options, *ANYWHERE):
         place: Any = parser
         if option.group:
             place = groups.setdefault(option.group, None) or parser.add_argument_group(option.group)
@@ -108,7 +212,6 @@ def _fill(parser: Parser, command: Command) -> Parser:
             groups[option.excludes] = place
         names = [option.flag, option.short] if option.short else [option.flag]
         place.add_argument(*names, **_described(option, suppressed=command.from_recipe))
-    return parser
 
 
 def _described(option: Option, *, suppressed: bool) -> dict[str, Any]:
@@ -135,8 +238,8 @@ def _described(option: Option, *, suppressed: bool) -> dict[str, Any]:
         if isinstance(option.default, tuple) and option.many
         else option.default
     )
-    told["default"] = argparse.SUPPRESS if suppressed else default
-    if option.kind is bool and not suppressed:
+    told["default"] = argparse.SUPPRESS if suppressed or option in ANYWHERE else default
+    if option.kind is bool and told["default"] is not argparse.SUPPRESS:
         told["default"] = False
     return told
 

@@ -24,6 +24,8 @@ def render() -> str:
 
 def _section(command: Command) -> Iterator[str]:
     yield from ("", f"## bake {command.name}", "", command.description)
+    if command.examples:
+        yield from ("", "```console", *(f"$ {line}" for line in command.examples), "```")
     for group in dict.fromkeys(option.group for option in command.options):
         heading = group[0].upper() + group[1:] if group else "option"
         yield from ("", f"| {heading} | what it does | default |", "|---|---|---|")

@@ -22,7 +22,6 @@ from bake.models.generation import (
     Tokens,
     bootstrap_interval,
     count_words,
-    read_words,
     sample_continuations,
     score_continuations,
 )
@@ -31,7 +30,7 @@ from bake.pipeline.recipe import Recipe
 from bake.report import describe_export, describe_proven, format_table
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch, peak_memory
-from bake.texts.prompts import encode, load_tokenizer, read_prompts
+from bake.texts.prompts import encode, load_tokenizer, read_prompts, read_words
 from bake.texts.protocols import Tokenizer
 
 if TYPE_CHECKING:

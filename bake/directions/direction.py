@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError
-from bake.support.text import list_numbers
+from bake.support.html import show
+from bake.support.text import list_numbers, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ DEFAULT_SITE = "mlp_out"
 NOISE = 1e-6
 SUBNORMAL_STEPS = 4
 ABSENT = "zero, or rounding noise beside the other layers"
+MOST_SHOWN = 12  # entries of metadata in a notebook
 SCALE_KEY = "scale"  # in metadata: {layer: length} of vectors that are stored as unit vectors
 
 
@@ -56,6 +58,16 @@ class Part:
             "effective_range": [min(values), max(values)],
             "kept": min(self.kept.values()),
         }
+
+
+def check_fit(width: int, hidden_size: int, metadata: Mapping[str, str]) -> None:
+    """Raise DirectionError where vectors are wider or narrower than the model's residual stream."""
+    if width != hidden_size:
+        origin = metadata.get("model") or "another model"
+        raise DirectionError(
+            f"the direction is {width} wide and the model's hidden size is {hidden_size}; it was found "
+            f"on {origin}"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,14 +106,28 @@ class Direction:
             )
         return self.vectors[layer]
 
+    def __repr__(self) -> str:
+        return f"<Direction: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        shown = list(self.metadata.items())[:MOST_SHOWN]
+        rows = [
+            (key, one_line(text, 120)) for key, text in shown if not text.startswith(("{", "["))
+        ]
+        return show(f"Direction: {self.summary}", ("what is known", ""), rows)
+
+    @property
+    def summary(self) -> str:
+        """The direction in a few words: layers, width, site, and how it was found."""
+        layers = [layer for layer in self.vectors if layer is not None]
+        where = f"layers {list_numbers(layers)}" if layers else "one vector for all layers"
+        found = [self.metadata[key] for key in ("method", "pairs_name") if key in self.metadata]
+        how = f", by {' of '.join(found)}" if found else ""
+        return f"{where}, width {self.hidden_size}, at {self.site}{one_line(how)}"
+
     def select(self, layers: Iterable[int], hidden_size: int) -> dict[int, torch.Tensor]:
         """Return {layer: û_l}; raise DirectionError where the width is not the model's."""
-        if self.hidden_size != hidden_size:
-            origin = self.metadata.get("model") or "another model"
-            raise DirectionError(
-                f"the direction is {self.hidden_size} wide and the model's hidden size is "
-                f"{hidden_size}; it was found on {origin}"
-            )
+        check_fit(self.hidden_size, hidden_size, self.metadata)
         return {layer: self.layer(layer) for layer in layers}
 
     def own_lengths(self, layers: Iterable[int]) -> dict[int, float]:

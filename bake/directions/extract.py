@@ -35,7 +35,7 @@ from bake.io.foreign_json import parse_json
 from bake.models.forward import LanguageModel
 from bake.models.generation import check_seed
 from bake.support.processes import agree
-from bake.support.progress import announce
+from bake.support.progress import announce, warn
 from bake.support.text import list_numbers
 from bake.texts.pair_tokens import CHAT_TEMPLATES, describe_template, encode_pairs
 from bake.texts.pairs import ContrastPair, leave_out_known, read_pairs
@@ -94,12 +94,14 @@ def extract(
     *,
     model_name: str = "",
     named: bool = True,
+    origin: Mapping[str, str] | None = None,
 ) -> Direction:
     """Find one unit direction per layer and measure how well it separates pairs it was not found from.
 
     named: whether the user asked for just these layers; else those in which the texts do not differ are
     left out, as the first layer's input is at a last token that is a full stop in all of them.
 
+    origin: what `identify_pairs` says of the pairs, for the metadata.
     The separation is in the direction's metadata (see `read_separation`); a direction
     that does not separate is announced. Raises DirectionError for a layer the model does not have, and
     where no direction can be found.
@@ -149,7 +151,7 @@ def extract(
         vectors = fit(found)
     separation = measure_separation(found, vectors, fit=fit, held_out=held_out, seed=options.seed)
     _announce(separation)
-    extra |= describe_template(loaded.tokenizer, pairs, options.chat_template)
+    extra |= {**describe_template(loaded.tokenizer, pairs, options.chat_template), **(origin or {})}
     return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 
 
@@ -179,7 +181,7 @@ def _announce(separation: Separation | None) -> None:
             "others with --held-out"
         )
     elif separation.warning:
-        announce(separation.warning)
+        warn(separation.warning)
 
 
 def plain_values(direction: Direction) -> dict[str, Any]:
@@ -194,13 +196,18 @@ def plain_values(direction: Direction) -> dict[str, Any]:
     return values
 
 
-def _check_layers(loaded: LanguageModel, layers: Sequence[int]) -> None:
-    modules: Any = loaded.model.get_submodule(loaded.structure.layers)
-    wrong = [layer for layer in layers if not 0 <= layer < len(modules)]
+def check_layers(layers: Sequence[int], layer_count: int) -> None:
+    """Raise DirectionError for a layer that a model of so many layers does not have."""
+    wrong = [layer for layer in layers if not 0 <= layer < layer_count]
     if wrong:
         raise DirectionError(
-            f"the model has no layer {wrong[0]}; its layers are 0 to {len(modules) - 1}"
+            f"the model has no layer {wrong[0]}; its layers are 0 to {layer_count - 1}"
         )
+
+
+def _check_layers(loaded: LanguageModel, layers: Sequence[int]) -> None:
+    modules: Any = loaded.model.get_submodule(loaded.structure.layers)
+    check_layers(layers, len(modules))
     if not layers:
         raise DirectionError("no layer was asked for")
 

@@ -46,6 +46,12 @@ class LayerTokens:
     raised: tuple[TokenScore, ...]
     lowered: tuple[TokenScore, ...]
 
+    @property
+    def words(self) -> float:
+        """The share of these tokens that read as words: letters, three or more."""
+        tokens = [each.token.strip() for each in (*self.raised, *self.lowered)]
+        return sum(len(t) > 2 and t.isalpha() for t in tokens) / len(tokens) if tokens else 0.0
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -8,6 +8,7 @@ here, and no message holds one.
 """
 
 from bake.hub.access import Destination, check_access
+from bake.hub.identity import check_id, identify_base
 from bake.hub.publication import Publication, publish, verify_arrival
 from bake.hub.rights import check_rights
 
@@ -15,7 +16,9 @@ __all__ = [
     "Destination",
     "Publication",
     "check_access",
+    "check_id",
     "check_rights",
+    "identify_base",
     "publish",
     "verify_arrival",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+    def with_content(self, content: Mapping[str, bytes], folder: Path) -> Manifest:
+        """Return the same manifest with other content of some of its files, which is put into `folder`."""
+        changed = {}
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+            digest = hashlib.sha256(data).hexdigest()
+            changed[name] = OutgoingFile(folder / name, len(data), digest)
+        return replace(self, files={**self.files, **changed})
 
 
 def read_manifest(directory: Path, *, unproven_allowed: bool = False) -> Manifest:

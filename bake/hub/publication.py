@@ -6,24 +6,34 @@ whose answer was lost is found.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bake.errors import HubError
-from bake.hub.access import check_access, model_info, open_api, require_ours, require_private
+from bake.hub.access import (
+    Destination,
+    check_access,
+    model_info,
+    open_api,
+    require_ours,
+    require_private,
+)
 from bake.hub.copies import Origin, find_origins, require_on_disk
 from bake.hub.errors import one_line, translated
 from bake.hub.files import difference, differences, remote_files, require_arrival
 from bake.hub.manifest import Manifest, measure, read_manifest
 from bake.hub.rights import check_card, check_rights
 from bake.io.hashing import is_hidden
+from bake.io.work_directory import temporary_directory
 from bake.redaction import without_secrets
 from bake.support.progress import announce
 
 DEFAULT_MESSAGE = "Publish the baked model"
+# (bake.json, the id, the branch or None) → {file: its content}.
+Rewrite = Callable[[Mapping[str, Any], str, str | None], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ def publish(
     create_pr: bool = False,
     accept_licence: bool = False,
     unproven_allowed: bool = False,
+    rewrite: Rewrite | None = None,
 ) -> Publication:
     """Send a baked directory to the Hub in one commit, and compare what arrived.
 
@@ -104,6 +115,9 @@ def publish(
     are copied on the Hub. Files of an earlier bake that are not in the directory any more are deleted in
     the same commit; dotfiles are neither sent nor deleted. Where the Hub already holds exactly these
     files, there is no new commit.
+
+    rewrite: returns the content of files that have to name where they lie, from `bake.json`, the id and the
+    branch; they are sent instead of those in the directory, which stays as it is.
 
     Raises:
         HubError: as `check_access`; the directory is not what bake wrote and verified; its base's
@@ -118,7 +132,30 @@ def publish(
     check_rights(
         manifest.record, repo_id, public=public, accepted=accept_licence, manifest=manifest
     )
-    api = open_api()
+    with temporary_directory("bake-publish-") as folder:
+        if rewrite is not None:
+            manifest = manifest.with_content(rewrite(manifest.record, repo_id, revision), folder)
+        return _publish(
+            manifest,
+            destination,
+            commit_message or DEFAULT_MESSAGE,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _publish(
+    manifest: Manifest,
+    destination: Destination,
+    message: str,
+    *,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+) -> Publication:
+    """Make the repository and the branch where there are none, send the files, and compare them."""
+    repo_id, api = destination.repo_id, open_api()
     if not destination.exists:
         with translated(repo_id):
             api.create_repo(repo_id, private=private)
@@ -126,7 +163,7 @@ def publish(
     require_private(head, repo_id, private)
     remote = remote_files(api, repo_id, head.sha)
     require_ours(repo_id, remote)
-    target = _Target(repo_id, revision, head.sha, create_pr, commit_message or DEFAULT_MESSAGE)
+    target = _Target(repo_id, revision, head.sha, create_pr, message)
     if not differences(manifest.files, remote):
         done = _Committed(head.sha, already_there=True)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from bake.errors import OutputError
@@ -14,11 +15,28 @@ def check_file(path: Path) -> None:
     check_writable_name(path, error=OutputError)
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give the path of a file")
+    check_above(path)
+
+
+def check_above(path: Path) -> None:
+    """Raise OutputError where nothing can be made at `path`, because of what is above it.
+
+    A file without a name is made there and is gone at once: some places take none whatever their
+    permissions say.
+    """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise OutputError(f"{path} cannot be written: {above} is a file; give another path")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: {above} is not writable; give another path")
+        raise OutputError(f"{path} cannot be written: {above} is a file; give another output path")
+    try:
+        writable = os.access(above, os.W_OK | os.X_OK)
+        if writable:
+            tempfile.TemporaryFile(dir=above).close()
+    except OSError:
+        writable = False
+    if not writable:
+        raise OutputError(
+            f"{path} cannot be written: {above} is not writable; give another output path"
+        )
 
 
 def write_file(path: Path, data: bytes) -> None:

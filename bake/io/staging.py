@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bake.errors import OutputError
+from bake.io.atomic import check_above
 from bake.io.copy import copy_file, exchange, sync
 from bake.io.foreign_paths import check_writable_name, expand_user
 from bake.io.work_directory import clear_dead_runs, make_work_directory, remove_lock, try_lock
@@ -247,15 +248,7 @@ def _check(output: Path, resolved: Path, overwrite: bool, base_directory: Path |
             )
     if resolved.exists():
         _check_replaceable(output, resolved, overwrite)
-    ancestor = next(parent for parent in resolved.parents if parent.exists())
-    if not ancestor.is_dir():
-        raise OutputError(
-            f"{output} cannot be written: {ancestor} is a file; give another output path."
-        )
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{output} cannot be written: {ancestor} is not writable; give another output path."
-        )
+    check_above(resolved)
     return resolved
 
 

@@ -15,14 +15,15 @@ from typing import Any
 
 from bake.errors import BakeError, CheckpointError
 from bake.hub.manifest import read_manifest
-from bake.hub.publication import Publication, publish
+from bake.hub.publication import Publication
 from bake.io.hashing import list_files
 from bake.io.work_directory import scratch_directory
 from bake.lifecycle.rescale import read_record, rescale
 from bake.lifecycle.verify import verify
 from bake.pipeline.completion import is_thin
+from bake.pipeline.publishing import publish_directory
 from bake.pipeline.record import base_name
-from bake.support.progress import announce
+from bake.support.progress import warn
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def publish_strengths(
     proven = read_manifest(directory).proven
     known = _base_at_hand(recorded, directory, base) if proven else False
     if not known:
-        announce(
+        warn(
             "the strengths are not verified, and their cards say so: the base was a local directory; "
             "name it with --base"
         )
@@ -102,9 +103,9 @@ def publish_strengths(
                 _make_strength(directory, made[multiplier], multiplier)
                 if known:
                     verify(made[multiplier], base).equivalence.raise_if_failed()
-        main = publish(directory, repo_id, **options)
+        main = publish_directory(directory, repo_id, **options)
         branches = {
-            multiplier: publish(
+            multiplier: publish_directory(
                 path,
                 main.repo_id,
                 revision=branch_of(multiplier),

@@ -8,6 +8,8 @@ so the diff of a bake and its base costs a few megabytes, whatever their size.
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from bake.checkpoint.remote import read_remote_range
 from bake.io.safetensors import TensorEntry, decode_tensor, read_range
 from bake.io.shipped import find_model
 from bake.support.progress import track_bytes
+from bake.support.text import list_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 Kind = Literal["added", "removed", "changed", "renamed"]
 CHUNK = 32 * 1024 * 1024  # bytes compared at a time
 _ABSENT = "absent"
+_IN_LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a tensor's name
 
 
 @dataclass(frozen=True)
@@ -299,18 +303,52 @@ def describe(found: Difference, limit: int = 40) -> str:
         if not chosen:
             continue
         lines += ["", f"{kind}: {len(chosen)} tensors"]
-        lines += [
-            f"  {entry.name} {entry.dtype} {list(entry.shape)}: {entry.describe()}"
-            for entry in chosen[:limit]
-        ]
-        if len(chosen) > limit:
-            lines.append(f"  … and {len(chosen) - limit} more; see --json")
+        lines += [f"  {line}" for line in _grouped(chosen, limit)]
     if found.files:
         lines += ["", "other files"]
         lines += [f"  {name}: {what}" for name, what in found.files.items()]
     if found.is_empty:
         lines.append("tensors and config are the same")
     return "\n".join(lines)
+
+
+def _grouped(changes: Sequence[TensorChange], limit: int) -> list[str]:
+    """Return a line for every parameter that changes in several layers, and one for any other tensor.
+
+    What is added and all zero comes first, in one line.
+    """
+    zero = [entry for entry in changes if entry.kind == "added" and entry.norm == 0]
+    groups: dict[tuple[str, str, str], list[TensorChange]] = {}
+    for entry in changes:
+        if entry not in zero or len(zero) == 1:
+            groups.setdefault(_alike(entry), []).append(entry)
+    lines = [_describe_group(key, entries) for key, entries in groups.items()]
+    if len(zero) > 1:
+        lines.insert(0, _describe_zeros(zero))
+    more = [f"… and {len(lines) - limit} more; see --json"] if len(lines) > limit else []
+    return [*lines[:limit], *more]
+
+
+def _alike(entry: TensorChange) -> tuple[str, str, str]:
+    """Return what a tensor has in common with those of other layers: its name there, dtype, shape."""
+    return _IN_LAYER.sub(".{layer}.", entry.name, count=1), entry.dtype, str(list(entry.shape))
+
+
+def _describe_zeros(zero: Sequence[TensorChange]) -> str:
+    counts = Counter(_alike(entry)[0].rpartition("{layer}.")[2] for entry in zero)
+    what = "biases" if all(name.endswith(".bias") for name in counts) else "tensors"
+    return f"{len(zero)} zero {what}: " + ", ".join(f"{n} × {name}" for name, n in counts.items())
+
+
+def _describe_group(key: tuple[str, str, str], entries: Sequence[TensorChange]) -> str:
+    pattern, dtype, shape = key
+    if len(entries) == 1:
+        (entry,) = entries
+        return f"{entry.name} {dtype} {shape}: {entry.describe()}"
+    layers = list_numbers(int(_IN_LAYER.findall(entry.name)[0]) for entry in entries)
+    norms = [entry.norm for entry in entries if entry.norm is not None]
+    sizes = f", norm {min(norms):.3g} to {max(norms):.3g}" if norms else ""
+    return f"{len(entries)} × {pattern} {dtype} {shape} in layers {layers}{sizes}"
 
 
 def _value(value: Any) -> str:

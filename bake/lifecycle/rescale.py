@@ -31,7 +31,7 @@ from bake.io.staging import changed_directory, staged_directory
 from bake.pipeline.completion import Unproven, check_shards, is_unproven, write_record
 from bake.pipeline.record import read_result, rebuild_push
 from bake.sites import Slot
-from bake.support.progress import announce
+from bake.support.progress import warn
 from bake.texts.tokenizer import TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def rescale(directory: Path, multiplier: float, *, revision: str | None = None) 
         checkpoint = open_checkpoint(str(directory))
         strength = plan_strength(checkpoint, recorded, multiplier)
         if strength.push.warning:
-            announce(strength.push.warning)
+            warn(strength.push.warning)
         patched = _patch_shards(checkpoint, strength, staging)
         extra = _write_extra_shards(checkpoint, recorded, strength, staging)
         draw_figures(staging, strength.push, recorded["site"], recorded["direction"]["metadata"])
@@ -263,7 +263,7 @@ def _rescaled_record(
 ) -> dict[str, Any]:
     """Return `bake.json`, without its files, of the same bake at another strength."""
     # The choice of a multiplier was for another strength, as a sweep's samples were.
-    stale = ("files", "equivalence", "multiplier_choice", "revision")
+    stale = ("files", "equivalence", "multiplier_choice", "repo_id", "revision")
     record = {key: value for key, value in recorded.items() if key not in stale}
     record |= push.to_dict() | ({"revision": revision} if revision else {})
     if "sweep" in record:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.errors import BakeError, PromptError
 from bake.models.forward import LoadedModel, decode, last_logits
-from bake.texts.rows import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,14 +122,6 @@ def score_continuations(
                     targets = tokens[-length:].to(given.device)
                     losses[row] = float(cross_entropy(given[:-1].float(), targets, reduction="sum"))
     return losses
-
-
-def read_words(path: Path) -> frozenset[str]:
-    """Read target words, one a line, `#` comments allowed; raise PromptError where there are none."""
-    words = {line.partition("#")[0].strip().lower() for line in read_text(path).splitlines()} - {""}
-    if not words:
-        raise PromptError(f"{path} holds no words; write one a line")
-    return frozenset(words)
 
 
 def count_words(text: str, targets: frozenset[str]) -> tuple[int, int]:

@@ -6,7 +6,8 @@ its help without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,8 @@ class Command:
     """One command: what it is for, in short and at length, and its options in the order of the help.
 
     name: with its parent's before it, such as "direction show".
+    heading: what it stands under in the overview of commands.
+    examples: lines that work as they are, in the order of the commands; a test runs each.
     from_recipe: its options can stand in a recipe, so that none that is not given has a value.
     """
 
@@ -78,7 +81,8 @@ class Command:
     help: str
     description: str
     options: tuple[Option, ...]
-    epilog: str | None = None
+    heading: str = ""
+    examples: tuple[str, ...] = ()
     from_recipe: bool = False
 
     def __getitem__(self, name: str) -> Option:
@@ -92,3 +96,34 @@ class Command:
 def grouped(group: str, *options: Option) -> tuple[Option, ...]:
     """Put options under a heading."""
     return tuple(option.but(group=group) for option in options)
+
+
+def write_command(command: Command, values: Mapping[str, Any]) -> str:
+    """Return the line that runs a command with these options, without those that have their defaults.
+
+    values: by the keywords of Python. Of a path only the last part is written: a page tells nobody where
+    files lie.
+    """
+    words = ["bake", command.name]
+    for option in command.options:
+        value = values.get(option.parameter or option.name, option.default)
+        if value == option.default or value is None or value is False:
+            continue
+        listed = [_word(entry) for entry in (value if isinstance(value, tuple | list) else [value])]
+        if option.positional:
+            words += listed
+        elif option.kind is bool:
+            words.append(option.flag)
+        elif option.many == "listed":
+            words += [option.flag, *listed]
+        else:
+            words += [option.flag, ",".join(listed)]
+    return " ".join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else "MODEL"  # One in memory has no name.
+    local = text.startswith(("/", "~", ".")) or text.count("/") > 1
+    return shlex.quote(text.rstrip("/").rpartition("/")[2] if local else text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bake.options.declaration import Command, Option, grouped
 from bake.options.shared import (
     ACCEPT_LICENCE,
+    BAKING,
     COMMIT_MESSAGE,
     CREATE_PR,
     DIRECTION_SITE,
@@ -44,7 +45,7 @@ EXPORT = Command(
     (
         MODEL.but(default="", shown=""),
         Option("recipe", "YAML with any of these options; options given here win", metavar="FILE"),
-        OUTPUT.but(required=False),
+        OUTPUT.but(required=False, shown="./MODEL-CONCEPT, such as ./SmolLM2-135M-formal"),
         OVERWRITE.but(help="replace the output directory when done"),
         REVISION,
         Option(
@@ -110,6 +111,11 @@ EXPORT = Command(
         *grouped(
             THE_PLACE,
             Option("band", "layers to push, per cent of the depth", default="40:90", metavar="A:B"),
+            Option(
+                "layers",
+                "layers to push instead of a band, counted from 0, such as 14 or 3-5,8",
+                metavar="LIST",
+            ),
             Option("site", "where the push is added", default="auto", choices=SITES),
             Option(
                 "route",
@@ -151,6 +157,22 @@ EXPORT = Command(
                 shown="the base's",
                 choices=("float32", "float16", "bfloat16"),
             ),
+            Option(
+                "name",
+                "the model's name, the title of its card",
+                shown="base and concept",
+                metavar="TEXT",
+            ),
+            Option(
+                "description",
+                "what the model is, in a sentence or two: the card begins with it",
+                metavar="TEXT",
+            ),
+            Option(
+                "base_id",
+                "a local base's id on the Hub, for the card; its files are compared with those there",
+                metavar="ID[@REV]",
+            ),
             Option("allow_rounding", "accept a dtype too coarse for the push", bool),
             Option(
                 "sweep",
@@ -167,6 +189,12 @@ EXPORT = Command(
                 for option in (PUBLIC.but(shown=""), CREATE_PR, COMMIT_MESSAGE, ACCEPT_LICENCE)
             ),
         ),
+    ),
+    heading=BAKING,
+    examples=(
+        "bake export HuggingFaceTB/SmolLM2-135M-Instruct --pairs formal-casual",
+        "bake export HuggingFaceTB/SmolLM2-135M-Instruct --pairs formal-casual -m -auto -o casual",
+        "bake export HuggingFaceTB/SmolLM2-135M-Instruct --pairs formal-casual --estimate",
     ),
     from_recipe=True,
 )

@@ -5,14 +5,18 @@ from __future__ import annotations
 from bake.options.declaration import Command, Option
 from bake.options.shared import (
     ACCEPT_LICENCE,
+    AFTERWARDS,
     BAKE,
+    BAKING,
     BASE,
     COMMIT_MESSAGE,
     CREATE_PR,
     DIRECTION_SITE,
+    DIRECTIONS,
     DIRECTORY,
     FILE,
     FINDING,
+    HELP,
     LAYER_OFFSET,
     MEMORY,
     MODEL,
@@ -42,6 +46,8 @@ CALIBRATE = Command(
         REVISION,
         *MEMORY,
     ),
+    heading=BAKING,
+    examples=("bake calibrate HuggingFaceTB/SmolLM2-135M-Instruct -o norms.json",),
 )
 
 DIRECTION = Command(
@@ -70,8 +76,10 @@ DIRECTION = Command(
         REVISION,
         *MEMORY,
     ),
-    epilog="bake direction convert FILE --output FILE writes one in another tool's format, bake direction "
-    "show FILE --model MODEL shows what one says; see their --help",
+    heading=DIRECTIONS,
+    examples=(
+        "bake direction HuggingFaceTB/SmolLM2-135M-Instruct --pairs formal-casual -o formal.safetensors",
+    ),
 )
 
 CONVERT = Command(
@@ -88,6 +96,8 @@ CONVERT = Command(
         Option("layers", "how many the model has", int, metavar="N", excludes="size"),
         Option("model", "the model, whose config says how many", metavar="MODEL", excludes="size"),
     ),
+    heading=DIRECTIONS,
+    examples=("bake direction convert formal.safetensors -o formal.gguf --layers 30",),
 )
 
 SHOW = Command(
@@ -111,6 +121,10 @@ SHOW = Command(
         LAYER_OFFSET,
         DIRECTION_SITE,
     ),
+    heading=DIRECTIONS,
+    examples=(
+        "bake direction show formal.safetensors --model HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
 )
 
 INSPECT = Command(
@@ -128,6 +142,8 @@ INSPECT = Command(
         ),
         REVISION,
     ),
+    heading=BAKING,
+    examples=("bake inspect HuggingFaceTB/SmolLM2-135M-Instruct",),
 )
 
 VERIFY = Command(
@@ -143,6 +159,11 @@ VERIFY = Command(
         Option("endpoint", "a server, as http://localhost:8000/v1", metavar="URL"),
         Option("model", "what the server calls the model", metavar="NAME"),
         *(option.but(choices=option.choices and ("auto",)) for option in MEMORY),
+    ),
+    heading=AFTERWARDS,
+    examples=(
+        "bake verify SmolLM2-135M-Instruct-formal",
+        "bake verify SmolLM2-135M-Instruct-formal --endpoint http://localhost:8000/v1 --model steered",
     ),
 )
 
@@ -178,6 +199,8 @@ PUBLISH = Command(
         ),
         BASE.but(help="the base, for these proofs"),
     ),
+    heading=AFTERWARDS,
+    examples=("bake publish SmolLM2-135M-Instruct-formal you/SmolLM2-135M-Instruct-formal",),
 )
 
 PROMPT_SETS = Command(
@@ -194,6 +217,7 @@ PROMPT_SETS = Command(
             positional=True,
         ),
     ),
+    heading=DIRECTIONS,
 )
 
 SETS = Command(
@@ -201,6 +225,8 @@ SETS = Command(
     "every set that ships: name, kind, count, purpose",
     "List the sets that ship.",
     (),
+    heading=DIRECTIONS,
+    examples=("bake prompts list",),
 )
 
 SET = Command(
@@ -211,6 +237,8 @@ SET = Command(
         Option("name", "a name from bake prompts list", metavar="NAME", positional=True),
         Option("limit", "only the first N", int, shown="all", metavar="N"),
     ),
+    heading=DIRECTIONS,
+    examples=("bake prompts show formal-casual --limit 3",),
 )
 
 DIFF = Command(
@@ -224,6 +252,8 @@ DIFF = Command(
         Option("base_revision", "of a base on the Hub", metavar="REV"),
         REVISION.but(help="of a baked model on the Hub"),
     ),
+    heading=AFTERWARDS,
+    examples=("bake diff HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-135M-Instruct-formal",),
 )
 
 REPRODUCE = Command(
@@ -243,6 +273,8 @@ REPRODUCE = Command(
             metavar="FILE",
         ),
     ),
+    heading=AFTERWARDS,
+    examples=("bake reproduce SmolLM2-135M-Instruct-formal",),
 )
 
 RESCALE = Command(
@@ -260,6 +292,8 @@ RESCALE = Command(
             short="-m",
         ),
     ),
+    heading=AFTERWARDS,
+    examples=("bake rescale casual -m -0.2",),
 )
 
 UNDO = Command(
@@ -268,6 +302,8 @@ UNDO = Command(
     "Write the base that a bake was made from, with nothing but the bake: the tensors that it added"
     " are left out, those that it patched get their old values back, and so does config.json.",
     (BAKE, OUTPUT, OVERWRITE, ON_THE_HUB),
+    heading=AFTERWARDS,
+    examples=("bake undo SmolLM2-135M-Instruct-formal -o base-again",),
 )
 
 DEMO = Command(
@@ -276,4 +312,20 @@ DEMO = Command(
     "Bake the shipped direction at m = 1 and −1, prove both, and compare text that base and bakes "
     "write. Nothing is downloaded; it takes less than a minute.",
     (OUTPUT.but(help="keep the two checkpoints here", required=False), OVERWRITE),
+    heading=HELP,
+    examples=("bake demo",),
+)
+
+COMPLETION = Command(
+    "completion",
+    "print the script that completes commands and options",
+    "Print a shell's completion script; add its output to what your shell reads at start, such as "
+    "bake completion bash >> ~/.bashrc",
+    (
+        Option(
+            "shell", "your shell", metavar="SHELL", choices=("bash", "zsh", "tcsh"), positional=True
+        ),
+    ),
+    heading=HELP,
+    examples=("bake completion bash",),
 )

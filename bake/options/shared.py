@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bake.options.declaration import Option
 
+# What commands stand under in the overview.
+BAKING, DIRECTIONS = "bake a model", "directions and texts"
+AFTERWARDS, HELP = "check, publish, change", "try and set up"
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 ROUTES = ("auto", "native", "flag", "host", "insert")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")

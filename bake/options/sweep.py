@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from bake.options.declaration import Command, Option
-from bake.options.shared import CHAT_TEMPLATE, LAWS, MEMORY, MODEL, OUTPUT, PROMPTS, REVISION, SITES
+from bake.options.shared import (
+    BAKING,
+    CHAT_TEMPLATE,
+    LAWS,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    PROMPTS,
+    REVISION,
+    SITES,
+)
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
@@ -26,7 +36,7 @@ SWEEP = Command(
         OUTPUT.but(help="where report and figures go"),
         Option(
             "multipliers",
-            "strengths, written --multipliers=-2,-1,1,2",
+            "strengths, such as -2,-1,1,2",
             read_numbers,
             default=(-3.0, -2.0, -1.0, 1.0, 2.0, 3.0),
             shown="-3,-2,-1,1,2,3",
@@ -112,5 +122,9 @@ SWEEP = Command(
         Option("seed", "random seed of the sampled text", int, default=0, metavar="N"),
         REVISION,
         *MEMORY,
+    ),
+    heading=BAKING,
+    examples=(
+        "bake sweep bake-demo --direction bake-demo --multipliers -1,1 -o demo-sweep --html",
     ),
 )

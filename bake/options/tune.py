@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from bake.options.declaration import Command, Option
-from bake.options.shared import CHAT_TEMPLATE, MEMORY, MODEL, OUTPUT, PROMPTS, REVISION, SITES
+from bake.options.shared import (
+    BAKING,
+    CHAT_TEMPLATE,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    PROMPTS,
+    REVISION,
+    SITES,
+)
 
 TUNED_SITES = SITES[1:]
 TUNED_METHODS = ("mean", "pca", "probe")
@@ -95,5 +104,10 @@ TUNE = Command(
         Option("html", "also one self-contained page", bool),
         REVISION,
         *MEMORY,
+    ),
+    heading=BAKING,
+    examples=(
+        "bake tune HuggingFaceTB/SmolLM2-135M-Instruct --pairs formal-casual -o tuned --minutes 20",
+        "bake export --recipe tuned/recipe.yaml -o tuned-formal",
     ),
 )

@@ -7,7 +7,7 @@ by a short sweep. The model is loaded for what is neither given nor saved, and a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bake.anatomy.base import Base, load_base
@@ -18,7 +18,8 @@ from bake.errors import BakeError
 from bake.io.shipped import tried_on
 from bake.models.forward import LanguageModel, SpareModel
 from bake.models.streaming import Placement
-from bake.pipeline.given_directions import GivenDirection, read_directions
+from bake.pipeline.about import About, describe_about
+from bake.pipeline.given_directions import GivenDirection, look_at, read_directions
 from bake.pipeline.recipe import Recipe
 from bake.plan.destination import Destination
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
@@ -33,14 +34,14 @@ from bake.strength.coefficients import (
 from bake.strength.norms import ActivationNorms, measure_norms
 from bake.strength.saved_norms import read_calibration, read_norms
 from bake.support.processes import divide
-from bake.support.progress import announce
+from bake.support.progress import announce, warn
 from bake.support.timing import Stopwatch
 from bake.sweeps.auto import BOUNDS, MultiplierChoice, choose_multiplier, read_trial_texts
 from bake.sweeps.evidence import Evidence, read_evidence
 from bake.sweeps.measured_law import MEASURED_LAW, follow_measured_law
 from bake.sweeps.measurements import Texts
 from bake.texts.held_out import read_divided
-from bake.texts.pairs import ContrastPair, read_pairs
+from bake.texts.pairs import ContrastPair, identify_pairs, read_pairs
 from bake.texts.prompts import identify_prompts, read_prompts
 
 
@@ -49,7 +50,7 @@ class Decision:
     """A push, the norms and the direction that it follows from, and why it is as strong as it is.
 
     choice: how a short sweep chose the multiplier; None where the user gave it. evidence: the sweep that
-    the card shows, if there is one.
+    the card shows, if there is one. about: what the card says the model is.
     """
 
     push: Push
@@ -57,6 +58,7 @@ class Decision:
     direction: Direction
     choice: MultiplierChoice | None = None
     evidence: Evidence | None = None
+    about: About = field(default_factory=About)
 
 
 def decide_push(
@@ -124,15 +126,11 @@ def read_inputs(recipe: Recipe) -> Inputs:
     extraction_options(recipe)
     if recipe.calibration:
         read_calibration(Path(recipe.calibration))
-    directions = read_directions(recipe)
     pairs, trial_texts = read_pairs_and_trial(recipe)
-    return Inputs(
-        directions=directions,
-        pairs=pairs,
-        evidence=read_evidence(Path(recipe.sweep)) if recipe.sweep else None,
-        prompts=[] if recipe.calibration else read_prompts(recipe.prompts),
-        trial_texts=trial_texts,
-    )
+    evidence = read_evidence(Path(recipe.sweep)) if recipe.sweep else None
+    prompts = [] if recipe.calibration else read_prompts(recipe.prompts)
+    look_at(recipe)
+    return Inputs(read_directions(recipe), pairs, evidence, prompts, trial_texts)
 
 
 def read_pairs_and_trial(recipe: Recipe) -> tuple[Sequence[ContrastPair], Texts | None]:
@@ -199,12 +197,12 @@ def decide(
                 announce(choice.describe())
     push = push.at(choice.multiplier if choice else recipe.given_multiplier or 1.0)
     if push.warning:
-        announce(push.warning)
+        warn(push.warning)
     if inputs.evidence is not None:
         inputs.evidence.check(base.to_dict(), destination.site, push)
-    return Decision(push, norms, direction, choice, inputs.evidence), SpareModel(
-        None if parallel else loaded
-    )
+    about = describe_about(recipe, direction)
+    decision = Decision(push, norms, direction, choice, inputs.evidence, about)
+    return decision, SpareModel(None if parallel else loaded)
 
 
 def measure(
@@ -272,6 +270,7 @@ def extract(
         layers,
         extraction_options(recipe),
         model_name=base.to_dict()["id"],
+        origin=identify_pairs(str(recipe.pairs), pairs),
     )
 
 

@@ -1,9 +1,9 @@
-"""The pipeline: recipe in, verified directory out. Reads top to bottom as the flow in the README."""
+"""The pipeline: recipe in, verified directory out; it reads as docs/architecture.md draws it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bake.checkpoint.writer import (
     write_weights,
 )
 from bake.directions.direction import Direction
+from bake.errors import HubError
 from bake.io.hashing import hash_files
 from bake.io.output_files import RESULT_FILE
 from bake.io.staging import check_output, staged_directory
@@ -28,7 +29,7 @@ from bake.models.streaming import Placement, choose_placement
 from bake.pipeline.completion import NeededShard, Unproven, describe_needs, find_needs
 from bake.pipeline.decision import Decision, decide, read_inputs
 from bake.pipeline.given_directions import fit_directions
-from bake.pipeline.publishing import check_access, check_rights, publish
+from bake.pipeline.publishing import check_access, check_rights, publish, publish_directory
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import carries_drafts, describe_bake, describe_left_out, encode_result
 from bake.pipeline.thin import check_base, check_route
@@ -39,9 +40,12 @@ from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
 from bake.proof.prove import prove
 from bake.strength.coefficients import Push
+from bake.support.html import show
 from bake.support.processes import is_main, leave_to_main
-from bake.support.progress import announce, track_bytes
+from bake.support.progress import announce, track_bytes, warn
+from bake.support.text import list_numbers
 from bake.support.timing import Stopwatch, peak_memory
+from bake.sweeps.measured_law import MEASURED_LAW
 from bake.texts.tokenizer import keep_tokenizer
 
 
@@ -62,6 +66,57 @@ class Export:
     peak_memory: int
     needs: tuple[NeededShard, ...] = ()
     publication: hub.Publication | None = None
+
+    def __repr__(self) -> str:
+        return f"<Export: {self.summary}; {self.output}>"
+
+    def _repr_html_(self) -> str:
+        proof, push = self.equivalence, self.push
+        samples = [(s.opening, s.base, s.baked) for s in getattr(proof, "samples", ())]
+        cost = getattr(proof, "cost", None)
+        notes = [
+            f"layers {list_numbers(each.layer for each in push.layers)}, law {push.law}",
+            f"cost on neutral text: KL {cost.kl_mean:.2g} nats, 95th percentile {cost.kl_p95:.2g}"
+            if cost
+            else "",
+            f"written to {self.output}",
+        ]
+        return show(f"Export: {self.summary}", ("opening", "base", "baked"), samples, notes)
+
+    @property
+    def summary(self) -> str:
+        """The bake in a few words: the base, where it was pushed and how far, and whether it is proven."""
+        state = "not verified"
+        if isinstance(self.equivalence, Equivalence):
+            state = (
+                "equivalent to the hooked model" if self.equivalence.passed else "NOT equivalent"
+            )
+        name, site = self.base.named()["id"], self.plan.route.site
+        return f"{name} at {site}, m = {self.push.multiplier:g}, {state}"
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        accept_licence: bool = False,
+    ) -> hub.Publication:
+        """Publish the finished directory in one commit, and compare what arrived.
+
+        The options are those of `bake.publish`, with the ecosystem's `private`. Raises HubError.
+        """
+        return publish_directory(
+            self.output,
+            repo_id,
+            private=private,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            accept_licence=accept_licence,
+        )
 
     @property
     def push(self) -> Push:
@@ -97,7 +152,7 @@ def export(recipe: Recipe) -> Export:
     the output path.
     """
     recipe.check()
-    clock = Stopwatch()
+    clock = Stopwatch(stages_of(recipe))
     output = check_output(Path(recipe.output), overwrite=recipe.overwrite)
     check_access(recipe, clock)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
@@ -140,22 +195,52 @@ def export(recipe: Recipe) -> Export:
             files = describe(record, plan, decision, staging, written, clock)
     links = explain_links(base.checkpoint, written, recipe.shards)
     left_out = [entry.describe() for entry in describe_left_out(base, plan)]
-    for sentence in filter(None, (*proof.warnings, note, links, *left_out)):
+    for warning in proof.warnings:
+        warn(warning)
+    for sentence in filter(None, (note, links, *left_out)):
         announce(sentence)
     publication = publish(output, recipe, clock)
     seconds, memory = clock.seconds, peak_memory()
     return Export(output, base, plan, decision, proof, files, seconds, memory, needs, publication)
 
 
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the stages of an export that the user is told of, in order."""
+    if recipe.thin:
+        return ("checkpoint", "anatomy", "write", "hash")
+    chosen = recipe.given_multiplier is None or recipe.law == MEASURED_LAW
+    return (
+        *("checkpoint", "anatomy", "load", "direction", "calibrate"),
+        *(("strength",) if chosen else ()),
+        *("write", "prove", "hash"),
+        *(("publish",) if recipe.push_to_hub else ()),
+    )
+
+
 def open_for_export(recipe: Recipe, output: Path, clock: Stopwatch) -> Base:
     """Open the base, and refuse one that this recipe cannot bake, publish or write to this place."""
     base = open_base(recipe.model, recipe.revision, clock, headers_only=recipe.thin)
+    base = identify(base, recipe)
     check_rights(base, recipe, clock)
     check_output(output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source)
     if recipe.thin:
         check_base(base)
     check_links(base.checkpoint, recipe.shards)
     return base
+
+
+def identify(base: Base, recipe: Recipe) -> Base:
+    """Return the base with the id on the Hub that the recipe gives it, compared with what is there."""
+    if recipe.base_id is None:
+        if recipe.push_to_hub and not base.checkpoint.revision:
+            announce("the base is a local one, so the card names no base_model: give --base-id ID")
+        return base
+    if base.checkpoint.revision:
+        raise HubError(
+            f"--base-id is for a local base; this one is {base.checkpoint.model_id} of the Hub"
+        )
+    files = base.checkpoint.shards
+    return replace(base, on_hub=hub.identify_base(base.checkpoint.source, files, recipe.base_id))
 
 
 def settle(

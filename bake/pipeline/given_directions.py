@@ -9,6 +9,7 @@ from typing import Any
 
 from bake.anatomy.base import Base
 from bake.directions.direction import Direction
+from bake.directions.first_look import look_first
 from bake.directions.formats import fit_direction, read_direction
 from bake.directions.sum import combine, parse_reference
 from bake.pipeline.recipe import Recipe
@@ -25,16 +26,33 @@ class GivenDirection:
     direction: Direction
 
 
+def _references(recipe: Recipe) -> list[tuple[str, float]]:
+    if recipe.direction is None:
+        return []
+    if not recipe.added:
+        return [(recipe.direction, 1.0)]  # One alone has no strength but m.
+    return [parse_reference(str(text)) for text in (recipe.direction, *recipe.added)]
+
+
+def look_at(recipe: Recipe) -> None:
+    """Raise a BakeError for layers and directions that do not fit, before anything heavy is imported."""
+    named = [reference for reference, _ in _references(recipe)]
+    look_first(
+        recipe.model,
+        recipe.revision,
+        directions=named,
+        layers=[recipe.place.chosen_layers],
+    )
+
+
 def read_directions(recipe: Recipe) -> tuple[GivenDirection, ...]:
     """Read every direction that a recipe names, before anything is fetched for it; () for none.
 
     Raises DirectionError for one that cannot be read, and for several that cannot be summed.
     """
-    if recipe.direction is None:
+    references = _references(recipe)
+    if not references:
         return ()
-    references = [(recipe.direction, 1.0)]  # One alone has no strength but m.
-    if recipe.added:
-        references = [parse_reference(str(text)) for text in (recipe.direction, *recipe.added)]
     given = tuple(
         GivenDirection(
             reference,

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from bake.directions.extract import OPTIMIZE
 from bake.directions.optimize import KL_WEIGHT, STEPS
 from bake.engines.survival import check_engine
-from bake.errors import BakeError
+from bake.errors import BakeError, UsageError
+from bake.hub.identity import check_id
+from bake.io.concepts import default_output
 from bake.io.foreign_yaml import read_yaml
 from bake.options.export import EXPORT, HOW_FOUND, THE_HUB
 from bake.plan.destination import Place
-from bake.strength.coefficients import DEFAULT_LAW, parse_band, parse_coefficients
+from bake.strength.coefficients import (
+    DEFAULT_LAW,
+    parse_band,
+    parse_coefficients,
+    parse_layers,
+    write_band,
+)
+from bake.support.progress import announce
+from bake.support.text import did_you_mean
 
 AUTO = {"auto": 1, "-auto": -1}  # and which way each pushes
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -41,7 +50,8 @@ class Recipe:
     band: "START:STOP" in per cent of the depth. site: one of the four or "auto". route:
     "native", "flag", "host", "insert", or "auto", which never adds layers. slot: "norm" or "projection"
     where a site has both, else None. target: an engine that the bake has to survive in.
-    coefficients: "6=0.5,8=1.0" replaces the law.
+    layers: "14" or "3-5,8" replaces the band. coefficients: "6=0.5,8=1.0" replaces band and law.
+    name, description, base_id: what the card says the model is, and which model on the Hub a local base is.
     shards: how base shards without a change get into the output, "copy", "hardlink" or "symlink".
     multiplier: a number, or "auto" ("-auto" the other way) for the best that costs at most `target_kl` on
     neutral text, for which `held_out` names contrast pairs that the direction was not found from; None is
@@ -69,6 +79,7 @@ class Recipe:
     multiplier: float | str | None = None
     target_kl: float | None = None
     band: str = DEFAULT_BAND
+    layers: str | None = None
     law: str = DEFAULT_LAW
     coefficients: str | None = None
     site: str = "auto"
@@ -88,6 +99,9 @@ class Recipe:
     prompts: str = "neutral"
     calibration: str | None = None
     sweep: str | None = None
+    name: str | None = None
+    description: str | None = None
+    base_id: str | None = None
     dtype: str | None = None
     device_map: str | None = None
     max_memory: str | None = None
@@ -108,8 +122,8 @@ class Recipe:
 
     def check(self) -> None:
         """Raise BakeError for options that contradict each other, before any work starts."""
-        if (self.direction is None) == (self.pairs is None):
-            raise BakeError("give one of --direction FILE and --pairs FILE")
+        if self.direction is None and self.pairs is None:
+            raise UsageError("give one of --direction FILE and --pairs FILE")
         if self.thin and (self.direction is None or self.calibration is None):
             raise BakeError(
                 "--thin reads no weights, so it needs --direction FILE and --calibration FILE (the "
@@ -136,8 +150,13 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value not in known:
                 words = name.replace("_", " ")
-                raise BakeError(f"unknown {words} {value!r}; one of {', '.join(known)}")
+                hint = f"one of {', '.join(known)}{did_you_mean(value, known)}"
+                raise BakeError(f"unknown {words} {value!r}; {hint}")
         parse_band(self.band)
+        if self.layers is not None:
+            parse_layers(self.layers)
+        if self.base_id is not None:
+            check_id(self.base_id)
         if self.coefficients is not None:
             parse_coefficients(self.coefficients)
 
@@ -150,7 +169,8 @@ class Recipe:
             (("orthogonalize",), self.added, "is about several directions; repeat --direction"),
             (_FINDING, self.direction is None, "is about --pairs, and a direction is given"),
             (("steps", "kl_weight"), optimizes, "is about --method optimize; give it, or leave this out"),
-            (("law", "band"), self.coefficients is None, "has no effect with --coefficients"),
+            (("law", "band", "layers"), self.coefficients is None, "has no effect with --coefficients"),
+            (("band",), self.layers is None, "has no effect with --layers"),
             (
                 ("prompts",),
                 self.calibration is None or optimizes,
@@ -254,35 +274,60 @@ def read_recipe(
     known = {field.name for field in fields(Recipe)}
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
-        near = get_close_matches(unknown[0].replace("-", "_"), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-        raise BakeError(f"the recipe {path} has an unknown key {unknown[0]!r}; {hint}")
+        meant = did_you_mean(unknown[0].replace("-", "_"), known)
+        hint = meant or f"; known: {', '.join(sorted(known))}"
+        raise BakeError(f"the recipe {path} has an unknown key {unknown[0]!r}{hint}")
     return make_recipe({**values, **overrides}, without_output=without_output)
 
 
 def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> Recipe:
-    """Build a Recipe; raise BakeError where model or output is missing.
+    """Build a Recipe; raise BakeError where there is no model or a value is of another kind.
 
     without_output: an estimate needs no output; it is empty where none is given.
     """
     if without_output:
         values = {"output": "", **values}
-    needed = ("model",) if without_output else ("model", "output")
-    missing = [name for name in needed if not values.get(name)]
-    if missing:
-        raise BakeError(f"no {missing[0]} given; name it on the command line or in the recipe")
+    if not values.get("model"):
+        raise UsageError("no model is given; name it on the command line or in the recipe")
+    values = {**values, **_in_words(values)}
     several = values.get("direction")
     if isinstance(several, list | tuple):
         first, *others = several or [None]
         values = {**values, "direction": first, "added": tuple(others)}
     if isinstance(values.get("added"), list):
         values = {**values, "added": tuple(values["added"])}
-    if isinstance(values.get("token"), int):
-        values = {**values, "token": str(values["token"])}  # An index of a token, as YAML reads it.
     for field in fields(Recipe):
         if field.name in values:
             _check_type(field.name, values[field.name], str(field.type))
+    if "output" not in values:
+        values = {**values, "output": _default_output(values)}
+        announce(f"the output goes to ./{values['output']} (--output DIR for another place)")
     return Recipe(**values)
+
+
+def _in_words(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what Python and YAML may give as numbers, as the command line writes it."""
+    written: dict[str, str] = {}
+    if isinstance(values.get("token"), int):
+        written["token"] = str(values["token"])
+    band, layers, given = (values.get(name) for name in ("band", "layers", "coefficients"))
+    if isinstance(band, list | tuple):
+        written["band"] = write_band(band)
+    if isinstance(layers, int | list | tuple | range) and not isinstance(layers, bool):
+        listed = [layers] if isinstance(layers, int) else layers
+        written["layers"] = ",".join(str(layer) for layer in listed)
+    if isinstance(given, Mapping):
+        written["coefficients"] = ",".join(f"{layer}={alpha}" for layer, alpha in given.items())
+    return written
+
+
+def _default_output(values: Mapping[str, Any]) -> str:
+    """Return the directory of a bake that nobody named: the model's name and the concept's."""
+    pairs, direction = values.get("pairs"), values.get("direction")
+    multiplier = values.get("multiplier")
+    reverse = multiplier == "-auto" or (isinstance(multiplier, float | int) and multiplier < 0)
+    named = [pairs] if pairs else [direction, *values.get("added", ())] if direction else []
+    return default_output(str(values["model"]), [str(n) for n in named], -1.0 if reverse else 1.0)
 
 
 def _check_type(name: str, value: Any, declared: str) -> None:

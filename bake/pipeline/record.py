@@ -58,7 +58,8 @@ def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
     return {
         "version": 1,
         "bake_version": __version__,
-        "base": base.to_dict(),
+        "base": base.named(),
+        "about": decision.about.to_dict(),
         "licence": base.licence,
         "architecture": base.anatomy.architecture,
         "auto_class": auto_class(base.anatomy.config).__name__,

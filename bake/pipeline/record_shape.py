@@ -200,7 +200,12 @@ _SLOT = _fields(
 _RECORD: dict[str, Check] = {
     "version": _one_of(VERSION),
     "bake_version": _text,
-    "base": _fields({"id": _text}, {"revision": _optional_text, "headers_sha256": _optional_text}),
+    "base": _fields(
+        {"id": _text},
+        {"revision": _optional_text, "headers_sha256": _optional_text, "claimed": _flag},
+    ),
+    "about": _fields({}, dict.fromkeys(("name", "description", "concept"), _text)),
+    "repo_id": _text,
     "licence": _or_null(_fields({}, {"notice": _optional_text})),
     "auto_class": _text,
     "layer_count": _count(1, MAX_LAYER),

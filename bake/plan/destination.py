@@ -11,7 +11,13 @@ from bake.directions.direction import ABSENT, Direction
 from bake.engines.survival import describe_survivals
 from bake.errors import BakeError, DirectionError, UnsupportedError
 from bake.sites import check_direction_site, is_usable_at
-from bake.strength.coefficients import band_layers, band_of, parse_band, parse_coefficients
+from bake.strength.coefficients import (
+    band_layers,
+    band_of,
+    parse_band,
+    parse_coefficients,
+    parse_layers,
+)
 from bake.support.progress import announce
 from bake.support.text import list_numbers
 
@@ -23,7 +29,8 @@ class Place:
     site: one of the four, or "auto". route: "native", "flag", "host", "insert", or "auto", which never adds
     layers. slot: "norm" or "projection" where a site has both. target: an engine that the bake has to
     survive in. convert_site: take a residual direction at an input site. band: "START:STOP" in per cent of
-    the depth. coefficients: "6=0.5,8=1.0", which replaces the band.
+    the depth. layers: "14" or "3-5,8", which replaces the band. coefficients: "6=0.5,8=1.0", which
+    replaces both.
     """
 
     site: str
@@ -32,7 +39,30 @@ class Place:
     target: str | None
     convert_site: bool
     band: str
+    layers: str | None
     coefficients: str | None
+
+    @property
+    def named_layers(self) -> Sequence[int] | None:
+        """The layers that the user named one by one, in order; None where a band says which."""
+        if self.coefficients is not None:
+            return sorted(parse_coefficients(self.coefficients))
+        return None if self.layers is None else parse_layers(self.layers)
+
+    def chosen_layers(self, layer_count: int) -> Sequence[int]:
+        """Return the layers that the user asks for, in order.
+
+        Raises BakeError for one that a model of so many layers does not have, and for an empty band.
+        """
+        named = self.named_layers
+        if named is None:
+            return band_layers(layer_count, parse_band(self.band))
+        beyond = [layer for layer in named if not 0 <= layer < layer_count]
+        if beyond:
+            raise BakeError(
+                f"layer {beyond[0]} is named; the model has layers 0 to {layer_count - 1}"
+            )
+        return named
 
 
 def site_to_read(anatomy: Anatomy, site: str) -> str:
@@ -93,7 +123,7 @@ def check_direction(direction: Direction, layers: Sequence[int], anatomy: Anatom
         raise DirectionError(
             f"the direction has no vector for layer {missing[0]}{reason}; it has {list_numbers(own)}, "
             f"of the model's {anatomy.layer_count} layers: choose these, "
-            + (f"--band {band}" if band else "by --coefficients, such as 6=0.5,8=1.0")
+            + (f"--band {band}" if band else f"--layers {list_numbers(own).replace(' ', '')}")
         )
 
 
@@ -125,26 +155,19 @@ def choose_layers(
     Layers of the band that the route cannot push are left out, and announced; a layer that the user
     named is refused. Raises BakeError.
     """
-    if place.coefficients is None:
-        band = band_layers(anatomy.layer_count, parse_band(place.band))
-        return layers_within(band, route.site, route.layers), None
-    explicit = parse_coefficients(place.coefficients)
-    beyond = [layer for layer in explicit if not 0 <= layer < anatomy.layer_count]
-    if beyond:
-        raise BakeError(
-            f"the coefficients name layer {beyond[0]}; the model has layers 0 to "
-            f"{anatomy.layer_count - 1}"
-        )
-    unable = sorted(explicit.keys() - set(route.layers))
+    layers = place.chosen_layers(anatomy.layer_count)
+    if place.named_layers is None:
+        return layers_within(layers, route.site, route.layers), None
+    unable = sorted(set(layers) - set(route.layers))
     if unable:
         raise UnsupportedError(
-            f"the coefficients name layer {unable[0]}, which cannot take a push at {route.site}; "
+            f"layer {unable[0]} is named, which cannot take a push at {route.site}; "
             f"layers that can: {list_numbers(route.layers)}"
         )
-    return sorted(explicit), explicit
+    return layers, None if place.coefficients is None else parse_coefficients(place.coefficients)
 
 
-def layers_within(band: range, site: str, layers: Sequence[int]) -> Sequence[int]:
+def layers_within(band: Sequence[int], site: str, layers: Sequence[int]) -> Sequence[int]:
     """Return the layers of a band that can take a push at the site; announce those that cannot."""
     able = [layer for layer in band if layer in layers]
     if len(able) == len(band):

@@ -58,8 +58,12 @@ def describe_direction(direction: Direction, separation: Separation | None) -> s
 
 
 def describe_reading(direction: Direction, separation: Separation | None, reading: Reading) -> str:
-    """Return what a direction says: its tokens, its cosines to others, and how well it separates."""
-    parts = [describe_direction(direction, separation)]
+    """Return what a direction says: its tokens, its cosines to others, and how well it separates.
+
+    The layers whose tokens read as words come first.
+    """
+    summary, _, found = describe_direction(direction, separation).partition("\n")
+    parts = [summary]
     if reading.layers:
         rows = [
             (
@@ -67,13 +71,14 @@ def describe_reading(direction: Direction, separation: Separation | None, readin
                 kind,
                 " ".join(repr(score.token) for score in scores),
             )
-            for entry in reading.layers
+            for entry in sorted(reading.layers, key=lambda each: -each.words)
             for kind, scores in (("raised", entry.raised), ("lowered", entry.lowered))
         ]
         width = max(len(layer) for layer, _, _ in rows)
         parts.append(
             "\n".join(f"{layer:<{width}}  {kind:<7}  {tokens}" for layer, kind, tokens in rows)
         )
+    parts += [found] if found else []
     if reading.cosines:
         layers = sorted(
             {layer for row in reading.cosines.values() for layer in row},

@@ -144,9 +144,11 @@ def band_layers(layer_count: int, band: tuple[float, float] = DEFAULT_BAND) -> r
         else range(0)
     )
     if not layers:
+        shares = 0 <= 10000 * start < 10000 * stop <= 100  # written as 0.4:0.9
+        meant = f"{10000 * start:g}:{10000 * stop:g}" if shares else "40:90"
         raise BakeError(
             f"the band {100 * start:g}:{100 * stop:g} % of {layer_count} layers holds no layer; "
-            f"give one such as --band 40:90"
+            + (f"did you mean {meant}?" if shares else f"give one such as --band {meant}")
         )
     return layers
 
@@ -157,7 +159,25 @@ def parse_band(text: str) -> tuple[float, float]:
         start, stop = (float(part) / 100 for part in text.split(":"))
     except ValueError:
         raise BakeError(f"the band {text!r} is not START:STOP in per cent, such as 40:90") from None
+    if stop <= start:
+        turned = f"{100 * stop:g}:{100 * start:g}" if stop < start else "40:90"
+        raise BakeError(f"the band {text!r} ends before it begins; did you mean {turned}?")
+    if not (start >= 0 and stop <= 1):  # Also for NaN.
+        raise BakeError(f"the band {text!r} is not within 0:100 per cent; give one such as 40:90")
     return start, stop
+
+
+def write_band(shares: Sequence[Any]) -> str:
+    """Return a band given as shares of the depth, such as (0.4, 0.9), as '40:90'."""
+    try:
+        start, stop = (float(share) for share in shares)
+    except (TypeError, ValueError):
+        start, stop = math.nan, math.nan
+    if not (0 <= start <= 1 and 0 <= stop <= 1):
+        raise BakeError(
+            f"the band {tuple(shares)!r} is not two shares of the depth, such as (0.4, 0.9)"
+        )
+    return f"{100 * start:.12g}:{100 * stop:.12g}"
 
 
 def band_of(layers: Sequence[int], layer_count: int) -> str | None:

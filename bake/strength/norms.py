@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from bake.errors import BakeError, PromptError
 from bake.hooks import check_activation
 from bake.models.forward import LanguageModel, run_layers
+from bake.support.html import show
 from bake.support.processes import gather
-from bake.support.progress import announce, track
+from bake.support.progress import track, warn
 from bake.support.text import explain
 from bake.texts.prompts import TokenBatch
 
@@ -68,6 +69,26 @@ class ActivationNorms:
     prompts: int
     layers: tuple[LayerNorms, ...]
     texts: Mapping[str, str | None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<ActivationNorms: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(each.layer), f"{each.mean:.4g}", f"{each.median:.4g}", str(each.dropped))
+            for each in self.layers
+        ]
+        header = ("layer", "mean", "median", "tokens dropped")
+        return show(f"Activation norms: {self.summary}", header, rows, [self.warning or ""])
+
+    @property
+    def summary(self) -> str:
+        """The norms in a few words: site, layers, and from where to where they go."""
+        values = list(self.values().values())
+        return (
+            f"{self.site}, {len(values)} layers, {self.statistic} {min(values):.4g} to "
+            f"{max(values):.4g}, over {self.prompts} prompts"
+        )
 
     def values(self) -> dict[int, float]:
         """Return {layer: μ_l} by the chosen statistic."""
@@ -176,7 +197,7 @@ def measure_norms(
         ),
     )
     if found.warning:
-        announce(found.warning)
+        warn(found.warning)
     return found
 
 

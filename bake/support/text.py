@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 from bake.redaction import without_secrets
 
@@ -71,6 +72,12 @@ def one_message(text: str, limit: int = MAX_MESSAGE) -> str:
         return line
     end = limit // 3
     return f"{line[: limit - end - 3]} … {line[-end:]}"
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return "; did you mean NAME?" for the known name nearest to `word`, "" where none is near."""
+    near = get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def explain(error: object, limit: int = MAX_SHOWN) -> str:

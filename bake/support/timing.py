@@ -5,19 +5,46 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+from bake.support.progress import say_where
+
+# What the user reads when a stage begins; those that take no time are timed and not told.
+STAGES = {
+    "checkpoint": "reading the checkpoint",
+    "anatomy": "examining the architecture",
+    "load": "loading the model",
+    "direction": "finding the direction",
+    "calibrate": "calibrating",
+    "strength": "choosing the strength",
+    "write": "writing the checkpoint",
+    "prove": "proving it",
+    "hash": "hashing",
+    "publish": "publishing",
+    "sweep": "measuring every strength",
+    "by layer": "measuring layer by layer",
+    "tune": "comparing candidates",
+    "report": "writing the report",
+}
 
 
 class Stopwatch:
-    """Collects the wall-clock seconds of named stages, in the order in which they ran."""
+    """Collects the wall-clock seconds of named stages, in the order in which they ran.
 
-    def __init__(self) -> None:
+    expected: the stages that are to come, of STAGES; each is told when it begins, "3/9 calibrating".
+    """
+
+    def __init__(self, expected: Sequence[str] = ()) -> None:
         self.seconds: dict[str, float] = {}
+        self.expected = tuple(expected)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a block; a name that comes twice is added up."""
+        """Time a block; a name that comes twice is added up, and told once."""
+        if name in self.expected and name not in self.seconds:
+            place = self.expected.index(name) + 1
+            say_where(f"{place}/{len(self.expected)} {STAGES[name]}")
         start = time.perf_counter()
         try:
             yield

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bake.support.tables import format_table
 from bake.sweeps.findings import compare_laws
-from bake.sweeps.points import Point
+from bake.sweeps.points import ROW, Point, row_of
 from bake.sweeps.results import Trial
 
 
@@ -22,10 +21,7 @@ def describe(trial: Trial) -> str:
         for point in found.points
         if point.arm.kind != "random"
     ]
-    header = (
-        "arm", "shift [95 %]", "pairs", "words", "text's ppl", "neutral ppl", "KL p95", "repeats",
-        *["score"] * scored, *["judge"] * judged,
-    )  # fmt: skip
+    header = (*ROW, *["score"] * scored, *["judge"] * judged)
     parts = [
         f"{trial.base.to_dict()['id']}: {len(found.points)} arms, "
         f"{len(found.samples)} openings, held-out pairs in nats a token",
@@ -56,26 +52,8 @@ def _written(output: Path) -> Sequence[str]:
 
 
 def _row(point: Point, *, scored: bool, judged: bool) -> tuple[str, ...]:
-    def ratio(value: Any) -> str:
-        return f"× {value.value:.3g}" if value else "-"
-
-    shift, accuracy = point.shift, point.accuracy
     return (
-        point.arm.name,
-        f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]" if shift else "-",
-        f"{accuracy.value:.0%}" if accuracy else "-",
-        _words(point),
-        ratio(point.fluency_ratio),
-        ratio(point.neutral_ratio),
-        f"{point.neutral_kl['p95'].value:.3f}" if point.neutral_kl else "-",
-        f"{point.repetition.value:.1%}" if point.repetition else "-",
+        *row_of(point),
         *[f"{point.score.value:.3g}" if point.score else "-"] * scored,
         *[f"{point.judged.value:.1f}" if point.judged else "-"] * judged,
     )
-
-
-def _words(point: Point) -> str:
-    """Return target words as a ratio to the base's; as a share where the base writes none."""
-    if point.target_ratio:
-        return f"× {point.target_ratio.value:.3g}"
-    return f"{point.target_share.value:.1%}" if point.target_share else "-"

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
-from bake.card.figures import FIGURES, draw_dose_response, draw_norms
+from bake.card.figures import FIGURES, NARROW_SUFFIX, draw_dose_response, draw_norms
 from bake.errors import OutputError
+from bake.io.atomic import check_above
 from bake.sweeps.page import render_trial
 from bake.sweeps.results import Trial
 from bake.sweeps.store import MEASUREMENTS_FILE, REPORT_FILE
@@ -16,14 +17,32 @@ from bake.sweeps.store import MEASUREMENTS_FILE, REPORT_FILE
 PAGE_FILE, PARTIAL = "index.html", ".partial"
 
 
+def check_place(output: Path) -> None:
+    """Raise OutputError where no sweep can be written, before the work for it is done."""
+    check_directory(output, "sweep", {MEASUREMENTS_FILE, REPORT_FILE, PAGE_FILE, FIGURES})
+
+
 def prepare_directory(output: Path) -> Path:
     """Make the directory; one that holds something else than a sweep is left alone."""
-    return check_directory(output, "sweep", {MEASUREMENTS_FILE, REPORT_FILE, PAGE_FILE, FIGURES})
+    check_place(output)
+    return make_directory(output)
 
 
-def check_directory(output: Path, what: str, known: Set[str]) -> Path:
-    """Make a directory that holds such files only; raise OutputError for one with something else."""
+def make_directory(output: Path) -> Path:
+    """Make a directory, and those above it. Raises OutputError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be made: {error.strerror or error}") from None
+    return output
+
+
+def check_directory(output: Path, what: str, known: Set[str]) -> None:
+    """Raise OutputError for a directory that holds other files, or that cannot be made."""
     known = {*known, *(name + PARTIAL for name in known)}
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} cannot be made: it is a file; give another --output")
+    check_above(output / "below" if output.is_dir() else output)
     try:
         if output.is_dir():
             strange = sorted({entry.name for entry in output.iterdir()} - known)
@@ -31,10 +50,8 @@ def check_directory(output: Path, what: str, known: Set[str]) -> Path:
                 raise OutputError(
                     f"{output} holds {strange[0]}, which is no {what}'s: give another --output"
                 )
-        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{output} cannot be made: {error.strerror or error}") from None
-    return output
+        raise OutputError(f"{output} cannot be read: {error.strerror or error}") from None
 
 
 def write_report(trial: Trial, *, complete: bool) -> None:
@@ -61,6 +78,9 @@ def write_pictures(trial: Trial, *, html: bool) -> None:
         ]
         if trial.attribution is not None:
             drawn.append(trial.attribution.draw(figures / "layers.png"))
+        if html:
+            name = f"dose-response{NARROW_SUFFIX}.png"
+            drawn.append(draw_dose_response(figures / name, found, narrow=True))
         for path in figures.glob("*.png"):
             if path not in drawn:
                 path.unlink()

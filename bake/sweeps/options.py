@@ -8,28 +8,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bake.anatomy import Anatomy
 from bake.directions.direction import Direction
-from bake.errors import BakeError, DirectionError, UnsupportedError
-from bake.io.shipped import OPENINGS, REQUESTS, find_set, tried_on
-from bake.models.generation import check_seed, read_words
+from bake.errors import BakeError, DirectionError, UnsupportedError, UsageError
+from bake.io.shipped import OPENINGS, REQUESTS, find_set, shipped_sets, tried_on
+from bake.models.generation import check_seed
 from bake.plan.destination import check_direction, layers_within
 from bake.sites import INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.strength.coefficients import LAWS, band_layers, parse_band
 from bake.support.progress import announce
+from bake.support.text import did_you_mean
 from bake.sweeps.design import CONTROL_SEEDS, MULTIPLIERS, Design, Variant
 from bake.sweeps.measurements import Sampling, Scorer, Texts
 from bake.sweeps.window import Bounds
 from bake.texts.pairs import read_pairs
-from bake.texts.prompts import read_prompts
+from bake.texts.prompts import read_prompts, read_words
 
 
 @dataclass(frozen=True)
 class TrialOptions:
     """What `bake sweep` is asked for; names as on the command line."""
 
-    model: str
+    model: Any
     direction: str
     output: str
     multipliers: tuple[float, ...] = MULTIPLIERS
@@ -67,7 +69,7 @@ def read_texts(options: TrialOptions) -> Texts:
     known = tried_on(options.direction)
     pairs, words = options.pairs or known.get("pairs"), options.words or known.get("words")
     if pairs is None:
-        raise BakeError(
+        raise UsageError(
             "a sweep measures the shift on contrast pairs that the direction was not found from: "
             "give them with --pairs FILE"
         )
@@ -78,7 +80,8 @@ def read_texts(options: TrialOptions) -> Texts:
     if words is not None:
         path = find_set(words, "words")
         if path is None:
-            raise BakeError(f"no word list {words!r}; give a file with one word a line")
+            hint = did_you_mean(words, shipped_sets("words"))
+            raise BakeError(f"no word list {words!r}{hint or '; give a file with one word a line'}")
         listed = read_words(path)
     return Texts(
         read,
@@ -121,9 +124,9 @@ def load_scorer(name: str | None) -> Scorer | None:
 def check_numbers(options: TrialOptions) -> None:
     """Raise BakeError for what cannot be swept whatever the model is, before one is opened."""
     if not any(options.multipliers):
-        raise BakeError("a sweep needs multipliers other than 0, such as --multipliers=-1,1")
+        raise BakeError("a sweep needs multipliers other than 0, such as --multipliers -1,1")
     if not all(math.isfinite(multiplier) for multiplier in options.multipliers):
-        raise BakeError("--multipliers are finite numbers, such as --multipliers=-1,1")
+        raise BakeError("--multipliers are finite numbers, such as --multipliers -1,1")
     multipliers = set(options.multipliers)
     if len({f"{m:g}" for m in multipliers}) < len(multipliers):
         raise BakeError("two of --multipliers agree in six digits; leave one of them out")

@@ -12,6 +12,7 @@ from bake.sweeps.findings import compare_laws
 from bake.sweeps.points import Point
 from bake.sweeps.results import Trial
 from bake.sweeps.window import Window
+from bake.version import __version__
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -25,12 +26,18 @@ def render_trial(trial: Trial) -> str:
     words = trial.texts.words
     costs = found.laws_at_equal_shift()
     curve = found.curve()
-    written = [point.arm.name for point in curve if point.fluency is not None]
+    base_first = sorted(curve, key=lambda point: point.arm.multiplier != 0)
+    written = [point.arm.name for point in base_first if point.fluency is not None]
     return render_page(
         TEMPLATE,
         trial.output / FIGURES,
         {"marked": lambda text: mark_words(text, words)},
-        title=f"{trial.base.to_dict()['id']}, steered",
+        title=f"{trial.base.to_dict()['id']}: {trial.names.direction} at every strength",
+        direction_name=trial.names.direction,
+        pairs_name=trial.names.pairs,
+        pairs_count=len(trial.texts.pairs),
+        command=trial.names.command,
+        version=__version__,
         base=trial.base.to_dict(),
         direction=trial.direction.to_dict(),
         variant=found.design.variants[0],

@@ -67,3 +67,26 @@ class Point:
             elif isinstance(value, Mapping):
                 values[name] = {key: entry.to_dict() for key, entry in value.items()}
         return values
+
+
+ROW = ("arm", "shift [95 %]", "pairs", "words", "text's ppl", "neutral ppl", "KL p95", "repeats")
+
+
+def row_of(point: Point) -> tuple[str, ...]:
+    """Return a point as the cells of a table with the columns ROW; "-" for what was not measured."""
+
+    def ratio(value: Interval | None) -> str:
+        return f"× {value.value:.3g}" if value else "-"
+
+    shift, accuracy, share = point.shift, point.accuracy, point.target_share
+    words = f"{share.value:.1%}" if share else "-"  # Where the base writes none, there is no ratio.
+    return (
+        point.arm.name,
+        f"{shift.value:+.3f} [{shift.low:+.3f}, {shift.high:+.3f}]" if shift else "-",
+        f"{accuracy.value:.0%}" if accuracy else "-",
+        ratio(point.target_ratio) if point.target_ratio else words,
+        ratio(point.fluency_ratio),
+        ratio(point.neutral_ratio),
+        f"{point.neutral_kl['p95'].value:.3f}" if point.neutral_kl else "-",
+        f"{point.repetition.value:.1%}" if point.repetition else "-",
+    )

@@ -5,20 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-from bake.anatomy.base import Base, load_base, open_base
+from bake.anatomy.base import AnyBase, load_base, open_any
 from bake.directions.direction import Direction
+from bake.directions.first_look import look_first
 from bake.directions.formats import fit_direction, read_direction
+from bake.io.concepts import name_of
+from bake.io.shipped import tried_on
 from bake.models.streaming import choose_placement
+from bake.options.declaration import write_command
+from bake.options.sweep import SWEEP
+from bake.strength.coefficients import band_layers, parse_band
 from bake.support.processes import on_main
 from bake.support.progress import announce
 from bake.support.timing import Stopwatch, peak_memory
 from bake.sweeps.attribution import attribute
 from bake.sweeps.design import Design
-from bake.sweeps.files import prepare_directory, write_pictures, write_report
+from bake.sweeps.files import check_place, prepare_directory, write_pictures, write_report
 from bake.sweeps.judge import make_judge
 from bake.sweeps.measurements import Texts
 from bake.sweeps.options import (
@@ -29,7 +35,7 @@ from bake.sweeps.options import (
     pushable_layers,
     read_texts,
 )
-from bake.sweeps.results import Trial
+from bake.sweeps.results import Names, Trial
 from bake.sweeps.store import Store
 from bake.sweeps.sweep import measure_sites, run_sweep
 from bake.sweeps.window import Bounds
@@ -44,15 +50,23 @@ def sweep(options: TrialOptions) -> Trial:
     The directory keeps what is measured as it is made: the same command again goes on from there.
     Raises a BakeError that names what is wrong.
     """
-    clock = Stopwatch()
+    named = ("checkpoint", "anatomy", "load", "calibrate", "sweep")
+    clock = Stopwatch((*named, *(("by layer",) if options.by_layer else ()), "report"))
     check_numbers(options)
     texts = read_texts(options)
     prompts = read_prompts(options.prompts)
     placement = choose_placement(options.device_map, options.max_memory)
     scorer = load_scorer(options.scorer)
     judge = make_judge(options.judge, options.judge_model, options.question, options.judge_repeats)
+    check_place(Path(options.output))
+    look_first(
+        options.model,
+        options.revision,
+        directions=[options.direction],
+        layers=[partial(band_layers, band=parse_band(band)) for band in options.bands],
+    )
     file = read_direction(options.direction)
-    base = open_base(options.model, options.revision, clock)
+    base = open_any(options.model, options.revision, clock)
     direction, notes = fit_direction(
         file,
         options.direction,
@@ -65,6 +79,7 @@ def sweep(options: TrialOptions) -> Trial:
     design = make_design(options, base.anatomy, direction)
     output = on_main(lambda: prepare_directory(Path(options.output)))
     with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
+        names = name_what_is_tried(options)
         template = describe_template(base.tokenizer, texts.pairs, texts.chat_template)
         with clock.stage("load"):
             loaded = load_base(base, placement)
@@ -85,7 +100,7 @@ def sweep(options: TrialOptions) -> Trial:
                 judge=judge,
             )
             for found in swept:
-                trial = Trial(output, base, direction, found, texts, template)
+                trial = Trial(output, base, direction, found, texts, template, names=names)
                 on_main(partial(write_report, trial, complete=False))
         if options.by_layer:
             with clock.stage("by layer"):
@@ -105,8 +120,15 @@ def sweep(options: TrialOptions) -> Trial:
     return replace(trial, timings=clock.seconds, peak_memory=peak_memory())
 
 
+def name_what_is_tried(options: TrialOptions) -> Names:
+    """Return what the page calls direction, pairs and command, without a path."""
+    pairs = options.pairs or tried_on(options.direction).get("pairs", "pairs")
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    return Names(name_of(options.direction), name_of(pairs), write_command(SWEEP, values))
+
+
 def fingerprint_of(
-    base: Base, direction: Direction, design: Design, texts: Texts, prompts: Sequence[str]
+    base: AnyBase, direction: Direction, design: Design, texts: Texts, prompts: Sequence[str]
 ) -> str:
     """Return a hash of everything that decides what is measured.
 

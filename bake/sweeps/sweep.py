@@ -12,7 +12,7 @@ from bake.directions.direction import Direction
 from bake.models.forward import LanguageModel
 from bake.strength.norms import measure_norms
 from bake.support.processes import divide
-from bake.support.progress import announce
+from bake.support.progress import warn
 from bake.sweeps.arms import Arm
 from bake.sweeps.design import Design, compute_variant_push, make_arms
 from bake.sweeps.findings import DoseResponse
@@ -83,7 +83,7 @@ def run_sweep(
     push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
     strongest = push.at(max(design.multipliers, key=abs))
     if strongest.warning:
-        announce(strongest.warning)
+        warn(strongest.warning)
     measured: dict[str, Measurements] = {}
 
     def account() -> DoseResponse:

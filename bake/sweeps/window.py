@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bake.proof.cost import MOST_KL
-from bake.sweeps.points import Point
+from bake.sweeps.points import Interval, Point
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Window:
-    """The multipliers of one sign that stay within the bounds, from 0 outwards without a gap.
+    """The multipliers of one sign whose intervals stay within the bounds, from 0 outwards without a gap.
 
     largest: the largest |m| measured inside, with its sign; None where even the smallest costs too
     much. best: the m in it with the largest net shift that way, or the largest where no shift was measured;
@@ -85,11 +85,17 @@ def moves(point: Point) -> bool:
 
 
 def _exceeds(point: Point, bounds: Bounds) -> str | None:
-    """Say which bound a point breaks; a figure that is not a number breaks it."""
+    """Say which bound a point breaks, be it with the end of its interval; what is no number breaks it."""
     ratio = point.fluency_ratio
-    if ratio is not None and not ratio.value <= bounds.fluency:
-        return f"sampled text's perplexity is × {ratio.value:.2f} (bound {bounds.fluency:g})"
+    if ratio is not None and not ratio.high <= bounds.fluency:
+        found = f"× {ratio.value:.2f} {_interval(ratio)}"
+        return f"sampled text's perplexity is {found} (bound {bounds.fluency:g})"
     kl = point.neutral_kl.get("p95")
-    if kl is not None and not kl.value <= bounds.kl:
-        return f"95th percentile KL on neutral text is {kl.value:.2f} nats (bound {bounds.kl:g})"
+    if kl is not None and not kl.high <= bounds.kl:
+        found = f"{kl.value:.2f} {_interval(kl)} nats"
+        return f"95th percentile KL on neutral text is {found} (bound {bounds.kl:g})"
     return None
+
+
+def _interval(found: Interval) -> str:
+    return f"[{found.low:.2f}, {found.high:.2f}]"

@@ -7,6 +7,7 @@ tokens, chat templates and merges across the boundary never shift it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import DirectionError, PromptError
+from bake.io.concepts import name_of
 from bake.io.shipped import find_set, shipped_sets
 from bake.support.progress import announce
+from bake.support.text import did_you_mean, one_line
 from bake.texts.rendering import (
     Message,
 )
 from bake.texts.rows import Row, read_csv, read_rows
 from bake.texts.shapes import NATIVE, find_shape
 
+SHOWN, SHOWN_LENGTH = 3, 160  # pairs on a card, and characters of each text
 COLUMNS = ("prompt", "positive", "negative", "messages")
 # What files say about a pair and no direction is found from.
 NOTES = ("id", "topic", "category", "source", "comment", "split")
@@ -69,8 +73,9 @@ def read_pairs(name: str | Path) -> list[ContrastPair]:
     """
     path = find_set(str(name), "pairs")
     if path is None:
-        known = ", ".join(shipped_sets("pairs"))
-        raise PromptError(f"no pairs file or set {str(name)!r}; give a file or one of: {known}")
+        known = shipped_sets("pairs")
+        hint = did_you_mean(name, known) or f"; give a file or one of: {', '.join(known)}"
+        raise PromptError(f"no pairs file or set {str(name)!r}{hint}")
     pairs = []
     shape = None
     for number, (place, row) in enumerate(_read_rows(path)):
@@ -94,6 +99,22 @@ def read_pairs(name: str | Path) -> list[ContrastPair]:
             "they stand there"
         )
     return pairs
+
+
+def identify_pairs(name: str | Path, pairs: Sequence[ContrastPair]) -> dict[str, str]:
+    """Return what tells pairs from others in a direction's metadata, without naming a path.
+
+    pairs_name: the set's or the file's name; pairs_sha256: of the pairs as they were read; pairs_shown:
+    the first SHOWN of them as JSON, each text cut to SHOWN_LENGTH characters.
+    """
+    texts = [pair.texts() for pair in pairs]
+    digest = hashlib.sha256("\0".join(pair.key for pair in pairs).encode()).hexdigest()
+    shown = [[one_line(text, SHOWN_LENGTH) for text in pair] for pair in texts[:SHOWN]]
+    return {
+        "pairs_name": one_line(name_of(str(name))),
+        "pairs_sha256": digest,
+        "pairs_shown": json.dumps(shown, ensure_ascii=False, separators=(",", ":")),
+    }
 
 
 def leave_out_known(

@@ -21,7 +21,7 @@ from bake.checkpoint import pretrained
 from bake.errors import BakeError, CheckpointError, PromptError
 from bake.io.shipped import find_set, shipped_sets
 from bake.support.progress import announce
-from bake.support.text import explain_briefly, one_line
+from bake.support.text import did_you_mean, explain_briefly, one_line
 from bake.texts.protocols import Config, Tokenizer
 from bake.texts.rows import read_rows, read_text
 from bake.texts.shapes import read_prompt_rows
@@ -80,8 +80,9 @@ def read_prompts(name: str | Path) -> list[str]:
     """
     path = find_set(str(name), "prompts")
     if path is None:
-        known = ", ".join(shipped_sets("prompts"))
-        raise PromptError(f"no prompt file or set {str(name)!r}; give a file or one of: {known}")
+        known = shipped_sets("prompts")
+        hint = did_you_mean(name, known) or f"; give a file or one of: {', '.join(known)}"
+        raise PromptError(f"no prompt file or set {str(name)!r}{hint}")
     if path.suffix in (".jsonl", ".json"):
         texts = read_prompt_rows(read_rows(path), announce)
     else:
@@ -89,6 +90,14 @@ def read_prompts(name: str | Path) -> list[str]:
     if not texts:
         raise PromptError(f'{path} holds no prompts; write one a line, as text or as {{"text": …}}')
     return texts
+
+
+def read_words(path: Path) -> frozenset[str]:
+    """Read target words, one a line, `#` comments allowed; raise PromptError where there are none."""
+    words = {line.partition("#")[0].strip().lower() for line in read_text(path).splitlines()} - {""}
+    if not words:
+        raise PromptError(f"{path} holds no words; write one a line")
+    return frozenset(words)
 
 
 def identify_prompts(name: str | Path, texts: Sequence[str]) -> dict[str, str | None]:

@@ -13,15 +13,16 @@ from typing import Any
 
 from bake.errors import PromptError
 from bake.io.shipped import shipped, shipped_sets
+from bake.support.text import did_you_mean
 from bake.texts.pairs import read_pairs
-from bake.texts.prompts import read_prompts
+from bake.texts.prompts import read_prompts, read_words
 
-KINDS = ("prompts", "pairs")
+KINDS = ("prompts", "pairs", "words")
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A shipped set: `kind` is "prompts" or "pairs", `count` how many of them it holds."""
+    """A shipped set: `kind` is "prompts", "pairs" or "words", `count` how many of them it holds."""
 
     name: str
     kind: str
@@ -51,7 +52,7 @@ class ShownSet:
 
 
 def list_sets() -> list[PromptSet]:
-    """Return every shipped set, prompts before pairs, each kind by name."""
+    """Return every shipped set: prompts, pairs and lists of words, each kind by name."""
     return [_describe(name, kind)[0] for kind in KINDS for name in sorted(shipped_sets(kind))]
 
 
@@ -66,8 +67,9 @@ def show_set(name: str, limit: int | None = None) -> ShownSet:
         if name in shipped_sets(kind):
             about, entries = _describe(name, kind)
             return ShownSet(about, tuple(entries[:limit]))
-    known = ", ".join(name for kind in KINDS for name in sorted(shipped_sets(kind)))
-    raise PromptError(f"no prompt set {name!r}; the shipped sets are {known}")
+    known = [name for kind in KINDS for name in sorted(shipped_sets(kind))]
+    hint = did_you_mean(name, known) or f"; the shipped sets are {', '.join(known)}"
+    raise PromptError(f"no prompt set {name!r}{hint}")
 
 
 def _describe(name: str, kind: str) -> tuple[PromptSet, list[tuple[str, ...]]]:
@@ -83,4 +85,5 @@ def _read_entries(name: str, kind: str) -> list[tuple[str, ...]]:
         return [
             (pair.prompt + pair.positive, pair.prompt + pair.negative) for pair in read_pairs(path)
         ]
-    return [(text,) for text in read_prompts(path)]
+    read = read_words if kind == "words" else read_prompts
+    return [(text,) for text in read(path)]

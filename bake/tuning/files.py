@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bake.card.figures import FIGURES, draw_layer_curve, draw_ranking
 from bake.card.pages import render_page
-from bake.sweeps.files import PAGE_FILE, check_directory, write_text, writing
+from bake.sweeps.files import PAGE_FILE, check_directory, make_directory, write_text, writing
 from bake.sweeps.store import MEASUREMENTS_FILE, REPORT_FILE
 from bake.tuning.result import RECIPE_FILE, Tuned
 
@@ -22,11 +22,16 @@ DIVIDED = """\
 """
 
 
+def check_place(output: Path) -> None:
+    """Raise OutputError where no search can be written, before the work for it is done."""
+    known = {MEASUREMENTS_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, FIGURES}
+    check_directory(output, "search", known)
+
+
 def prepare_directory(output: Path) -> Path:
     """Make the directory; one that holds something else than a search is left alone."""
-    return check_directory(
-        output, "search", {MEASUREMENTS_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, FIGURES}
-    )
+    check_place(output)
+    return make_directory(output)
 
 
 def write_all(tuned: Tuned, *, html: bool) -> None:

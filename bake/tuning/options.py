@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.directions.activations import parse_token
-from bake.errors import BakeError, UnsupportedError
+from bake.errors import BakeError, UnsupportedError, UsageError
 from bake.options.tune import TUNED_LAWS, TUNED_METHODS, TUNED_SITES
 from bake.sites import RESIDUAL_SITES, is_usable_at
 from bake.support.progress import announce
@@ -49,7 +49,9 @@ class TuneOptions:
 
     def check(self) -> None:
         """Raise BakeError for what is wrong whatever the model is, before one is opened."""
-        if (self.pairs is None) == (self.direction is None):
+        if self.pairs is None and self.direction is None:
+            raise UsageError("give one of --pairs FILE and --direction FILE")
+        if self.pairs is not None and self.direction is not None:
             raise BakeError("give one of --pairs FILE and --direction FILE")
         if not 0 < self.target_kl < math.inf:
             raise BakeError(f"--target-kl {self.target_kl:g}: nats above 0, such as 0.7")

@@ -11,6 +11,7 @@ from bake.anatomy import SiteRoute
 from bake.anatomy.base import Base
 from bake.anatomy.insertion import Insertion
 from bake.strength.coefficients import EXPLICIT_LAW, band_of
+from bake.support.html import show
 from bake.support.tables import format_table
 from bake.sweeps.measured_law import MEASURED_LAW
 from bake.sweeps.window import moves
@@ -40,6 +41,21 @@ class Tuned:
     divided: bool = False
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+
+    def __repr__(self) -> str:
+        return f"<Tuned: {self.summary}; {self.output}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(each.candidate.name, f"{each.multiplier:g}") for each in self.ranking.finalists]
+        return show(f"Tuned: {self.summary}", ("candidate", "m"), rows, [self.refusal or ""])
+
+    @property
+    def summary(self) -> str:
+        """The search in a few words: the model and the best candidate."""
+        best = self.best
+        return (
+            f"{self.base.to_dict()['id']}, best: {best.candidate.name} at m = {best.multiplier:g}"
+        )
 
     @property
     def best(self) -> Judged:

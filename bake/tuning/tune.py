@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from bake.anatomy.base import Base, load_base, open_base
 from bake.directions.activations import PairActivations, read_activations
 from bake.directions.direction import Direction
+from bake.directions.first_look import look_first
 from bake.directions.fit import fit_directions
 from bake.directions.formats import fit_direction, read_direction
 from bake.errors import BakeError, UnsupportedError
@@ -29,7 +30,7 @@ from bake.texts.pair_tokens import encode_pairs
 from bake.texts.prompts import position_limit, read_prompts
 from bake.tuning.bench import Bench
 from bake.tuning.candidates import GIVEN, Candidate, Space
-from bake.tuning.files import prepare_directory, write_all
+from bake.tuning.files import check_place, prepare_directory, write_all
 from bake.tuning.options import Material, TuneOptions, choose_routes, read_material
 from bake.tuning.result import Tuned
 from bake.tuning.search import Ranking, Search
@@ -45,11 +46,17 @@ def tune(options: TuneOptions) -> Tuned:
     The directory keeps what is measured as it is made: the same command again goes on from there. Raises a
     BakeError that names what is wrong, also, once the ranking is written, where nothing moves the pairs.
     """
-    clock = Stopwatch()
+    clock = Stopwatch(("checkpoint", "anatomy", "load", "calibrate", "tune", "report"))
     options.check()
     material = read_material(options)
     prompts = read_prompts(options.prompts)
     placement = choose_placement(options.device_map, options.max_memory)
+    check_place(Path(options.output))
+    look_first(
+        options.model,
+        options.revision,
+        directions=[options.direction] if options.direction else (),
+    )
     file = read_direction(options.direction) if options.direction else None
     base = open_base(options.model, options.revision, clock)
     anatomy, given = base.anatomy, None

@@ -265,7 +265,9 @@ def recipe(**options):
 
 def test_band_is_the_layers_that_can_take_the_push(capsys):
     found = anatomy("qwen3_next")
-    layers, explicit = choose_layers(found, recipe(band="0:100"), route("qwen3_next", "attn_out"))
+    layers, explicit = choose_layers(
+        found, recipe(band="0:100").place, route("qwen3_next", "attn_out")
+    )
     assert (list(layers), explicit) == ([3, 7], None)
     said = capsys.readouterr().err
     assert "attn_out is exact in layers 3, 7 of the band" in said
@@ -275,23 +277,23 @@ def test_band_is_the_layers_that_can_take_the_push(capsys):
 def test_band_without_such_a_layer_is_refused():
     with pytest.raises(UnsupportedError, match=r"no layer of the band \(4-6\).*that can: 3, 7"):
         choose_layers(
-            anatomy("qwen3_next"), recipe(band="50:87.5"), route("qwen3_next", "attn_out")
+            anatomy("qwen3_next"), recipe(band="50:87.5").place, route("qwen3_next", "attn_out")
         )
 
 
 def test_coefficient_of_a_layer_that_cannot_is_refused():
     found, given = anatomy("qwen3_next"), route("qwen3_next", "attn_out")
-    layers, explicit = choose_layers(found, recipe(coefficients="3=0.5,7=1"), given)
+    layers, explicit = choose_layers(found, recipe(coefficients="3=0.5,7=1").place, given)
     assert (layers, explicit) == ([3, 7], {3: 0.5, 7: 1.0})
-    with pytest.raises(UnsupportedError, match=r"name layer 4, which cannot .*: 3, 7"):
-        choose_layers(found, recipe(coefficients="3=0.5,4=1"), given)
-    with pytest.raises(BakeError, match="name layer 9; the model has layers 0 to 7"):
-        choose_layers(found, recipe(coefficients="9=1"), given)
+    with pytest.raises(UnsupportedError, match=r"layer 4 is named, which cannot .*: 3, 7"):
+        choose_layers(found, recipe(coefficients="3=0.5,4=1").place, given)
+    with pytest.raises(BakeError, match="layer 9 is named; the model has layers 0 to 7"):
+        choose_layers(found, recipe(coefficients="9=1").place, given)
 
 
 def test_band_of_a_uniform_model_is_said_nothing_about(capsys):
     found = anatomy("llama")
-    layers, _ = choose_layers(found, recipe(), found.choose("mlp_out"))
+    layers, _ = choose_layers(found, recipe().place, found.choose("mlp_out"))
     assert list(layers) == list(range(12, 28))
     assert capsys.readouterr().err == ""
 

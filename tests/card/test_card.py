@@ -10,7 +10,7 @@ import yaml
 from card_values import CARD_VALUES
 from jinja2 import meta
 
-from bake.card.render import CARD_TEMPLATE, card_environment, render_card
+from bake.card.render import CARD_TEMPLATE, card_environment, describe_model, render_card
 from bake.errors import CheckpointError
 from bake.io.shipped import shipped
 
@@ -101,7 +101,9 @@ def test_limits_say_what_was_not_measured():
     del without["sweep"]
     card = render_card(without)
     assert "How strong" not in card
-    assert "Only equivalence with the hooked model was measured here" in card
+    assert (
+        "equivalence with the hooked model, the cost on neutral text and a few samples. Not" in card
+    )
     for text in (card, render_card(values())):
         assert "cannot be switched or scaled per request" in text
         assert "figures/norms.png" in text
@@ -123,7 +125,80 @@ def test_front_matter_names_the_base():
 def test_local_base_is_no_link_on_the_hub():
     card = render_card(values(base={"id": "my-model", "revision": None}))
     assert "base_model" not in front_matter(card)
-    assert "# my-model, steered" in card
+    assert "This is my-model, **more formal**" in card
+
+
+def test_a_local_base_that_the_user_named_is():
+    base = {"id": "org/base", "revision": None, "claimed": True}
+    assert front_matter(render_card(values(base=base)))["base_model"] == "org/base"
+
+
+def test_the_reader_comes_first_and_the_machinery_is_folded():
+    card = render_card(values())
+    order = [
+        "# base, more formal (m = 1.5)",
+        "from_pretrained(",
+        "## What it writes",
+        "## What it was steered by",
+        "## What it costs",
+        "## Limits",
+        "## Licence",
+        "<summary>How it was made",
+        "| layer |",
+        "<summary>The proof",
+        "| check |",
+    ]
+    places = [card.index(text) for text in order]
+    assert places == sorted(places)
+    assert card.count("<details>") == card.count("</details>") == 2
+
+
+def test_the_code_loads_this_directory_until_it_is_published_and_the_id_and_branch_then():
+    assert '.from_pretrained(".")' in render_card(values())
+    card = render_card(values(repo_id="you/steered", revision="m0.5"))
+    assert '.from_pretrained("you/steered", revision="m0.5")' in card
+    assert '.from_pretrained(".")' not in card
+    assert "bake verify you/steered --endpoint" in card
+
+
+def test_pairs_are_shown_with_their_name_and_hash():
+    card = render_card(values())
+    assert f"from `formal-casual` (SHA-256 of the pairs `{'ab' * 32}`)" in card
+    assert '| "Good evening, madam." | "hey \\| there" |' in card
+    assert "What it was steered by" not in render_card(values(pairs=[]))
+
+
+def test_a_description_comes_before_everything_else_and_is_escaped():
+    card = render_card(values(description="# For <b>letters</b>"))
+    assert card.index("\\# For &lt;b>letters&lt;/b>") < card.index("This is ")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "title"),
+    [
+        ({"about": {"concept": "formal-casual"}, "multiplier": 0.5}, "base, more formal (m = 0.5)"),
+        ({"about": {"concept": "formal-casual"}, "multiplier": -2}, "base, more casual (m = -2)"),
+        (
+            {"about": {"concept": "warm-cold"}, "multiplier": 1},
+            "base, steered by warm-cold (m = 1)",
+        ),
+        ({"about": {"concept": "direction"}, "multiplier": 1}, "base, steered (m = 1)"),
+        ({"about": {"name": "My model", "concept": "x"}, "multiplier": 1}, "My model"),
+        (
+            {"multiplier": 1, "directions": [{"name": "a"}, {"name": "b"}]},
+            "base, steered by a and b (m = 1)",
+        ),
+    ],
+)
+def test_the_title_says_what_the_model_is(recorded, title):
+    values = {"base": {"id": "org/base"}, "direction": {"metadata": {}}, **recorded}
+    assert describe_model(values)["title"] == title
+
+
+def test_the_tags_have_the_concept():
+    about = {"concept": "formal-casual"}
+    assert "formal" in front_matter(render_card(values(about=about)))["tags"]
+    assert "casual" in front_matter(render_card(values(about=about, multiplier=-1.0)))["tags"]
 
 
 def test_card_says_what_was_done():
@@ -232,6 +307,7 @@ def test_template_asks_for_nothing_else():
         *CARD_VALUES,
         "directions",
         "orthogonalized",
+        "repo_id",
         "revision",
         "thin",
         "front_matter",

@@ -68,7 +68,6 @@ def test_json_may_stand_anywhere(run):
         ["--json", "prompts", "list"],
         ["prompts", "--json", "list"],
         ["prompts", "list", "--json"],
-        ["prompts", "list", "--js"],
     ):
         code, text, _ = run(*arguments)
         assert code == 0
@@ -100,6 +99,8 @@ def test_what_is_not_known_is_told_with_what_was_meant(capsys):
         (["export", "m", "--multplier", "2"], "--multiplier"),
         (["export", "m", "--law=inverse-sqrt"], "inverse-sqrt-d"),
         (["prompts", "lst"], "list"),
+        (["export", "m", "--device", "cpu"], "--device-map"),
+        (["prompts", "list", "--js"], "--json"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(words)
@@ -273,7 +274,8 @@ class TestBadInput:
 
     def test_neither_direction_nor_pairs(self):
         code, _, errors = self.run("export", self.llama, "-o", self.output)
-        assert code == 1
+        assert code == 2
+        assert errors.startswith("usage: bake export [MODEL] [options]\n")
         assert "--direction FILE and --pairs FILE" in errors
 
     def test_no_prompts(self, tmp_path):

@@ -111,7 +111,15 @@ def test_export_pushes_and_anyone_loads_by_id(hub, llama, pairs_file, prompts_fi
     second = bake(hub, tmp_path, "publish", tmp_path / "out", "ada/second", "--public", "--json")
     assert second.returncode == 0, second.stderr
     assert json.loads(second.stdout)["private"] is False
-    assert hub.files("ada/second") == published
+    there = hub.files("ada/second")
+    differing = {name for name in published if there[name] != published[name]}
+    assert there.keys() == published.keys()
+    assert differing == {"README.md", "bake.json"}  # They say where they lie.
+    for repo_id, files in (("ada/steered", published), ("ada/second", there)):
+        assert f'.from_pretrained("{repo_id}")'.encode() in files["README.md"]
+        assert json.loads(files["bake.json"])["repo_id"] == repo_id
+    local = (tmp_path / "out" / "README.md").read_text()
+    assert '.from_pretrained(".")' in local
 
     # Thin, from the Hub's base: no weight is ever here, until the published model is proven.
     recorded = json.loads((tmp_path / "out" / "bake.json").read_text())

@@ -284,11 +284,11 @@ class TestBadInput:
         assert "has no bake.json" in line
 
     def test_options_that_belong_together(self, directory, capsys):
-        for options, named in (
-            (["--endpoint", "http://x"], "needs --model NAME"),
-            (["--model", "m"], "goes with --endpoint URL"),
+        for options, code, named in (
+            (["--endpoint", "http://x"], 2, "needs --model NAME"),
+            (["--model", "m"], 1, "goes with --endpoint URL"),
         ):
-            assert main(["verify", str(directory), *options]) == 1
+            assert main(["verify", str(directory), *options]) == code
             assert named in capsys.readouterr().err
 
 

@@ -48,7 +48,9 @@ def test_three_strengths_cost_three_extra_shards(hub, baked, capsys):
     everything = sum((baked / name).stat().st_size for name in weights)
     assert sum(map(len, sent.values())) == everything + 2 * size  # and the third is main's own
     assert set(hub.repos[REPO_ID].branches) == {"main", "m0.5", "m1", "m1.5"}
-    assert hub.files(REPO_ID, "m1") == hub.files(REPO_ID)
+    one, main = hub.files(REPO_ID, "m1"), hub.files(REPO_ID)
+    assert {name for name in main if one[name] != main[name]} == {"README.md", "bake.json"}
+    assert f'("{REPO_ID}")'.encode() in main["README.md"]
     for name in kept:
         assert hub.files(REPO_ID, "m1.5")[name] == (baked / name).read_bytes()
     (name,) = {slot["name"] for slot in recorded["plan"]["slots"][:1]}
@@ -60,7 +62,7 @@ def test_three_strengths_cost_three_extra_shards(hub, baked, capsys):
         files = hub.files(REPO_ID, branch)
         assert b"Not verified here" in files["README.md"]
         assert json.loads(files["bake.json"])["multiplier"] == float(branch[1:])
-        assert f'("path/or/id/of/this/model", revision="{branch}")'.encode() in files["README.md"]
+        assert f'("{REPO_ID}", revision="{branch}")'.encode() in files["README.md"]
         assert len(hub.commits(REPO_ID, branch)) == 3
     assert "not verified" in found.describe()
     assert "name it with --base" in capsys.readouterr().err

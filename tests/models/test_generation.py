@@ -16,10 +16,10 @@ from bake.models.forward import LoadedModel, continue_greedily
 from bake.models.generation import (
     bootstrap_interval,
     count_words,
-    read_words,
     sample_continuations,
     score_continuations,
 )
+from bake.texts.prompts import read_words
 
 PROBABILITIES = torch.tensor([0.05, 0.1, 0.2, 0.25, 0.4])
 PROMPTS = [(1, 50, 60), (1, 70), (1, 80, 90, 100), (1, 55, 66)]

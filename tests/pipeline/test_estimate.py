@@ -210,7 +210,7 @@ def test_what_an_export_would_refuse_is_refused(huge, make_model, tmp_path):
         estimate(str(huge), thin=True, dtype="float32")
     with pytest.raises(UnsupportedError, match="cannot be baked thin"):
         estimate(str(make_model(TinyModel("gpt2"))), thin=True)
-    with pytest.raises(BakeError, match="no model given"):
+    with pytest.raises(BakeError, match="no model is given"):
         estimate("")
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from bake.errors import BakeError
+from bake.errors import BakeError, UsageError
 from bake.pipeline.recipe import Recipe, make_recipe, read_recipe
 
 MINIMAL = {"model": "org/model", "output": "out", "direction": "d.safetensors"}
@@ -59,13 +59,53 @@ def test_unknown_key_is_named_with_what_was_meant(tmp_path, key, hint):
         read_recipe(path, {})
 
 
-@pytest.mark.parametrize("missing", ["model", "output"])
-def test_missing_model_or_output_is_named(tmp_path, missing):
-    values = {name: value for name, value in MINIMAL.items() if name != missing}
-    with pytest.raises(BakeError, match=f"no {missing} given"):
+def test_a_missing_model_is_named(tmp_path):
+    values = {name: value for name, value in MINIMAL.items() if name != "model"}
+    with pytest.raises(UsageError, match="no model is given"):
         make_recipe(values)
-    with pytest.raises(BakeError, match=f"no {missing} given"):
+    with pytest.raises(UsageError, match="no model is given"):
         read_recipe(write(tmp_path, "multiplier: 2.0\n"), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "output"),
+    [
+        ({"pairs": "formal-casual"}, "m-formal"),
+        ({"pairs": "formal-casual", "multiplier": "-auto"}, "m-casual"),
+        ({"pairs": "formal-casual", "multiplier": -0.5}, "m-casual"),
+        ({"pairs": "data/warm-cold.jsonl"}, "m-warm-cold"),
+        ({"direction": "/somewhere/pirate.gguf"}, "m-pirate"),
+        ({"direction": ["a.safetensors", "b.safetensors:-0.5"]}, "m-a-b"),
+        ({"direction": "sae.safetensors:W_dec[512]"}, "m-sae"),
+        ({"direction": "direction.safetensors"}, "m-steered"),
+        ({"direction": "bake-demo"}, "m-cheerful"),
+    ],
+)
+def test_an_output_that_nobody_named_is_called_after_model_and_concept(values, output):
+    assert make_recipe({"model": "org/m", **values}).output == output
+
+
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        ({"band": (0.4, 0.9)}, {"band": "40:90"}),
+        ({"band": [0.123, 1]}, {"band": "12.3:100"}),
+        ({"layers": 14}, {"layers": "14"}),
+        ({"layers": [3, 4, 8]}, {"layers": "3,4,8"}),
+        ({"layers": range(3, 6)}, {"layers": "3,4,5"}),
+        ({"coefficients": {3: 0.5, 4: -1}}, {"coefficients": "3=0.5,4=-1"}),
+        ({"token": -2}, {"token": "-2"}),
+    ],
+)
+def test_numbers_of_python_and_yaml_are_what_the_command_line_writes(values, written):
+    made = make_recipe({**MINIMAL, **values})
+    assert {name: getattr(made, name) for name in written} == written
+
+
+@pytest.mark.parametrize("band", [(40, 90), (0.4,), ("a", "b"), (0.4, 0.5, 0.6)])
+def test_a_band_that_is_not_two_shares_is_refused(band):
+    with pytest.raises(BakeError, match="two shares of the depth"):
+        make_recipe({**MINIMAL, "band": band})
 
 
 @pytest.mark.parametrize("text", ["", "- model\n- output\n", "just words\n", "5\n"])

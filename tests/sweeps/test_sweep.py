@@ -55,7 +55,16 @@ class TestWindow:
         found = self.windows(point(1, 0.5, 1.2), point(2, 0.9, 1.4), point(3, 1.5, 1.6))
         assert set(found) == {1}
         assert (found[1].largest, found[1].best) == (2, 2)
-        assert found[1].reason == "m = +3: sampled text's perplexity is × 1.60 (bound 1.5)"
+        assert (
+            found[1].reason
+            == "m = +3: sampled text's perplexity is × 1.60 [1.60, 1.60] (bound 1.5)"
+        )
+
+    def test_a_strength_is_inside_only_if_its_whole_interval_is(self):
+        wide = replace(point(2, 0.9, 1.4), fluency_ratio=Interval(1.4, 1.2, 1.7))
+        found = self.windows(point(1, 0.5, 1.2), wide)
+        assert (found[1].largest, found[1].best) == (1, 1)
+        assert "is × 1.40 [1.20, 1.70] (bound 1.5)" in found[1].reason
 
     def test_what_lies_beyond_a_gap_is_outside(self):
         found = self.windows(point(1, 0.5), point(2, 0.9, 9.0), point(3, 1.5))
@@ -75,7 +84,10 @@ class TestWindow:
             point(-1, -0.5), point(-2, -0.9), point(-3, -1.0, kl=2.0), point(1, 3.0)
         )
         assert (found[-1].largest, found[-1].best) == (-2, -2)
-        assert "95th percentile KL on neutral text is 2.00 nats (bound 1)" in found[-1].reason
+        assert (
+            "95th percentile KL on neutral text is 2.00 [2.00, 2.00] nats (bound 1)"
+            in found[-1].reason
+        )
         assert found[1].best == 1
 
     def test_nothing_inside(self):

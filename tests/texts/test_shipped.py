@@ -23,6 +23,7 @@ from bake.texts.rows import read_rows
 CALIBRATION = shipped("calibration")
 PROMPTS = sorted(shipped_sets("prompts"))
 PAIRS = sorted(shipped_sets("pairs"))
+WORDS = sorted(shipped_sets("words"))
 AXES = [name for name in PAIRS if not name.endswith(".held-out")]
 # The demo model knows few words, so its pairs resemble each other; test_demo_model.py checks them.
 EVERYDAY = [name for name in PAIRS if not re.fullmatch(r"toy-cheerful-gloomy(\.held-out)?", name)]
@@ -174,7 +175,7 @@ def test_the_readme_names_every_file_and_its_lines():
     for path in CALIBRATION.rglob("*"):
         if path.is_file() and path.name != "README.md":
             assert f"`{path.relative_to(CALIBRATION).as_posix()}`" in readme
-    for found in prompt_sets.list_sets():
+    for found in (each for each in prompt_sets.list_sets() if each.kind != "words"):
         assert f"| `{found.kind}/{found.name}.jsonl` | {found.count} |" in readme
 
 
@@ -199,7 +200,7 @@ def test_list_is_a_table_of_every_set(run):
     assert code == 0
     header, *lines = out.splitlines()
     assert header.split()[:3] == ["name", "kind", "count"]
-    assert [line.split()[0] for line in lines] == PROMPTS + PAIRS
+    assert [line.split()[0] for line in lines] == PROMPTS + PAIRS + WORDS
     assert any(re.match(r"formal-casual +pairs +64  the same message", line) for line in lines)
 
 
@@ -212,7 +213,7 @@ def test_list_as_json(run, arguments):
     assert code == 0
     sets = json.loads(out)["sets"]
     assert {"name", "kind", "count", "description"} == set(sets[0])
-    assert len(sets) == len(PROMPTS) + len(PAIRS)
+    assert len(sets) == len(PROMPTS) + len(PAIRS) + len(WORDS)
 
 
 def test_show_prints_one_line_a_prompt(run):

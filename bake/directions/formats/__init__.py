@@ -13,7 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bake.directions.direction import DEFAULT_SITE, SCALE_KEY, Direction, describe_absent
+from bake.directions.direction import (
+    DEFAULT_SITE,
+    SCALE_KEY,
+    Direction,
+    check_fit,
+    describe_absent,
+)
 from bake.directions.direction_file import load_direction, open_header, own_scale, read_vectors
 from bake.directions.formats import (
     arrays,
@@ -88,6 +94,29 @@ def read_given(
     given, origin = _open(reference, hidden_size, layer_count)
     vectors, notes = shift_layers(given.vectors, layer_offset or 0, origin)
     return replace(given, vectors=vectors, notes=[*given.notes, *notes]), origin
+
+
+def check_width(reference: Any, hidden_size: int | None) -> None:
+    """Raise DirectionError for a file whose vectors are of another width than the model's.
+
+    A size of None fits everything. Of bake's own files only the header is read, without torch; an
+    autoencoder's row and a position of an array wait for the model, whose sizes tell their axes apart.
+    Raises DirectionError also for a file that cannot be read.
+    """
+    if not isinstance(reference, (str, Path)) or _decoder(reference) or _position(reference):
+        return
+    path = _native_path(reference)
+    if path is not None:
+        _choose_reader(path)  # Which says where there is no such file.
+    if path is None:
+        vectors = read_given(reference)[0].vectors
+        shapes, metadata = [tuple(vector.shape) for vector in vectors.values()], {}
+    else:
+        header = open_header(path)
+        shapes, metadata = [entry.shape for entry in header.tensors], dict(header.metadata)
+    for shape in shapes:
+        if hidden_size is not None and shape:
+            check_fit(shape[-1], hidden_size, metadata)
 
 
 def fit_direction(
@@ -259,4 +288,12 @@ def _read_native(path: Path, pick: Pick | None = None) -> GivenVectors:
     return GivenVectors(NATIVE, vectors, site=site, metadata=metadata)
 
 
-__all__ = ["NATIVE", "fit_direction", "is_decoder", "read_direction", "read_given", "understanding"]
+__all__ = [
+    "NATIVE",
+    "check_width",
+    "fit_direction",
+    "is_decoder",
+    "read_direction",
+    "read_given",
+    "understanding",
+]

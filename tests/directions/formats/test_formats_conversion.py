@@ -171,4 +171,4 @@ def test_model_named_like_a_command_is_given_as_a_path(capsys):
             main(words)
         assert caught.value.code == 2
         usage = capsys.readouterr().err
-        assert ("bake direction convert [-h]" in usage) == (words[1:] == ["convert"])
+        assert ("bake direction convert FILE" in usage) == (words[1:] == ["convert"])
