@@ -58,6 +58,8 @@ def as_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _as_file(name: str, value: Any, folder: Path) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if name in (*PAIRS, *TEXTS, "words") and not isinstance(value, Iterable | None):
+        raise PromptError(f"{name} is a {type(value).__name__}; give a list, or the name of a file")
     if name in PAIRS and not (value is None or isinstance(value, str)):
         return _write(folder / f"{name}.jsonl", [_row_of(entry, name) for entry in value])
     if name in TEXTS and not (value is None or isinstance(value, str)):
@@ -72,7 +74,10 @@ def _as_file(name: str, value: Any, folder: Path) -> Any:
 
 
 def _write(path: Path, rows: list[Mapping[str, Any]]) -> str:
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    try:
+        lines = [json.dumps(dict(row)) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise DirectionError(f"{path.stem}: {error}; give texts") from None
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
 

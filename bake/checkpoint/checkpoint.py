@@ -222,7 +222,7 @@ def find_config(model: str, revision: str | None = None) -> Mapping[str, Any]:
 
     Raises CheckpointError as `open_checkpoint` does.
     """
-    directory = _find_directory(model, revision, None) or download_config(model, revision)
+    directory = _find_directory(model, revision) or download_config(model, revision)
     return _read_config(directory)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 
 from bake.support.color import DIM, YELLOW, paint
 from bake.support.progress import LOGGER, STAGE
@@ -28,10 +29,8 @@ class Renderer(logging.Handler):
             line = f"{paint('bake: warning:', YELLOW, sys.stderr)} {text}"
         else:
             line = f"bake: {text}"
-        try:
+        with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            self.handleError(record)
 
 
 def render_messages(*, quiet: bool = False) -> None:

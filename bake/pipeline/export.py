@@ -239,8 +239,10 @@ def identify(base: Base, recipe: Recipe) -> Base:
         raise HubError(
             f"--base-id is for a local base; this one is {base.checkpoint.model_id} of the Hub"
         )
-    files = base.checkpoint.shards
-    return replace(base, on_hub=hub.identify_base(base.checkpoint.source, files, recipe.base_id))
+    source, files = base.checkpoint.source, base.checkpoint.shards
+    if base.checkpoint.pickled:  # Its shards are those that were converted.
+        files = tuple(sorted(path.name for path in source.glob("*.bin")))
+    return replace(base, on_hub=hub.identify_base(source, files, recipe.base_id))
 
 
 def settle(

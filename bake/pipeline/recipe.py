@@ -299,6 +299,8 @@ def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> R
     for field in fields(Recipe):
         if field.name in values:
             _check_type(field.name, values[field.name], str(field.type))
+    if values.get("output") == "" and not without_output:  # It would mean the working directory.
+        raise BakeError("output is empty: give a directory, or leave it out")
     if "output" not in values:
         values = {**values, "output": _default_output(values)}
         announce(f"the output goes to ./{values['output']} (--output DIR for another place)")

@@ -7,6 +7,7 @@ source: "Calibrating activation vectors using norm" (LessWrong, JwQpzdk4kQsYdhg4
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Law = Callable[[Mapping[int, float], int], dict[int, float]]
 DEFAULT_BAND = (0.4, 0.9)
+_LAYERS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")  # No model has more than a thousand.
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -197,14 +199,11 @@ def parse_layers(text: str) -> list[int]:
     """Parse '3,5-8' into 0-based layers, in order and each once."""
     layers: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if (
-            not first.isdigit()
-            or (dash and not last.isdigit())
-            or (dash and int(last) < int(first))
-        ):
+        found = _LAYERS.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
             raise BakeError(f"the layers {text!r} are not a list such as 3,5-8")
-        layers.update(range(int(first), int(last or first) + 1))
+        layers.update(range(first, last + 1))
     return sorted(layers)
 
 
