@@ -59,7 +59,9 @@ def _as_file(name: str, value: Any, folder: Path) -> Any:
     if isinstance(value, Path):
         return str(value)
     if name in (*PAIRS, *TEXTS, "words") and not isinstance(value, Iterable | None):
-        raise PromptError(f"{name} is a {type(value).__name__}; give a list, or the name of a file")
+        raise PromptError(
+            f"{name} is of type {type(value).__name__}; give a list, or the name of a file"
+        )
     if name in PAIRS and not (value is None or isinstance(value, str)):
         return _write(folder / f"{name}.jsonl", [_row_of(entry, name) for entry in value])
     if name in TEXTS and not (value is None or isinstance(value, str)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_conversations_survive_the_way_through_a_file():
     pair = ContrastPair("", "Good evening.", "hey", (before, before))
     with as_files({"pairs": [pair]}) as given:
         assert read_pairs(given["pairs"]) == [pair]
+
+
+def test_what_json_cannot_hold_is_one_line_and_what_it_can_survives():
+    for wrong, words in (
+        ({"pairs": 5}, "pairs is of type int"),
+        ({"prompts": 5}, "prompts is of type int"),
+        ({"pairs": [{"positive": object(), "negative": "b"}]}, "not JSON serializable"),
+    ):
+        with pytest.raises(BakeError, match=words), as_files(wrong):
+            pass
+    with as_files({"prompts": ["half a pair: \ud800", "ü"]}) as given:
+        assert len(Path(given["prompts"]).read_text().splitlines()) == 2
 
 
 def test_what_is_no_pair_and_no_text_is_named():

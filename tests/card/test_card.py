@@ -168,6 +168,18 @@ def test_pairs_are_shown_with_their_name_and_hash():
     assert "What it was steered by" not in render_card(values(pairs=[]))
 
 
+@pytest.mark.parametrize("shown", ['[["a"', "3", '["a"]', '[["a", 3]]'])
+def test_pairs_that_a_stranger_wrote_otherwise_are_not_shown(shown):
+    values = {
+        "base": {"id": "b"},
+        "multiplier": 1,
+        "direction": {"metadata": {"pairs_shown": shown}},
+    }
+    assert describe_model(values)["pairs"] == []
+    values["direction"]["metadata"]["pairs_shown"] = '[["a", "b"]]'
+    assert describe_model(values)["pairs"] == [["a", "b"]]
+
+
 def test_a_description_comes_before_everything_else_and_is_escaped():
     card = render_card(values(description="# For <b>letters</b>"))
     assert card.index("\\# For &lt;b>letters&lt;/b>") < card.index("This is ")

@@ -102,6 +102,18 @@ def test_numbers_of_python_and_yaml_are_what_the_command_line_writes(values, wri
     assert {name: getattr(made, name) for name in written} == written
 
 
+def test_an_empty_output_is_refused_for_it_would_mean_the_working_directory():
+    with pytest.raises(BakeError, match="output is empty"):
+        make_recipe({**MINIMAL, "output": ""})
+    assert make_recipe({**MINIMAL, "output": ""}, without_output=True).output == ""
+
+
+@pytest.mark.parametrize("layers", ["0-999999999999", "²", "8-3", "3-", "", "9" * 5000])
+def test_layers_that_no_model_has_are_refused_at_once(layers):
+    with pytest.raises(BakeError, match="layers"):
+        make_recipe({**MINIMAL, "layers": layers}).check()
+
+
 @pytest.mark.parametrize("band", [(40, 90), (0.4,), ("a", "b"), (0.4, 0.5, 0.6)])
 def test_a_band_that_is_not_two_shares_is_refused(band):
     with pytest.raises(BakeError, match="two shares of the depth"):
