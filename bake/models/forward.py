@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+CACHES = ("cache", "past_key_values")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -302,12 +303,20 @@ def decode(
             logits, output = last_logits(loaded, tokens, 1, use_cache=True, **cache)
             picked = choose(logits[:, -1].float().cpu(), step)[:, None]
             chosen.append(picked)
-            if getattr(output, "past_key_values", None) is None:
-                tokens = torch.cat([tokens, picked.to(loaded.device)], dim=1)
-            else:
-                cache = {"past_key_values": output.past_key_values}
+            cache = find_cache(output)
+            if cache:
                 tokens = picked.to(loaded.device)
+            else:
+                tokens = torch.cat([tokens, picked.to(loaded.device)], dim=1)
     return torch.cat(chosen, dim=1)
+
+
+def find_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {its name: the key-value cache} of a model's output or keywords; {} where there is none.
+
+    transformers calls it `cache` from 5.24 on, and warns of the older name.
+    """
+    return next(({name: values[name]} for name in CACHES if values.get(name) is not None), {})
 
 
 def continue_greedily(

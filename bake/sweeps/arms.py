@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.hooks import register
-from bake.models.forward import LanguageModel, LoadedModel, last_logits
+from bake.models.forward import LanguageModel, LoadedModel, find_cache, last_logits
 from bake.sites import addition_location
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def steered_rows(
     past = [0]  # positions that a key-value cache holds already
 
     def look(_module: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
-        cache = keywords.get("past_key_values")
-        past[0] = int(cache.get_seq_length()) if cache is not None else 0
+        past[0] = sum(int(cache.get_seq_length()) for cache in find_cache(keywords).values())
 
     everywhere = torch.tensor([arm.injection == "broadcast" for arm in arms])
     partial = not bool(everywhere.all())

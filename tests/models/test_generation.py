@@ -3,16 +3,17 @@
 import math
 from collections import Counter
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
 from bake.errors import PromptError
-from bake.models.forward import LoadedModel, continue_greedily
+from bake.models import forward
+from bake.models.forward import LoadedModel, continue_greedily, find_cache, load_model
 from bake.models.generation import (
     bootstrap_interval,
     count_words,
@@ -36,7 +37,7 @@ class FixedLogits(nn.Module):
     def forward(self, tokens, past_key_values=None, use_cache=True):
         self.forwards += 1
         logits = self.fixed.expand(*tokens.shape, len(self.fixed))
-        return SimpleNamespace(logits=logits, past_key_values=past_key_values)
+        return ModelOutput(logits=logits, past_key_values=past_key_values)
 
 
 def toy(logits=None):
@@ -228,3 +229,20 @@ def test_a_continuation_beyond_the_models_positions_is_refused():
     assert len(sample_continuations(loaded, [(1, 2)], new_tokens=4)[0]) == 4
     with pytest.raises(PromptError, match="2 tokens and 5 new ones do not fit the model's 6 posi"):
         sample_continuations(loaded, [(1, 2)], new_tokens=5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_found_under_the_name_that_transformers_gives_it(name):
+    assert find_cache({"logits": 1, name: "kept"}) == {name: "kept"}
+    assert find_cache({"logits": 1, name: None}) == {}
+
+
+def test_with_a_cache_the_same_tokens_are_written_as_without(llama, monkeypatch):
+    loaded, prompts = load_model(llama), [(1, 5, 9, 7), (1, 6, 8, 3)]
+    seen = []
+    monkeypatch.setattr(forward, "find_cache", lambda output: seen.append(find_cache(output)) or {})
+    without = continue_greedily(loaded, prompts, 6)
+    assert all(seen)  # The model has one.
+    monkeypatch.undo()
+    assert continue_greedily(loaded, prompts, 6) == without
+    assert continue_greedily(loaded, [(1, 5, 9, 8), (1, 6, 8, 4)], 6) != without
