@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import CONFIGS, TinyModel
 from safetensors.torch import save_file
 
 from bake.anatomy import examine
+from bake.anatomy.catalogue import default_config
 from bake.checkpoint.outline import Outline, read_outline
 from bake.directions.first_look import look_first
 from bake.errors import BakeError, CheckpointError, DirectionError
@@ -88,3 +91,21 @@ def test_mistakes_are_told_without_torch(tmp_path, options, words):
     assert finished.returncode == 0, finished.stderr
     assert words in finished.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["narrow.safetensors"]
+
+
+def test_no_architecture_is_refused_for_a_size_that_it_has(tmp_path):
+    """The golden table has every architecture's layers; a config may say more, as hrm_text's does."""
+    table = Path(__file__).parents[1] / "data" / "architectures.csv"
+    with table.open(newline="") as lines:
+        layers = {
+            row["model_type"]: int(row["layers"].split()[-1])
+            for row in csv.DictReader(lines)
+            if row["layers"]
+        }
+    assert len(layers) > 140
+    for model_type, count in layers.items():
+        config = default_config(model_type)
+        (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+        found = read_outline(str(tmp_path))
+        assert found.layer_count is None or found.layer_count >= count, model_type
+        assert found.hidden_size in (config.get_text_config().hidden_size, None), model_type
