@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Law = Callable[[Mapping[int, float], int], dict[int, float]]
 DEFAULT_BAND = (0.4, 0.9)
-_LAYERS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")  # No model has more than a thousand.
+_LAYERS = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
+_LONGEST_RANGE = 10_000  # No model has more than a thousand layers.
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -201,7 +202,7 @@ def parse_layers(text: str) -> list[int]:
     for part in text.split(","):
         found = _LAYERS.fullmatch(part.strip())
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if last < first:
+        if not 0 <= last - first < _LONGEST_RANGE:
             raise BakeError(f"the layers {text!r} are not a list such as 3,5-8")
         layers.update(range(first, last + 1))
     return sorted(layers)
