@@ -78,8 +78,12 @@ class BaseInMemory:
     def to_dict(self) -> dict[str, Any]:
         """Return what names the model: its Hub id or its folder's name, as its config has it."""
         name = str(getattr(self.loaded.config, "name_or_path", "") or "a model in memory")
-        named = Path(name).name if is_path(name) or Path(name).exists() else name
-        return {"id": one_line(named), "revision": None}
+        if Path(name).exists() and Path(name).resolve() == DEMO_MODEL.resolve():
+            return {"id": DEMO_NAME, "revision": None}
+        if is_path(name) or Path(name).exists():
+            return {"id": one_line(Path(name).name), "revision": None}
+        revision = getattr(self.loaded.config, "_commit_hash", None)
+        return {"id": one_line(name), "revision": revision}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -94,6 +98,40 @@ class BaseInMemory:
         ]
 
 
+def _device_of(model: Any) -> Any:
+    """Return where a model takes its inputs: where the first part runs of one that is spread."""
+    import torch
+
+    hook = getattr(model, "_hf_hook", None)
+    found = getattr(hook, "execution_device", None)
+    if found is None:
+        held = (each.device for each in model.parameters() if each.device.type != "meta")
+        found = next(held, "cpu")
+    return torch.device(found)
+
+
+def check_not_compiled(model: Any) -> None:
+    """Raise UnsupportedError for a model of torch.compile, whose graph takes no notice of new hooks.
+
+    model: by itself, or with its tokenizer; what is no module is left alone.
+    """
+    from torch import nn
+
+    for each in model if isinstance(model, tuple | list) else (model,):
+        modules = each.modules() if isinstance(each, nn.Module) else ()
+        if any(_is_compiled(module) for module in modules):
+            raise UnsupportedError(
+                "the model is compiled (torch.compile), and its graph takes no notice of hooks: give one "
+                "that is not, or bake the direction, which needs no hooks"
+            )
+
+
+def _is_compiled(module: Any) -> bool:
+    return (
+        getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
+    )
+
+
 AnyBase = Base | BaseInMemory
 MODEL_IN_MEMORY = "(model, tokenizer)"
 
@@ -106,6 +144,7 @@ def take_base(given: Any) -> BaseInMemory:
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    check_not_compiled(given)
     pair = given if isinstance(given, tuple | list) and len(given) == 2 else (None, None)
     model, tokenizer = pair
     if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -123,7 +162,7 @@ def take_base(given: Any) -> BaseInMemory:
             f"the model has no {anatomy.structure.layers}, where {anatomy.model_type} has its layers; "
             "give the transformers model itself"
         ) from None
-    device = next(model.parameters()).device
+    device = _device_of(model)
     loaded = LanguageModel(
         model,
         {},
@@ -134,10 +173,19 @@ def take_base(given: Any) -> BaseInMemory:
     return BaseInMemory(loaded, anatomy)
 
 
-def open_any(model: Any, revision: str | None = None, clock: Stopwatch | None = None) -> AnyBase:
-    """Return the base that a user's MODEL means: a path, a Hub id, or (model, tokenizer)."""
+def open_any(
+    model: Any,
+    revision: str | None = None,
+    clock: Stopwatch | None = None,
+    *,
+    briefly: bool = False,
+) -> AnyBase:
+    """Return the base that a user's MODEL means: a path, a Hub id, or (model, tokenizer).
+
+    briefly: as for `examine`.
+    """
     if isinstance(model, str | Path):
-        return open_base(str(model), revision, clock)
+        return open_base(str(model), revision, clock, briefly=briefly)
     return take_base(model)
 
 
@@ -147,10 +195,11 @@ def open_base(
     clock: Stopwatch | None = None,
     *,
     headers_only: bool = False,
+    briefly: bool = False,
 ) -> Base:
     """Open a checkpoint and examine its architecture, on headers and the twin alone.
 
-    headers_only: weights that are on the Hub stay there.
+    headers_only: weights that are on the Hub stay there. briefly: as for `examine`.
     """
     clock = clock or Stopwatch()
     with clock.stage("checkpoint"):
@@ -159,7 +208,7 @@ def open_base(
         )
         check_quantization(checkpoint.config, checkpoint.model_id, checkpoint.directory)
     with clock.stage("anatomy"):
-        anatomy = examine(read_config(checkpoint.directory))
+        anatomy = examine(read_config(checkpoint.directory), briefly=briefly)
     return Base(checkpoint, anatomy)
 
 

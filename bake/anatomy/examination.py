@@ -32,15 +32,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def examine(config: PreTrainedConfig) -> Anatomy:
+def examine(config: PreTrainedConfig, *, briefly: bool = False) -> Anatomy:
     """Find every exact route of a configuration's architecture, each proven on its twin.
+
+    briefly: stop at `mlp_out` where that has a slot in place, which is what `auto` takes then.
 
     Takes a second; touches no weight of the model and none of torch's random state. An equal
     configuration is examined once in a process. Raises UnsupportedError where transformers has no causal
     language model for the configuration, where it has no list of decoder layers, or where no small twin
     of it can be made.
     """
-    return replace(_once(_anatomies, config, _examine), config=config)
+    if briefly and (type(config), _content(config)) not in _anatomies:
+        found = _once(_brief_anatomies, config, partial(_examine, briefly=True))
+    else:
+        found = _once(_anatomies, config, _examine)
+    return replace(found, config=config)
 
 
 def prove_insertion(config: PreTrainedConfig) -> SiteRoute:
@@ -56,12 +62,14 @@ Key = tuple[type, str]
 Found = TypeVar("Found")
 MOST_KEPT = 32  # configurations
 _anatomies: dict[Key, Anatomy] = {}
+_brief_anatomies: dict[Key, Anatomy] = {}
 _insertions: dict[Key, SiteRoute] = {}
 
 
 def forget_examinations() -> None:
     """Examine anew whatever comes next, for tests that change the code that examines."""
     _anatomies.clear()
+    _brief_anatomies.clear()
     _insertions.clear()
 
 
@@ -92,12 +100,12 @@ def _content(config: PreTrainedConfig) -> str:
     return json.dumps(without_place(told), sort_keys=True, default=repr)
 
 
-def _examine(config: PreTrainedConfig) -> Anatomy:
+def _examine(config: PreTrainedConfig, *, briefly: bool = False) -> Anatomy:
     import torch
 
     with single_thread(), quiet_transformers(), torch.random.fork_rng(devices=[]):
         try:
-            return _Examination(config).anatomy()
+            return _Examination(config).anatomy(briefly=briefly)
         except TWIN_ERRORS as error:
             raise UnsupportedError(
                 f"{config.model_type}: no small twin of this architecture can be made and run, so "
@@ -159,7 +167,7 @@ class _Examination:
             self.no_attention,
         )
 
-    def anatomy(self) -> Anatomy:
+    def anatomy(self, *, briefly: bool = False) -> Anatomy:
         routes: list[SiteRoute] = []
         refusals: dict[str, str] = {}
         for site in SITES:
@@ -170,6 +178,8 @@ class _Examination:
             routes += found
             if not found:
                 refusals[site] = "; ".join(dict.fromkeys(reasons))
+            if briefly and any(route.rewriter is None for route in routes):
+                break
         return Anatomy(
             architecture=type(self.real).__name__,
             model_type=self.config.model_type,

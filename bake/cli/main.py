@@ -19,6 +19,7 @@ from bake.cli import (
     diff,
     direction,
     export,
+    hear,
     inspect,
     prompts,
     publish,
@@ -36,6 +37,7 @@ from bake.errors import BakeError, UsageError
 from bake.options import others
 from bake.options.declaration import Command
 from bake.options.export import EXPORT
+from bake.options.live import TRY
 from bake.options.sweep import SWEEP
 from bake.options.tune import TUNE
 from bake.support.color import RED, paint
@@ -43,6 +45,7 @@ from bake.support.processes import is_main, rank
 
 # In the order of `bake --help`.
 COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
+    (TRY, hear.run),
     (EXPORT, export.run),
     (others.DIRECTION, direction.run),
     (others.CONVERT, direction.run_convert),

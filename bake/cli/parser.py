@@ -89,8 +89,11 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[str, a
         if name in commands and len(plain) >= length:
             given = {option.name: False for option in ANYWHERE}
             given |= {flags[word]: True for word in words if word in flags}
-            parser = make_parser(commands[name])
-            return name, parser.parse_args(plain[length:], argparse.Namespace(**given))
+            command, parser = commands[name], make_parser(commands[name])
+            # Words of which there may be any number can stand on either side of options.
+            several = any(option.positional and option.many for option in command.options)
+            read = parser.parse_intermixed_args if several else parser.parse_args
+            return name, read(plain[length:], argparse.Namespace(**given))
     return _answer_without_command(commands, words)
 
 
@@ -189,7 +192,8 @@ def usage_of(command: Command) -> str:
         if option.positional:
             optional = option.default is not None or option.excludes
             metavar = option.metavar or option.name.upper()
-            needed.append(f"[{metavar}]" if optional else metavar)
+            more = " …" if option.many else ""
+            needed.append(f"[{metavar}{more}]" if optional else f"{metavar}{more}")
     for option in command.options:
         if option.required and not option.positional:
             needed.append(f"{option.flag} {option.metavar or option.name.upper()}")
@@ -230,7 +234,7 @@ def _described(option: Option, *, suppressed: bool) -> dict[str, Any]:
     if option.bare is not None:
         told |= {"nargs": "?", "const": option.bare}
     if option.positional and option.default is not None:
-        told["nargs"] = "?"
+        told["nargs"] = "*" if option.many else "?"
     if not option.positional and option.required:
         told["required"] = True
     default = (

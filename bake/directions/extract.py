@@ -94,12 +94,14 @@ def extract(
     *,
     model_name: str = "",
     named: bool = True,
+    judged: bool = True,
     origin: Mapping[str, str] | None = None,
 ) -> Direction:
     """Find one unit direction per layer and measure how well it separates pairs it was not found from.
 
     named: whether the user asked for just these layers; else those in which the texts do not differ are
     left out, as the first layer's input is at a last token that is a full stop in all of them.
+    judged: whether the separation is measured, which takes longer than finding the direction.
 
     origin: what `identify_pairs` says of the pairs, for the metadata.
     The separation is in the direction's metadata (see `read_separation`); a direction
@@ -125,7 +127,7 @@ def extract(
         found = found.only(layers)
         read = partial(read, layers=layers)
     held_out = None
-    if options.held_out:
+    if options.held_out and judged:
         fresh = leave_out_known(read_pairs(options.held_out), pairs, str(options.held_out))
         held_out = read(encode(fresh))
     fit: partial[dict[int, torch.Tensor]] | None = None
@@ -149,8 +151,12 @@ def extract(
     else:
         fit, extra = partial(fit_directions, method=options.method), {}
         vectors = fit(found)
-    separation = measure_separation(found, vectors, fit=fit, held_out=held_out, seed=options.seed)
-    _announce(separation)
+    separation = None
+    if judged:
+        separation = measure_separation(
+            found, vectors, fit=fit, held_out=held_out, seed=options.seed
+        )
+        _announce(separation)
     extra |= {**describe_template(loaded.tokenizer, pairs, options.chat_template), **(origin or {})}
     return _describe(vectors, site, options, len(pairs), model_name, separation, extra)
 

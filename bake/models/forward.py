@@ -275,40 +275,61 @@ def last_logits(
     return output.logits[:, -keep:], output
 
 
+class Decoding:
+    """Rows of one length that are continued token by token, with a key-value cache where the model has one.
+
+    prompts: (rows, positions). Raises PromptError where the model has too few positions for them and
+    `new_tokens`, of which learned ones end in an index error, or on a GPU in worse.
+    """
+
+    def __init__(self, loaded: LoadedModel, prompts: torch.Tensor, new_tokens: int) -> None:
+        limit, length = position_limit(loaded.config), prompts.shape[1]
+        if limit is not None and length + new_tokens > limit:
+            raise PromptError(
+                f"a prompt of {length} tokens and {new_tokens} new ones do not fit the model's {limit} "
+                f"positions: shorten one of them"
+            )
+        self.loaded = loaded
+        self._tokens = prompts.to(loaded.device)
+        self._cache: dict[str, Any] = {}
+
+    def logits(self) -> torch.Tensor:
+        """Run what is new; return the next token's logits (rows, vocabulary), float32 on the CPU."""
+        import torch
+
+        with torch.no_grad():
+            logits, output = last_logits(
+                self.loaded, self._tokens, 1, use_cache=True, **self._cache
+            )
+        self._cache = find_cache(output)
+        return logits[:, -1].float().cpu()
+
+    def append(self, picked: torch.Tensor) -> None:
+        """Take the tokens (rows,) that follow."""
+        import torch
+
+        new = picked[:, None].to(self.loaded.device)
+        self._tokens = new if self._cache else torch.cat([self._tokens, new], dim=1)
+
+
 def decode(
     loaded: LoadedModel,
     prompts: torch.Tensor,
     new_tokens: int,
     choose: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> torch.Tensor:
-    """Continue prompts of one length token by token, with a key-value cache where the model has one.
+    """Continue prompts of one length, see `Decoding`; return (rows, new_tokens) on the CPU.
 
-    prompts: (rows, positions). choose: (logits (rows, vocabulary) float32 on the CPU, step) → (rows,)
-    token ids. Returns (rows, new_tokens) on the CPU. Raises PromptError where the model has too few
-    positions, of which learned ones end in an index error, or on a GPU in worse.
+    choose: (logits (rows, vocabulary) float32 on the CPU, step) → (rows,) token ids.
     """
     import torch
 
-    limit, length = position_limit(loaded.config), prompts.shape[1]
-    if limit is not None and length + new_tokens > limit:
-        raise PromptError(
-            f"a prompt of {length} tokens and {new_tokens} new ones do not fit the model's {limit} "
-            f"positions: shorten one of them"
-        )
-    tokens = prompts.to(loaded.device)
+    decoding = Decoding(loaded, prompts, new_tokens)
     chosen: list[torch.Tensor] = []
-    cache: dict[str, Any] = {}
-    with torch.no_grad():
-        for step in range(new_tokens):
-            logits, output = last_logits(loaded, tokens, 1, use_cache=True, **cache)
-            picked = choose(logits[:, -1].float().cpu(), step)[:, None]
-            chosen.append(picked)
-            cache = find_cache(output)
-            if cache:
-                tokens = picked.to(loaded.device)
-            else:
-                tokens = torch.cat([tokens, picked.to(loaded.device)], dim=1)
-    return torch.cat(chosen, dim=1)
+    for step in range(new_tokens):
+        chosen.append(choose(decoding.logits(), step))
+        decoding.append(chosen[-1])
+    return torch.stack(chosen, dim=1)
 
 
 def find_cache(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from bake.options.declaration import Option
 
 # What commands stand under in the overview.
 BAKING, DIRECTIONS = "bake a model", "directions and texts"
+HEARING = "hear it first"
 AFTERWARDS, HELP = "check, publish, change", "try and set up"
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 ROUTES = ("auto", "native", "flag", "host", "insert")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bake.anatomy.base import Base, load_base
+from bake.anatomy.base import AnyBase, Base, load_base
 from bake.directions.direction import Direction, convert_to_input
 from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
@@ -181,7 +181,11 @@ def decide(
     else:
         with clock.stage("load"):
             loaded = load_base(base, placement)
-        direction, norms = measure(base, loaded, recipe, destination, given, saved, inputs, clock)
+        site, layers = destination.site, destination.layers
+        with clock.stage("direction"):
+            direction = find_direction(base, loaded, recipe, site, layers, given, inputs.pairs)
+        with clock.stage("calibrate"):
+            norms = saved or find_norms(loaded, recipe, site, layers, inputs.prompts)
     parallel = placement is not None and placement.parallel  # A share is no model.
     push = decide_push(recipe, destination, base.anatomy.hidden_size, direction, norms)
     if trial is not None:
@@ -205,37 +209,38 @@ def decide(
     return decision, SpareModel(None if parallel else loaded)
 
 
-def measure(
-    base: Base,
+def find_direction(
+    base: AnyBase,
     loaded: LanguageModel,
     recipe: Recipe,
-    destination: Destination,
+    site: str,
+    layers: Sequence[int],
     given: Direction | None,
-    saved: ActivationNorms | None,
-    inputs: Inputs,
-    clock: Stopwatch,
-) -> tuple[Direction, ActivationNorms]:
-    """Find what is neither given nor saved: the direction at the site, the norms."""
-    site, layers = destination.site, destination.layers
-    with clock.stage("direction"):
-        direction = given or extract(base, loaded, recipe, inputs.pairs, site, layers)
-        if crosses_norm(direction, site):
-            direction = convert_to_input(direction, loaded, site, layers)
-    with clock.stage("calibrate"):
-        norms = saved or replace(
-            measure_norms(
-                loaded,
-                site,
-                loaded.batches(divide(inputs.prompts)),
-                layers,
-                statistic=recipe.statistic,
-            ),
-            texts=identify_prompts(recipe.prompts, inputs.prompts),
-        )
-    return direction, norms
+    pairs: Sequence[ContrastPair],
+    *,
+    judged: bool = True,
+) -> Direction:
+    """Return the direction at the site: given, or found from pairs. judged: as for `extract`."""
+    direction = given or extract(base, loaded, recipe, pairs, site, layers, judged=judged)
+    if crosses_norm(direction, site):
+        direction = convert_to_input(direction, loaded, site, layers)
+    return direction
 
 
-def saved_norms(base: Base, recipe: Recipe, destination: Destination) -> ActivationNorms | None:
+def find_norms(
+    loaded: LanguageModel,
+    recipe: Recipe,
+    site: str,
+    layers: Sequence[int],
+    prompts: Sequence[str],
+) -> ActivationNorms:
+    """Measure the activation norms of layers at the site, with what names the prompts."""
+    batches = loaded.batches(divide(prompts))
+    measured = measure_norms(loaded, site, batches, layers, statistic=recipe.statistic)
+    return replace(measured, texts=identify_prompts(recipe.prompts, prompts))
+
+
+def saved_norms(base: AnyBase, recipe: Recipe, destination: Destination) -> ActivationNorms | None:
     """Return the norms of the recipe's calibration file; None where it has none."""
     if recipe.calibration is None:
         return None
@@ -255,20 +260,28 @@ def crosses_norm(direction: Direction, site: str) -> bool:
 
 
 def extract(
-    base: Base,
+    base: AnyBase,
     loaded: LanguageModel,
     recipe: Recipe,
     pairs: Sequence[ContrastPair],
     site: str,
     layers: Sequence[int],
+    *,
+    judged: bool = True,
 ) -> Direction:
-    """Find the direction from the recipe's contrast pairs."""
+    """Find the direction from the recipe's contrast pairs.
+
+    judged: whether it is said how well it separates; else only found, in those of the layers in which the
+    texts differ.
+    """
     return extract_direction(
         loaded,
         site,
         pairs,
         layers,
         extraction_options(recipe),
+        named=judged,
+        judged=judged,
         model_name=base.to_dict()["id"],
         origin=identify_pairs(str(recipe.pairs), pairs),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bake.anatomy.base import Base
+from bake.anatomy.base import AnyBase
 from bake.directions.direction import Direction
 from bake.directions.first_look import look_first
 from bake.directions.formats import fit_direction, read_direction
@@ -61,17 +61,24 @@ def read_directions(recipe: Recipe) -> tuple[GivenDirection, ...]:
         )
         for reference, strength in references
     )
-    _join(given, recipe)
+    join(given, recipe)
     return given
 
 
-def fit_directions(base: Base, given: Sequence[GivenDirection], recipe: Recipe) -> Direction | None:
-    """Return the direction, or the sum of several, as it fits the model; None where none is given.
+def fit_directions(
+    base: AnyBase, given: Sequence[GivenDirection], recipe: Recipe
+) -> Direction | None:
+    """Return the direction, or the sum of several, as it fits the model; None where none is given."""
+    return join(fit_each(base, given, recipe), recipe) if given else None
+
+
+def fit_each(
+    base: AnyBase, given: Sequence[GivenDirection], recipe: Recipe
+) -> tuple[GivenDirection, ...]:
+    """Return the directions as they fit the model, one by one.
 
     How each file was understood is announced. Raises DirectionError for one that does not fit.
     """
-    if not given:
-        return None
     fitted = []
     for entry in given:
         direction, notes = fit_direction(
@@ -85,10 +92,10 @@ def fit_directions(base: Base, given: Sequence[GivenDirection], recipe: Recipe) 
         fitted.append(replace(entry, direction=direction))
         for note in notes:
             announce(note)
-    return _join(fitted, recipe)
+    return tuple(fitted)
 
 
-def _join(given: Sequence[GivenDirection], recipe: Recipe) -> Direction:
+def join(given: Sequence[GivenDirection], recipe: Recipe) -> Direction:
     """Return the one direction, or the sum of several; a bake tells nobody of paths on this machine."""
     if len(given) == 1:
         (entry,) = given

@@ -98,14 +98,18 @@ class Destination:
         return self.route.site
 
 
-def choose_destination(anatomy: Anatomy, place: Place, given: Direction | None) -> Destination:
+def choose_destination(
+    anatomy: Anatomy, place: Place, given: Direction | None, *, heard_only: bool = False
+) -> Destination:
     """Choose route and layers, and say what was chosen; `given` must have the layers.
+
+    heard_only: nothing is baked yet, so how it would be and where it would survive is not said.
 
     Raises UnsupportedError where nothing exact is left, DirectionError where the direction lacks a layer.
     """
-    route = choose_route(anatomy, place, given)
+    route = choose_route(anatomy, place, given, heard_only=heard_only)
     layers, coefficients = choose_layers(anatomy, place, route)
-    if isinstance(route.rewriter, Insertion):
+    if isinstance(route.rewriter, Insertion) and not heard_only:
         announce(route.rewriter.describe_cost(len(layers)))
     if given is not None:
         check_direction(given, layers, anatomy)
@@ -127,7 +131,9 @@ def check_direction(direction: Direction, layers: Sequence[int], anatomy: Anatom
         )
 
 
-def choose_route(anatomy: Anatomy, place: Place, given: Direction | None) -> SiteRoute:
+def choose_route(
+    anatomy: Anatomy, place: Place, given: Direction | None, *, heard_only: bool = False
+) -> SiteRoute:
     """Choose the site's route; announce it where the user left it open, and where it survives."""
     found_at = given.site if given else None
     route = anatomy.choose(
@@ -137,9 +143,10 @@ def choose_route(anatomy: Anatomy, place: Place, given: Direction | None) -> Sit
         target=place.target,
         route=place.route,
     )
-    if place.site == "auto" or (place.route == "auto" and route.rewriter is not None):
-        announce(f"site {route.site}: {route.describe()}")
-    announce(describe_survivals(anatomy.survivals(route)))
+    if not heard_only:
+        if place.site == "auto" or (place.route == "auto" and route.rewriter is not None):
+            announce(f"site {route.site}: {route.describe()}")
+        announce(describe_survivals(anatomy.survivals(route)))
     if found_at is not None:
         note = check_direction_site(found_at, route.site, convert=place.convert_site)
         if note:
