@@ -365,8 +365,11 @@ class LoopbackHub:
             return refusal.reply
 
     def _route(self, request: Request) -> Reply:
+        # Spaces are repositories among the models.
+        path = re.sub(r"^/api/spaces/", "/api/models/", request.path)
+        path = re.sub(r"^/spaces/", "/", path)
         for host, method, pattern, endpoint in ROUTES:
-            match = pattern.fullmatch(request.path)
+            match = pattern.fullmatch(path)
             if match and host == request.host and request.method in method.split("|"):
                 groups = {name: unquote(text or "") for name, text in match.groupdict().items()}
                 return endpoint(self, request, **groups)

@@ -3,7 +3,7 @@
 from bake.api.afterwards import diff, publish, reproduce, rescale, undo, verify, verify_endpoint
 from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep, tune
 from bake.api.directions import convert_direction, extract_direction, show_direction
-from bake.api.hearing import hear, steer, steered
+from bake.api.hearing import hear, space, steer, steered
 from bake.directions.formats import read_direction
 from bake.texts.pairs import ContrastPair
 
@@ -23,6 +23,7 @@ __all__ = [
     "reproduce",
     "rescale",
     "show_direction",
+    "space",
     "steer",
     "steered",
     "sweep",

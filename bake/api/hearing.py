@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.api.given import GivenPairs, GivenTexts, Model, as_files
-from bake.errors import UnsupportedError
+from bake.errors import BakeError, UnsupportedError
 from bake.options.documentation import documented
-from bake.options.live import HEAR, STEER
+from bake.options.live import HEAR, SPACE, STEER
 
 if TYPE_CHECKING:
     from bake.live.handle import Steered
     from bake.live.hear import Heard
+    from bake.play.space import WrittenSpace
     from bake.strength.norms import ActivationNorms
 
 # Options that are not a recipe's.
@@ -150,6 +152,33 @@ def steer(
 
 
 steered = steer
+
+
+@documented(SPACE)
+def space(
+    model: str | Path,
+    *,
+    output: str | Path,
+    play: bool = False,
+    title: str | None = None,
+    push_to_hub: str | None = None,
+    public: bool = False,
+    commit_message: str | None = None,
+    revision: str | None = None,
+) -> WrittenSpace:
+    """Write a folder that is a Hugging Face Space of a published bake; publish it where that is asked."""
+    from bake.play.space import publish_space, write_space
+
+    if (public or commit_message) and push_to_hub is None:
+        idle = "--public" if public else "--commit-message"
+        raise BakeError(f"{idle} is about publishing; give --push-to-hub REPO_ID with it")
+    written = write_space(str(model), Path(output), revision=revision, play=play, title=title)
+    if push_to_hub is None:
+        return written
+    publication = publish_space(
+        written, push_to_hub, private=not public, commit_message=commit_message
+    )
+    return replace(written, publication=publication)
 
 
 def _that_differ(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from bake.cli import (
     export,
     hear,
     inspect,
+    play,
     prompts,
     publish,
     reproduce,
     rescale,
+    space,
     sweep,
     tune,
     undo,
@@ -37,7 +39,7 @@ from bake.errors import BakeError, UsageError
 from bake.options import others
 from bake.options.declaration import Command
 from bake.options.export import EXPORT
-from bake.options.live import TRY
+from bake.options.live import PLAY, SPACE, TRY
 from bake.options.sweep import SWEEP
 from bake.options.tune import TUNE
 from bake.support.color import RED, paint
@@ -46,6 +48,8 @@ from bake.support.processes import is_main, rank
 # In the order of `bake --help`.
 COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
     (TRY, hear.run),
+    (PLAY, play.run),
+    (SPACE, space.run),
     (EXPORT, export.run),
     (others.DIRECTION, direction.run),
     (others.CONVERT, direction.run_convert),

@@ -11,10 +11,14 @@ from bake.hub.manifest import OutgoingFile
 from bake.io.hashing import is_hidden
 
 
-def remote_files(api: Any, repo_id: str, commit: str) -> dict[str, Any]:
+def remote_files(
+    api: Any, repo_id: str, commit: str, *, repo_type: str = "model"
+) -> dict[str, Any]:
     """Return every file that the Hub holds at a commit, by path."""
     with translated(repo_id):
-        entries = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
+        entries = list(
+            api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)
+        )
     return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 

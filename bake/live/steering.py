@@ -294,7 +294,7 @@ class Steering:
     def command(self, setting: Setting) -> str:
         """Return the line that bakes a setting."""
         values = self.recipe_values(setting)
-        return write_command(EXPORT, values)
+        return write_command(EXPORT, values, whole=True)
 
 
 def prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from bake.live.writing import Continuation, Style, Tokens, Voice, write
@@ -43,7 +43,11 @@ class Talk:
         opened: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         self._said = [list(opened) for _ in self.voices]
 
-    def ask(self, text: str) -> Iterator[tuple[Continuation, ...]]:
+    def recall(self, said: Sequence[Sequence[Message]]) -> None:
+        """Go on from what was said before: each voice's messages."""
+        self._said = [[*own, *before] for own, before in zip(self._said, said, strict=True)]
+
+    def ask(self, text: str) -> Generator[tuple[Continuation, ...]]:
         """Say something; yield what every voice has answered so far, after each token.
 
         What was answered until a caller stops listening is what was said. Raises PromptError as `write`.

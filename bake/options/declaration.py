@@ -98,32 +98,37 @@ def grouped(group: str, *options: Option) -> tuple[Option, ...]:
     return tuple(option.but(group=group) for option in options)
 
 
-def write_command(command: Command, values: Mapping[str, Any]) -> str:
+def write_command(command: Command, values: Mapping[str, Any], *, whole: bool = False) -> str:
     """Return the line that runs a command with these options, without those that have their defaults.
 
     values: by the keywords of Python. Of a path only the last part is written: a page tells nobody where
-    files lie.
+    files lie. whole: the line is for whoever has the files, and paths stay as they are.
     """
     words = ["bake", command.name]
     for option in command.options:
         value = values.get(option.parameter or option.name, option.default)
         if value == option.default or value is None or value is False:
             continue
-        listed = [_word(entry) for entry in (value if isinstance(value, tuple | list) else [value])]
+        entries = value if isinstance(value, tuple | list) else [value]
+        listed = [_word(entry, whole=whole) for entry in entries]
         if option.positional:
             words += listed
         elif option.kind is bool:
             words.append(option.flag)
         elif option.many == "listed":
             words += [option.flag, *listed]
+        elif option.many == "repeated":
+            words += [word for entry in listed for word in (option.flag, entry)]
         else:
             words += [option.flag, ",".join(listed)]
     return " ".join(words)
 
 
-def _word(value: Any) -> str:
+def _word(value: Any, *, whole: bool) -> str:
     if isinstance(value, int | float):
         return f"{value:g}"
     text = value if isinstance(value, str) else "MODEL"  # One in memory has no name.
+    if whole:
+        return shlex.quote(text)
     local = text.startswith(("/", "~", ".")) or text.count("/") > 1
     return shlex.quote(text.rstrip("/").rpartition("/")[2] if local else text)

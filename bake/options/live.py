@@ -17,7 +17,6 @@ from bake.options.shared import (
     HEARING,
     MODEL,
     OUTPUT,
-    OVERWRITE,
     PUBLIC,
     REVISION,
 )
@@ -146,7 +145,6 @@ SPACE = Command(
             positional=True,
         ),
         OUTPUT.but(help="folder to write; must not exist"),
-        OVERWRITE,
         Option("play", "sliders over the base, instead of the bake beside its base", bool),
         Option("title", "the page's title", shown="the bake's", metavar="TEXT"),
         Option("push_to_hub", "publish it as this Space", shown="private", metavar="REPO_ID"),
