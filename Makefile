@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test test-architectures test-real architectures docs lint bench bench-real format wheel clean
+.PHONY: setup demo test test-architectures test-real test-browser architectures docs lint bench bench-real format wheel clean
 
 setup: $(READY)
 
@@ -39,6 +39,12 @@ test-architectures: $(READY)
 test-real: $(READY)
 	$(BIN)/python benchmarks/real_models.py build/real-models
 	$(BIN)/python -m pytest -m real
+
+# The page of `bake play` in a real browser, which has to be there (Debian's package chromium), and a Space in an
+# environment of its own; not part of `make test`: minutes.
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pytest -m browser
 
 # Write tests/data/architectures.csv anew; look at its difference before committing it.
 architectures: $(READY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ CSS = """
 }
 footer { display: none !important; }
 """
+LONGEST = 400  # tokens of an answer; others wait meanwhile
 RANGE = 4.0  # × the usual strength is as far as the slider goes
 PLAIN = {"render_markdown": False, "latex_delimiters": [], "buttons": ["copy"]}
 
@@ -54,7 +56,9 @@ def build(stage: Stage) -> Any:
             clear = gr.Button("New", min_width=80, elem_id="new")
         with gr.Accordion("How it is sampled", open=False):
             sampling = [
-                gr.Slider(1, 400, style.new_tokens, step=1, label="New tokens", elem_id="tokens"),
+                gr.Slider(
+                    1, LONGEST, style.new_tokens, step=1, label="New tokens", elem_id="tokens"
+                ),
                 gr.Slider(
                     0, 2, style.temperature, step=0.05, label="Temperature; 0: the likeliest"
                 ),
@@ -65,7 +69,7 @@ def build(stage: Stage) -> Any:
         def answer(
             said: str, base: Messages, other: Messages, *values: Any
         ) -> Iterator[tuple[Any, ...]]:
-            asked = Style(int(values[0]), float(values[1]), int(values[2] or 0))
+            asked = Style(min(int(values[0]), LONGEST), float(values[1]), int(values[2] or 0))
             with _shown(gr):
                 setting = _setting_of(stage, values[3:])
                 before = [_plain(base), _plain(other)]
@@ -207,18 +211,13 @@ def _escape(text: str) -> str:
     )
 
 
-class _shown:  # noqa: N801 - used as a function is
+@contextmanager
+def _shown(gr: Any) -> Iterator[None]:
     """Show a BakeError on the page in its own words."""
-
-    def __init__(self, gr: Any) -> None:
-        self.gr = gr
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, BakeError):
-            raise self.gr.Error(str(error), print_exception=False) from None
+    try:
+        yield
+    except BakeError as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def import_gradio() -> Any:

@@ -36,11 +36,14 @@ NORMS_FILE = "norms.json"
 APP = '''\
 """{title}. Written by bake space; run it here with: python app.py"""
 
+import logging
 from pathlib import Path
 
 from bake.play.app import build, launch
 from bake.play.run import open_space
 
+logging.basicConfig(format="%(message)s")
+logging.getLogger("bake").setLevel(logging.INFO)
 # The bake and its base, or the base and a direction, as space.yaml says.
 page = build(open_space(Path(__file__).parent))
 

@@ -35,8 +35,10 @@ FEW = "--control-seeds 1 --samples 1 --new-tokens 4"
 FASTER = {
     "--minutes 20": "--minutes 0.02",
     "sweep --html": f"sweep --html {FEW}",
+    'moon."': 'moon." --new-tokens 4',
 }
-ELSEWHERE = {"bake demo"}  # tests/demo runs it, and judges what it shows.
+# tests/demo runs the first, and judges what it shows; tests/play serves the page.
+ELSEWHERE = {"bake demo", f"bake play {MODEL} --pairs formal-casual"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

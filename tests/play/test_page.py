@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from urllib.request import Request, urlopen
@@ -26,11 +27,18 @@ PLAY = ["play", "bake-demo", "--direction", "bake-demo", "--multiplier", "1", "-
 
 
 @contextmanager
-def served(command, folder=None):
+def served(command, folder=None, environment=None):
     """Start a page; yield its address."""
     process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    watch = threading.Timer(120, process.kill)
+    watch.start()
     try:
         said = []
         for line in process.stderr:
@@ -41,6 +49,7 @@ def served(command, folder=None):
         else:
             pytest.fail("".join(said))
     finally:
+        watch.cancel()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
 
