@@ -118,7 +118,7 @@ def test_every_command_and_python_block_runs(place, tmp_path_factory):
             *(("python", block) for block in blocks(page, "python")),
         ]
         for kind, text in ordered:
-            for slow, fast in FASTER.items():
+            for slow, fast in FASTER.items() if kind == "command" else ():
                 text = text.replace(slow, fast)
             if text not in seen | ELSEWHERE:
                 seen.add(text)
