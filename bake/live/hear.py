@@ -163,7 +163,9 @@ def hear(model: Any, texts: Sequence[str], given: Mapping[str, Any], **own: Any)
 def divide_words(words: Sequence[str], recipe: str | None) -> tuple[str, list[str]]:
     """Return (MODEL, prompts) of a command's words; all are prompts where a recipe names the model."""
     given = [word for word in words if word]
-    named = recipe is not None and "model" in read_yaml(Path(recipe), error=BakeError, remedy="")
+    named = recipe is not None and "model" in read_yaml(
+        Path(recipe), error=BakeError, remedy="give a recipe"
+    )
     return ("", given) if named or not given else (given[0], given[1:])
 
 

@@ -50,9 +50,8 @@ if TYPE_CHECKING:
     from bake.strength.norms import ActivationNorms
 
 T = TypeVar("T")
-USUAL_COST = (
-    BOUNDS.kl
-)  # nats: the 95th percentile of KL on neutral text at the strength that is shown first
+# Nats: the 95th percentile of KL on neutral text at the strength that is heard first.
+USUAL_COST = BOUNDS.kl
 _TRIED = (0.1, 0.3, 1.0, 3.0)  # |m|, all in one batch
 _NEUTRAL = 3  # texts: enough for a first strength, and a second of work on a small model
 _RECIPE_ONLY = ("overwrite", "push_to_hub", "output")  # What a knob has nothing to say about.

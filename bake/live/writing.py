@@ -93,9 +93,14 @@ class Continuation:
             "multiplier": self.voice.arm.multiplier,
             "text": self.text,
             "tokens": len(self.tokens),
-            "kl": self.kl,
-            "perplexity": self.perplexity,
+            "kl": _finite(self.kl),
+            "perplexity": _finite(self.perplexity),
         }
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold: a push from which nothing comes back has none."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class _Group:

@@ -19,7 +19,6 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
 WAITING = 20  # requests in the queue, at most
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto; }
-#columns .name { font-weight: 600; }
 @media (max-width: 700px) {
   #columns { flex-direction: column; }
   #columns > * { min-width: 100% !important; }

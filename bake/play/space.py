@@ -103,10 +103,12 @@ def write_space(
     directory = Path(model) if local else download_record(model, revision)
     record = read_result(directory)
     base = record["base"]
-    if not (base.get("revision") or base.get("claimed")):
+    if not base.get(
+        "revision"
+    ):  # A claimed id is not known to be the base, and neither is its commit.
         raise BakeError(
-            f"the base of {model} is not on the Hub ({base['id']}), where a Space would fetch it: bake it "
-            "with --base-id"
+            f"the base of {model} is not known to be on the Hub ({base['id']}), where a Space would fetch "
+            "it: bake one from there, or with a --base-id whose files are the same"
         )
     repo_id = record.get("repo_id") if local else model
     if repo_id is None and not play:
@@ -217,10 +219,11 @@ def compose_card(title: str, record: Mapping[str, Any], models: list[str], *, pl
         "tags": ["steering", "activation-steering", "bake"],
         **{key: licence[key] for key in LICENCE_FIELDS if licence.get(key) and key == "license"},
     }
+    named = [_in_markdown(model) for model in models]
     sentence = (
-        f"Turn the strength of a steering direction of {models[0]} and hear what it does."
+        f"Turn the strength of a steering direction of {named[0]} and hear what it does."
         if play
-        else f"{models[-1]} beside its base {models[0]}, with the same noise."
+        else f"{named[-1]} beside its base {named[0]}, with the same noise."
     )
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return CARD.format(front_matter=text, title=_in_markdown(title), sentence=sentence)

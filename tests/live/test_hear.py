@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import CONFIGS
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bake
+from bake.anatomy import examine
 from bake.anatomy.base import open_base
 from bake.cli.main import main
 from bake.errors import BakeError, PromptError, UsageError
@@ -22,7 +24,7 @@ from bake.io.shipped import DEMO_MODEL
 from bake.live.hear import open_session, open_steering, recipe_of
 from bake.live.steering import Setting
 from bake.live.writing import Continuation, Style, Voice, write
-from bake.models.forward import continue_greedily
+from bake.models.forward import continue_greedily, read_config
 from bake.pipeline.export import export
 from bake.pipeline.recipe import make_recipe, read_recipe
 from bake.report.voices import show_answers, tabulate
@@ -333,3 +335,21 @@ def test_a_terminal_shows_columns_or_a_list_and_no_control_characters():
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     assert show_answers(console, "p\x07q", iter([answers])) == answers
     assert "\x07" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_a_brief_examination_finds_what_auto_takes(make_model, examined_anew, architecture):
+    config = read_config(make_model(architecture=architecture))
+    brief = examine(config, briefly=True)
+    whole = examine(config)
+    assert (brief.automatic is None) == (whole.automatic is None)
+    if whole.automatic is not None:
+        assert brief.automatic.to_dict() == whole.automatic.to_dict()
+    in_place = [route for route in whole.routes if route.site == "mlp_out" and not route.rewriter]
+    assert (len(brief.routes) < len(whole.routes)) <= bool(in_place)
+
+
+def test_text_from_which_nothing_comes_back_is_json(steering):
+    voice = Voice(steering.arm(Setting(1.0)), steering.loaded)
+    values = Continuation(voice, (1,), "x", math.nan, math.nan, True).to_dict()
+    assert values["kl"] is values["perplexity"] is None

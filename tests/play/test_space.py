@@ -173,7 +173,7 @@ def test_what_is_no_space_of_bakes_is_left_alone(known, hub, tmp_path):
 
 
 def test_what_cannot_be_a_space_is_one_line(baked, tmp_path):
-    with pytest.raises(BakeError, match=r"base of .* is not on the Hub"):
+    with pytest.raises(BakeError, match=r"base of .* is not known to be on the Hub"):
         bake.space(baked, output=tmp_path / "space")
     with pytest.raises(BakeError, match="--public is about publishing"):
         bake.space(baked, output=tmp_path / "space", public=True)
