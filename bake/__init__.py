@@ -15,6 +15,7 @@ from bake.version import __version__
 __all__ = [
     "ContrastPair",
     "__version__",
+    "ablate",
     "calibrate",
     "convert_direction",
     "diff",
@@ -42,6 +43,7 @@ __all__ = [
 if TYPE_CHECKING:
     from bake.api import (
         ContrastPair,
+        ablate,
         calibrate,
         convert_direction,
         diff,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.errors import UnsupportedError
 from bake.sites import LayerStructure, Location, addition_location, capture_location
+from bake.writes import Ablation, WriteMap, remove, share_left
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,40 @@ def steered(
 
 
 @contextmanager
+def ablated(model: nn.Module, writes: WriteMap, ablation: Ablation) -> Iterator[None]:
+    """Take an ablation's subspace out while the context is open.
+
+    Of the stream: wherever something reads it, which is each layer's input, what reads it inside the layer,
+    and the last layer's output. Of writes: of the outputs of its layers' blocks. Computed in float32.
+    """
+
+    def eraser(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def erase(activation: torch.Tensor) -> torch.Tensor:
+            left = remove(activation.float(), ablation.basis[layer], ablation.strength)
+            return left.to(activation.dtype)
+
+        return erase
+
+    with ExitStack() as hooks:
+        for layer in ablation.layers:
+            parts = writes.by_layer[layer]
+            if ablation.scope == "stream":
+                places = [
+                    Location("", "input"),
+                    *(Location(name, "input") for name in parts.readers),
+                ]
+                if layer == ablation.layers[-1]:
+                    places.append(Location("", "output"))
+            else:
+                places = [Location(name, "output") for name in parts.blocks]
+            for place in places:
+                path = ".".join(filter(None, (writes.layers, str(layer), place.module)))
+                handle = register(model.get_submodule(path), place, eraser(layer))
+                hooks.callback(handle.remove)
+        yield
+
+
+@contextmanager
 def captured(
     model: nn.Module,
     structure: LayerStructure,
@@ -70,6 +105,24 @@ def captured(
             module = submodule(model, structure, layer, location.module)
             hooks.callback(register(module, location, reader(layer)).remove)
         yield
+
+
+@contextmanager
+def share_watched(model: nn.Module, watched: Mapping[str, torch.Tensor]) -> Iterator[list[float]]:
+    """Yield a list to which every output of the watched modules adds its `share_left`.
+
+    watched: {module: (directions, hidden_size)}, orthonormal.
+    """
+    shares: list[float] = []
+
+    def look(basis: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        return lambda activation: shares.append(share_left(activation, basis))
+
+    with ExitStack() as hooks:
+        for name, basis in watched.items():
+            module = model.get_submodule(name)
+            hooks.callback(register(module, Location("", "output"), look(basis)).remove)
+        yield shares
 
 
 def check_activation(activation: torch.Tensor, input_ids: torch.Tensor, hidden_size: int) -> None:

@@ -23,11 +23,15 @@ from bake.anatomy.tables import COMPLETIONS
 from bake.checkpoint.loading import quiet_transformers
 from bake.errors import BakeError, UnsupportedError
 from bake.sites import SITES
+from bake.writes import SCOPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from bake.anatomy.choice import Anatomy
+
 PROCESSES, TIME_LIMIT = 2, 60.0
+ABLATION = "ablation"  # where a site would stand; its routes are the scopes
 # Times the limit, by the clock: for a process that waits for something and never comes back.
 PATIENCE = 20
 
@@ -49,7 +53,7 @@ class CatalogueRoute:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One site of one architecture: its exact routes, or the reason why it has none."""
+    """One site of one architecture, or its ablation: the exact routes, or the reason why it has none."""
 
     model_type: str
     site: str
@@ -93,13 +97,13 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 
 def examine_model_type(model_type: str) -> list[CatalogueEntry]:
-    """Return what is exact at each site of one architecture, on its default configuration."""
+    """Return what is exact in one architecture, site by site, on its default configuration."""
     try:
         with quiet_transformers():
             anatomy = examine(default_config(model_type))
     except BakeError as error:
         return _refuse(model_type, str(error))
-    return [
+    entries = [
         CatalogueEntry(
             model_type,
             site,
@@ -112,6 +116,28 @@ def examine_model_type(model_type: str) -> list[CatalogueEntry]:
         )
         for site in SITES
     ]
+    return [*entries, _judge_ablation(model_type, anatomy)]
+
+
+def _judge_ablation(model_type: str, anatomy: Anatomy) -> CatalogueEntry:
+    """Return which scopes an architecture can be ablated in, as routes, or why in none."""
+    found = anatomy.ablation
+    exact = [scope for scope in SCOPES if scope not in found.refusals]
+    names = (
+        write.parameter.partition(f".{layer}.")[2]
+        for layer, parts in (found.writes.by_layer if found.writes else {}).items()
+        for write in parts.writes
+    )
+    slots, count = tuple(dict.fromkeys(names)), anatomy.layer_count
+    routes = tuple(
+        CatalogueRoute(
+            *(scope, ABLATION, slots, (), f"{count} of {count}"), found.verdicts[scope].greedy_equal
+        )
+        for scope in exact
+    )
+    return CatalogueEntry(
+        model_type, ABLATION, routes, None if routes else found.refusals[SCOPES[0]]
+    )
 
 
 def _summarise(route: SiteRoute, layer_count: int) -> CatalogueRoute:
@@ -134,7 +160,7 @@ def _summarise(route: SiteRoute, layer_count: int) -> CatalogueRoute:
 
 
 def _refuse(model_type: str, reason: str) -> list[CatalogueEntry]:
-    return [CatalogueEntry(model_type, site, (), reason) for site in SITES]
+    return [CatalogueEntry(model_type, site, (), reason) for site in (*SITES, ABLATION)]
 
 
 def examine_all(

@@ -32,6 +32,8 @@ from bake.sites import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from bake.anatomy.writes import Ablatable
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -47,6 +49,7 @@ class Anatomy:
     refusals: Mapping[str, str]
     config: PreTrainedConfig = field(repr=False, compare=False)
     prove_insertion: Callable[[], SiteRoute] = field(repr=False, compare=False)
+    prove_ablation: Callable[[], Ablatable] = field(repr=False, compare=False)
 
     def choose(
         self,
@@ -157,6 +160,11 @@ class Anatomy:
         """
         return self.prove_insertion()
 
+    @cached_property
+    def ablation(self) -> Ablatable:
+        """What can be taken out exactly, proven on the twin when it is first asked for."""
+        return self.prove_ablation()
+
     def with_insertion(self) -> Anatomy:
         """Return the anatomy with the route `insert` among its routes, or why there is none."""
         try:
@@ -193,6 +201,7 @@ class Anatomy:
                 for route in self.routes
             ],
             "refusals": dict(self.refusals),
+            "ablation": self.ablation.to_dict(),
         }
 
 

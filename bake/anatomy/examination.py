@@ -23,10 +23,12 @@ from bake.anatomy.routes import SiteRoute
 from bake.anatomy.scales import scale_of_real
 from bake.anatomy.structure import combine, find_decoder_layers, find_structure
 from bake.anatomy.twin import TWIN_ERRORS, Twin, one_line, small_config
+from bake.anatomy.writes import Ablatable, WriteSearch
 from bake.checkpoint.loading import build_on_meta, quiet_transformers, single_thread
 from bake.engines.survival import Outline
 from bake.errors import BakeError, UnsupportedError
 from bake.sites import SITES, LayerStructure, Slot
+from bake.writes import SCOPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,12 +60,21 @@ def prove_insertion(config: PreTrainedConfig) -> SiteRoute:
     return _once(_insertions, config, _prove_insertion)
 
 
+def prove_ablation(config: PreTrainedConfig) -> Ablatable:
+    """Return what can be taken out of a configuration's architecture exactly, proven on its twin.
+
+    An equal configuration is examined once in a process. Where nothing can, the result says why.
+    """
+    return _once(_ablations, config, _prove_ablation)
+
+
 Key = tuple[type, str]
 Found = TypeVar("Found")
 MOST_KEPT = 32  # configurations
 _anatomies: dict[Key, Anatomy] = {}
 _brief_anatomies: dict[Key, Anatomy] = {}
 _insertions: dict[Key, SiteRoute] = {}
+_ablations: dict[Key, Ablatable] = {}
 
 
 def forget_examinations() -> None:
@@ -71,6 +82,7 @@ def forget_examinations() -> None:
     _anatomies.clear()
     _brief_anatomies.clear()
     _insertions.clear()
+    _ablations.clear()
 
 
 def _once(
@@ -124,6 +136,17 @@ def _prove_insertion(config: PreTrainedConfig) -> SiteRoute:
                 f"{config.model_type}: no layer can be inserted, the twin cannot be baked "
                 f"({one_line(error)})"
             ) from error
+
+
+def _prove_ablation(config: PreTrainedConfig) -> Ablatable:
+    import torch
+
+    with single_thread(), quiet_transformers(), torch.random.fork_rng(devices=[]):
+        try:
+            return _Examination(config).ablation()
+        except TWIN_ERRORS as error:
+            reason = f"no small twin of this architecture can be made ({one_line(error)})"
+            return Ablatable(None, {}, dict.fromkeys(SCOPES, reason))
 
 
 class _Examination:
@@ -191,7 +214,14 @@ class _Examination:
             refusals=refusals,
             config=self.config,
             prove_insertion=partial(prove_insertion, self.config),
+            prove_ablation=partial(prove_ablation, self.config),
         )
+
+    def ablation(self) -> Ablatable:
+        """Find what writes to the residual stream, and prove that it can be ablated."""
+        return WriteSearch(
+            self.config, self.real, self.twin, self.layer_map, self.structures, self.layers
+        ).find()
 
     def insertion(self) -> SiteRoute:
         """Find and prove what an extra layer can hold; see `prove_insertion`."""

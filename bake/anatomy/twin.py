@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+    from bake.anatomy.erasure import Edits
     from bake.anatomy.rewriting import Rewriter, Rewritten
     from bake.checkpoint.checkpoint import Checkpoint
     from bake.texts.prompts import TokenBatch
@@ -243,6 +244,27 @@ class Twin:
         (unpushed, clean_before), (baked, clean_after) = results
         hooks = self._hooks(structure, site, push)
         return self._judge(unpushed, baked, clean_before and clean_after, hooks)
+
+    def prove_edits(self, edit: Edits, hooks: Hooks) -> TwinVerdict:
+        """Write the twin to disk, edit it as the real checkpoint would be, and compare with hooks.
+
+        Raises what the edits, the writer and transformers raise for edits that do not fit.
+        """
+        from bake.checkpoint.checkpoint import open_checkpoint
+        from bake.checkpoint.writer import write_config, write_weights
+
+        with temporary_directory("bake-twin-") as directory:
+            with quiet_transformers():
+                self.model.save_pretrained(directory / "twin")  # type: ignore[operator]
+            checkpoint = open_checkpoint(str(directory / "twin"))
+            unpushed, clean_before = self._load(directory / "twin")
+            edits, changes = edit(checkpoint)
+            target = directory / "edited"
+            target.mkdir()
+            write_weights(checkpoint, edits, target)
+            write_config(checkpoint, changes, target)
+            edited, clean_after = self._load(target)
+        return self._judge(unpushed, edited, clean_before and clean_after, hooks)
 
     def _hooks(
         self, structure: LayerStructure, site: str, push: Mapping[int, torch.Tensor]

@@ -1,5 +1,6 @@
 """The commands as Python functions: plain values in, frozen dataclasses out."""
 
+from bake.api.ablating import ablate
 from bake.api.afterwards import diff, publish, reproduce, rescale, undo, verify, verify_endpoint
 from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep, tune
 from bake.api.directions import convert_direction, extract_direction, show_direction
@@ -9,6 +10,7 @@ from bake.texts.pairs import ContrastPair
 
 __all__ = [
     "ContrastPair",
+    "ablate",
     "calibrate",
     "convert_direction",
     "diff",

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.card.ablation import ABLATION_TEMPLATE, ablation_words
 from bake.card.figures import ALTERNATIVES, FIGURES, draw_norms, draw_separation
 from bake.checkpoint import left_out
 from bake.checkpoint.front_matter import compose_front_matter
@@ -121,7 +122,7 @@ def card_environment() -> Environment:
     return environment
 
 
-def render_card(values: Mapping[str, Any]) -> str:
+def render_card(values: Mapping[str, Any], template: str = CARD_TEMPLATE) -> str:
     """Return the card's Markdown. `values` are the keys of `bake.json`, see the template.
 
     Texts in it are shown and never obeyed: whatever is no number is escaped. Raises CheckpointError
@@ -137,11 +138,18 @@ def render_card(values: Mapping[str, Any]) -> str:
             "licence_lines": card_lines(values.get("licence") or {}),
             "left_out_lines": left_out.card_lines(values.get("left_out", ())),
         }
-        return card_environment().get_template(CARD_TEMPLATE).render({**values, **told})
+        return card_environment().get_template(template).render({**values, **told})
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"no card can be written from bake.json, for it is not as bake writes it: {explain(error)}"
         ) from error
+
+
+def render_record(recorded: Mapping[str, Any]) -> str:
+    """Return the card of a `bake.json`, of a push or of an ablation; raises as `render_card`."""
+    if "ablation" in recorded:
+        return render_card({**recorded, **ablation_words(recorded)}, ABLATION_TEMPLATE)
+    return render_card({**recorded, **card_words_of_record(recorded)})
 
 
 def write_card_files(

@@ -65,8 +65,10 @@ def _carried(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _concept_tags(values: Mapping[str, Any]) -> list[str]:
-    """Return the tag of what the model was steered towards; none where nothing is known of it."""
+    """Return the tag of what the model was steered towards, if that is known; of an ablation its kind."""
     name = (values.get("about") or {}).get("concept")
+    if "ablation" in values:
+        return ["ablation"]
     if not name:
         return []
     return [slug_of(describe_concept(str(name), float(values["multiplier"])))]

@@ -148,6 +148,20 @@ class DiskNames:
             f"new bias would be dropped; another site may have a slot that is there already"
         )
 
+    def new_name(self, parameter: str) -> str:
+        """Return a name on disk that transformers reads as a parameter that is not stored yet.
+
+        Raises UnsupportedError where there is none.
+        """
+        taken = parameter in self._checkpoint.tensors
+        if (
+            parameter in self._wanted
+            and not taken
+            and self._convert(parameter) == (parameter, None)
+        ):
+            return parameter
+        raise UnsupportedError(f"no name on disk becomes {parameter} on loading")
+
     def _tied(self, parameter: str) -> tuple[str, ...]:
         """Return the names on disk of a tensor that the model has under another name as well."""
         every = dict(self._model.named_parameters(remove_duplicate=False))

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from bake.cli import (
+    ablate,
     calibrate,
     completion,
     demo,
@@ -37,6 +38,7 @@ from bake.cli.output import discard_output, prepare_streams
 from bake.cli.parser import parse, print_usage_error, usage_of
 from bake.errors import BakeError, UsageError
 from bake.options import others
+from bake.options.ablate import ABLATE
 from bake.options.declaration import Command
 from bake.options.export import EXPORT
 from bake.options.live import PLAY, SPACE, TRY
@@ -51,6 +53,7 @@ COMMANDS: tuple[tuple[Command, Callable[[argparse.Namespace], int]], ...] = (
     (PLAY, play.run),
     (SPACE, space.run),
     (EXPORT, export.run),
+    (ABLATE, ablate.run),
     (others.DIRECTION, direction.run),
     (others.CONVERT, direction.run_convert),
     (others.SHOW, direction.run_show),

@@ -25,7 +25,6 @@ from bake.pipeline.completion import check_shards, is_thin
 from bake.pipeline.record import (
     base_name,
     base_revision,
-    carries_drafts,
     encode_result,
     read_result,
     rebuild_plan,
@@ -114,7 +113,7 @@ def reproduce(
     with scratch_directory(directory, ".bake-reproduce-") as again:
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
-        copy_companions(opened.checkpoint, again, drafts=carries_drafts(plan))
+        copy_companions(opened.checkpoint, again, drafts=plan.carries_drafts)
         write_notice(recorded.get("licence") or {}, again)
         keep_tokenizer(opened.tokenizer, again)
         (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())

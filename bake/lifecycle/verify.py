@@ -21,9 +21,18 @@ from bake.io.hashing import hash_files
 from bake.io.output_files import RESULT_FILE
 from bake.io.safetensors import encode_tensor, spec_of
 from bake.models.streaming import Placement
+from bake.pipeline.ablation_record import rebuild_ablation
 from bake.pipeline.completion import check_shards, is_unproven, record_proof
-from bake.pipeline.record import base_name, base_revision, read_result, rebuild_plan, rebuild_push
-from bake.plan.plan import Plan
+from bake.pipeline.record import (
+    base_name,
+    base_revision,
+    is_ablation,
+    read_any_result,
+    rebuild_plan,
+    rebuild_push,
+)
+from bake.plan.plan import Changes
+from bake.proof.ablation import prove_ablation
 from bake.proof.equivalence import Equivalence
 from bake.proof.prove import prove
 from bake.support.progress import announce
@@ -64,21 +73,11 @@ def verify(
     base: path or Hub id; the Hub id in bake.json where it is left out. Raises CheckpointError where
     the directory was not made by bake, cannot be read, or its base is not named.
     """
-    recorded = read_result(directory)
+    recorded = read_any_result(directory)
     check_shards(directory, recorded)
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
     baked = open_checkpoint(str(directory), allowed=opened.checkpoint.roots)
-    push = rebuild_push(recorded, directory)
-    plan = rebuild_plan(recorded, opened, push)
-    found = prove(
-        opened,
-        directory,
-        plan,
-        push,
-        bool(recorded["equivalence"].get("rounding_allowed")),
-        placement,
-        published,
-    )
+    plan, found = _prove_again(opened, directory, recorded, placement, published)
     differences = [
         *compare_tensors(opened.checkpoint, baked, plan),
         *compare_files(directory, recorded),
@@ -90,7 +89,31 @@ def verify(
     return Verification(directory, opened.checkpoint.model_id, found)
 
 
-def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Plan) -> Iterator[str]:
+def _prove_again(
+    opened: Base,
+    directory: Path,
+    recorded: Mapping[str, Any],
+    placement: Placement | None,
+    published: tuple[str, str] | None,
+) -> tuple[Changes, Equivalence]:
+    """Rebuild the plan of a push or of an ablation, and prove the directory by it."""
+    allowed = bool(recorded["equivalence"].get("rounding_allowed"))
+    if is_ablation(recorded):
+        ablation = rebuild_ablation(recorded, opened, directory)
+        return ablation, prove_ablation(
+            opened,
+            directory,
+            ablation,
+            allow_rounding=allowed,
+            placement=placement,
+            published=published,
+        )
+    push = rebuild_push(recorded, directory)
+    plan = rebuild_plan(recorded, opened, push)
+    return plan, prove(opened, directory, plan, push, allowed, placement, published)
+
+
+def compare_tensors(base: Checkpoint, baked: Checkpoint, plan: Changes) -> Iterator[str]:
     """Yield a phrase for what is stored and neither the base's nor the plan's.
 
     What the plan adds or patches is compared with the slots, bit for bit, by the proof.

@@ -31,10 +31,10 @@ from bake.pipeline.decision import Decision, decide, read_inputs
 from bake.pipeline.given_directions import fit_directions
 from bake.pipeline.publishing import check_access, check_rights, publish, publish_directory
 from bake.pipeline.recipe import Recipe
-from bake.pipeline.record import carries_drafts, describe_bake, describe_left_out, encode_result
+from bake.pipeline.record import describe_bake, describe_left_out, encode_result
 from bake.pipeline.thin import check_base, check_route
 from bake.plan.destination import choose_destination
-from bake.plan.plan import Plan, make_plan
+from bake.plan.plan import Changes, Plan, make_plan
 from bake.plan.undo_record import describe_undo
 from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
@@ -268,10 +268,12 @@ def settle(
     return found, note
 
 
-def write(base: Base, plan: Plan, staging: Path, shards: str, clock: Stopwatch) -> WrittenWeights:
+def write(
+    base: Base, plan: Changes, staging: Path, shards: str, clock: Stopwatch
+) -> WrittenWeights:
     """Write weights, config and companions into the staging directory."""
     checkpoint, total = base.checkpoint, 0 if shards == "none" else base.checkpoint.size
-    drafts = carries_drafts(plan) and shards != "none"
+    drafts = plan.carries_drafts and shards != "none"
     with clock.stage("write"), track_bytes(total, "writing") as progress:
         written = write_weights(checkpoint, plan.edits, staging, shards=shards, progress=progress)
         write_config(checkpoint, plan.config_changes, staging)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bake import hub
 from bake.anatomy.base import Base
-from bake.card.render import card_words_of_record, render_card
+from bake.card.render import render_record
 from bake.io.output_files import CARD_FILE, RESULT_FILE
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import encode_result
@@ -66,7 +66,7 @@ def address(record: Mapping[str, Any], repo_id: str, revision: str | None) -> di
     branch = {"revision": revision} if revision else {}
     told = {key: value for key, value in record.items() if key not in _OF_A_PLACE}
     told |= {"repo_id": repo_id, **branch}
-    card = render_card({**told, **card_words_of_record(told)}).encode()
+    card = render_record(told).encode()
     entry = {"sha256": hashlib.sha256(card).hexdigest(), "size": len(card)}
     result = encode_result({**told, "files": {**record["files"], CARD_FILE: entry}})
     return {CARD_FILE: card, RESULT_FILE: result.encode()}

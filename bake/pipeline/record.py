@@ -20,14 +20,14 @@ from bake.checkpoint.own_code import find_code_keys
 from bake.checkpoint.writer import find_companion_code
 from bake.directions.direction_file import load_direction
 from bake.engines.survival import survivals, to_values
-from bake.errors import CheckpointError, EndpointError
+from bake.errors import CheckpointError, EndpointError, UnsupportedError
 from bake.io.foreign_json import read_json
 from bake.io.foreign_paths import check_links
 from bake.io.output_files import DIRECTION_FILE, RESULT_FILE
 from bake.io.shipped import DEMO_NAME
 from bake.pipeline.decision import Decision
 from bake.pipeline.record_shape import check_record
-from bake.plan.plan import FLOAT_DTYPES, Plan, make_plan
+from bake.plan.plan import FLOAT_DTYPES, Changes, Plan, make_plan
 from bake.strength.coefficients import LayerPush, Push
 from bake.version import __version__
 
@@ -45,6 +45,11 @@ _NEEDED = (
         "layers",
     ),
     *("calibration", "direction", "plan", "equivalence", "files"),
+)
+
+_NEEDED_OF_ABLATION = (
+    *("version", "base", "hidden_size", "layer_count", "ablation", "removed"),
+    *("plan", "equivalence", "files"),
 )
 
 
@@ -80,16 +85,11 @@ def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
     }
 
 
-def carries_drafts(plan: Plan) -> bool:
-    """Tell whether a bake keeps files of multi-token prediction: where every layer keeps its name."""
-    return plan.route.rewriter is None
-
-
-def describe_left_out(base: Base, plan: Plan) -> tuple[LeftOut, ...]:
+def describe_left_out(base: Base, plan: Changes) -> tuple[LeftOut, ...]:
     """Return what of the base its bake has not, and why."""
     checkpoint = base.checkpoint
     thin = checkpoint.headers_only
-    carried = () if thin or not carries_drafts(plan) else checkpoint.drafts
+    carried = () if thin or not plan.carries_drafts else checkpoint.drafts
     keys = [f"{key} in config.json" for key, _ in find_code_keys(checkpoint.config)]
     keys += [
         f"{key} in {name}"
@@ -101,7 +101,7 @@ def describe_left_out(base: Base, plan: Plan) -> tuple[LeftOut, ...]:
         code_keys=keys,
         dropped=[edit.name for edit in plan.edits if isinstance(edit, Drop)],
         drafts=[name for name in checkpoint.beside if is_draft(name)],
-        thin=thin and carries_drafts(plan),
+        thin=thin and plan.carries_drafts,
     )
 
 
@@ -111,10 +111,30 @@ def encode_result(result: Mapping[str, Any]) -> str:
 
 
 def read_result(directory: Path) -> dict[str, Any]:
-    """Read `bake.json`; raise CheckpointError where there is none or it is not ours."""
-    result = _read(directory)
-    check_record(result, directory / RESULT_FILE, needed=_NEEDED)
+    """Read the `bake.json` of a push.
+
+    Raises CheckpointError where there is none or it is not ours, UnsupportedError for an ablation's.
+    """
+    result = read_any_result(directory)
+    if is_ablation(result):
+        raise UnsupportedError(
+            f"{directory} is an ablation: its matrices have lost what was taken out, so only its base has "
+            f"it back; for another one, run bake ablate on the base again ({result['base']['id']})"
+        )
     return result
+
+
+def read_any_result(directory: Path) -> dict[str, Any]:
+    """Read the `bake.json` of a push or of an ablation; raise CheckpointError as `read_result`."""
+    result = _read(directory)
+    needed = _NEEDED_OF_ABLATION if is_ablation(result) else _NEEDED
+    check_record(result, directory / RESULT_FILE, needed=needed)
+    return result
+
+
+def is_ablation(recorded: Mapping[str, Any]) -> bool:
+    """Tell whether a `bake.json` is of an ablation."""
+    return "ablation" in recorded
 
 
 def read_part(directory: Path, key: str) -> dict[str, Any]:
@@ -175,26 +195,26 @@ def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
 
 def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
     """Return the plan of a bake: its site, slots and dtype, on its base, with a push."""
-    known = ("as the base", *FLOAT_DTYPES)
-    if recorded["plan"]["dtype"] not in known:
-        raise CheckpointError(
-            f"bake.json stores the weights as {recorded['plan']['dtype']!r}, which is none of "
-            f"{', '.join(known)}: do not trust it"
-        )
+    dtype = stored_dtype(recorded)
     route = opened.anatomy.choose(
         recorded["site"],
         kind=recorded["slot"]["kind"],
         route=recorded["slot"]["route"],
         host=recorded["slot"].get("rewritten_as"),
     )
-    stored_as = recorded["plan"]["dtype"]
-    return make_plan(
-        opened.checkpoint,
-        opened.anatomy,
-        route,
-        push,
-        dtype=None if stored_as == "as the base" else stored_as,
-    )
+    return make_plan(opened.checkpoint, opened.anatomy, route, push, dtype=dtype)
+
+
+def stored_dtype(recorded: Mapping[str, Any]) -> str | None:
+    """Return the dtype that the whole was stored in, None for the base's; raise for an unknown one."""
+    known = ("as the base", *FLOAT_DTYPES)
+    stored_as = str(recorded["plan"]["dtype"])
+    if stored_as not in known:
+        raise CheckpointError(
+            f"bake.json stores the weights as {stored_as!r}, which is none of "
+            f"{', '.join(known)}: do not trust it"
+        )
+    return None if stored_as == "as the base" else stored_as
 
 
 def read_canary(directory: Path) -> dict[str, str]:

@@ -67,6 +67,8 @@ def _check_files(record: Mapping[str, Any], source: Path, error: type[BakeError]
     check_names([shard["name"] for shard in shards], source, suffixes=weights, error=error)
     check_names([shard["base_file"] for shard in shards], source, suffixes=weights, error=error)
     check_names(sweep.get("figures", ()), source, suffixes=".png", error=error)
+    removed = [entry["file"] for entry in record.get("removed", ())]
+    check_names(removed, source, suffixes=weights, error=error)
 
 
 def _fields(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
@@ -228,6 +230,15 @@ _RECORD: dict[str, Check] = {
             "texts": _or_null(_fields({"sha256": _hash}, {"set": _optional_text})),
         },
     ),
+    "ablation": _fields(
+        {
+            "scope": _one_of("stream", "writes"),
+            "strength": _number,
+            "rank": _count(1, MAX_WIDTH),
+            "layers": _each(_layer, least=1),
+        }
+    ),
+    "removed": _each(_fields({"file": _text, "site": _text, "metadata": _mapping(_text)}), least=1),
     "direction": _fields({"site": _text, "metadata": _mapping(_text)}),
     "plan": _fields(
         {
@@ -259,6 +270,7 @@ _RECORD: dict[str, Check] = {
             "verified": _flag,
             "reason": _text,
             "rounding_allowed": _flag,
+            "remainder": _or_null(_fields(dict.fromkeys(("base", "baked", "plain"), _number))),
             "canary": _or_null(_fields(dict.fromkeys(("prompt", "baked", "base"), _text))),
             "samples": _each(_fields(dict.fromkeys(("opening", "base", "baked"), _text))),
             "cost": _or_null(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bake.anatomy import Anatomy, SiteRoute
 from bake.anatomy.flags import with_flags
@@ -31,6 +31,19 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Changes(Protocol):
+    """What the writer and the record ask of a plan, whatever it is for."""
+
+    @property
+    def edits(self) -> tuple[Edit, ...]: ...
+
+    @property
+    def config_changes(self) -> Mapping[str, Any]: ...
+
+    @property
+    def carries_drafts(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,11 @@ class Plan:
             created=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
             settings=tuple(self.route.flags),
         )
+
+    @property
+    def carries_drafts(self) -> bool:
+        """Whether files of multi-token prediction are kept: where every layer keeps its name."""
+        return self.route.rewriter is None
 
     @property
     def config_values(self) -> dict[str, Any]:
@@ -114,7 +132,7 @@ def make_plan(
         _check_finite(push, folded)
         edits = tuple(place_push(rewritten, folded))
         changes = _effective(
-            checkpoint.config, {**rewritten.config_changes, **_dtype_changes(checkpoint, dtype)}
+            checkpoint.config, {**rewritten.config_changes, **dtype_changes(checkpoint, dtype)}
         )
         return Plan(route, edits, changes, folded, dtype or "as the base")
     names = _disk_names(checkpoint, anatomy, route)
@@ -134,7 +152,7 @@ def make_plan(
             stored[name].stored if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
         )
         made.append(Add(name, filled))
-    converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], stored) if dtype else []
+    converted = convert_others(checkpoint, FLOAT_DTYPES[dtype], stored) if dtype else []
     transformed = {edit.name for edit in converted}
     made += converted
     made += [
@@ -142,7 +160,7 @@ def make_plan(
         for edit in slot_edits
         if not edit.is_new and edit.name not in transformed
     ]
-    changes = {**route.flags, **_dtype_changes(checkpoint, dtype)}
+    changes = {**route.flags, **dtype_changes(checkpoint, dtype)}
     return Plan(route, tuple(made), changes, tuple(slot_edits), dtype or "as the base")
 
 
@@ -170,7 +188,7 @@ def outline_edits(
         name, weight = names.new_bias(parameter)
         code = FLOAT_DTYPES[dtype] if dtype else _dtype_beside(checkpoint, weight)
         edits.append(Add(name, torch.empty(shape, dtype=torch_dtype(code), device="meta")))
-    converted = _conversions(checkpoint, FLOAT_DTYPES[dtype], {}) if dtype else []
+    converted = convert_others(checkpoint, FLOAT_DTYPES[dtype], {}) if dtype else []
     transformed = {edit.name for edit in converted}
     slots = [slot.bias for layer in layers for slot in route.slots_of(layer)]
     existing = {names.existing(bias) for bias in slots if bias not in route.new_parameters}
@@ -271,7 +289,7 @@ def _edit_slot(
     )
 
 
-def _conversions(
+def convert_others(
     checkpoint: Checkpoint, code: str, stored: Mapping[str, SlotEdit]
 ) -> list[Transform]:
     """Rewrite every float tensor in another dtype, patched slots with what they will hold."""
@@ -299,7 +317,8 @@ def _effective(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     }
 
 
-def _dtype_changes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
+def dtype_changes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
+    """Return the config keys that state the weights' dtype, with another one; none where it is kept."""
     return dict.fromkeys(_dtype_keys(checkpoint.config), dtype) if dtype else {}
 
 

@@ -12,12 +12,12 @@ from bake.io.foreign_json import read_json
 from bake.texts.tokenizer import TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
-    from bake.plan.plan import Plan
+    from bake.plan.plan import Changes
 
 
 def describe_undo(
     checkpoint: Checkpoint,
-    plan: Plan,
+    plan: Changes,
     sources: Mapping[str, str],
     *,
     tokenizer_changed: bool = False,

@@ -25,7 +25,7 @@ MOST_KL, LEAST_KL = 1.0, 0.01
 
 @dataclass(frozen=True)
 class Cost:
-    """What a push does to neutral text.
+    """What a push or an ablation does to neutral text.
 
     kl_mean, kl_p95: KL(base ‖ steered) over all positions, in nats. top1_agreement: share of positions
     whose most likely token stays. accumulated: ‖Σ α_l û_l‖ over the band, in units of μ of its last layer;
@@ -57,9 +57,15 @@ class Cost:
 
 
 def measure_cost(
-    base: Sequence[torch.Tensor], hooked: Sequence[torch.Tensor], push: Push, site: str
+    base: Sequence[torch.Tensor],
+    hooked: Sequence[torch.Tensor],
+    push: Push | None = None,
+    site: str = "",
 ) -> Cost:
-    """Compare logits of neutral texts, each (positions, vocabulary), of the base and the hooked model."""
+    """Compare logits of neutral texts, each (positions, vocabulary), of the base and the hooked model.
+
+    push, site: of a push, which adds up in the residual stream; an ablation has none.
+    """
     import torch
 
     divergences, agreeing = [], 0
@@ -72,7 +78,7 @@ def measure_cost(
         float(kl.mean()),
         float(torch.quantile(kl, 0.95)),
         agreeing / len(kl),
-        _accumulate(push) if site in RESIDUAL_SITES else None,
+        _accumulate(push) if push is not None and site in RESIDUAL_SITES else None,
         len(kl),
     )
 

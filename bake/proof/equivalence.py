@@ -27,6 +27,7 @@ from bake.proof.observation import (
     Logits,
     PlainRun,
     ProofSetup,
+    Pushed,
     Reference,
     Report,
     StoredBase,
@@ -58,6 +59,19 @@ MAX_PROMPTS, MAX_TOKENS = 8, 32
 
 
 @dataclass(frozen=True)
+class Remainder:
+    """max |x·û| / ‖x‖ over positions and modules: how much of x lies in an ablation's subspace.
+
+    x: the stream after each layer, or the writes, by the ablation's scope. base, baked: in float32
+    arithmetic, of what is stored. plain: of the plain process, in the stored dtype.
+    """
+
+    base: float
+    baked: float
+    plain: float
+
+
+@dataclass(frozen=True)
 class Equivalence:
     """What the proof showed. Errors are relative to the largest effect of the push on a logit.
 
@@ -71,6 +85,7 @@ class Equivalence:
     relative error with the hooked model's choices held, which is what the tolerance is for there.
     padding: {how a batch is padded: what that does at real tokens}, relative to the largest logit.
     cost: what the push does to neutral text. samples: what base and bake write, greedily, in float32.
+    remainder: of an ablation, how much of the subspace is left.
     """
 
     mechanism_error: float
@@ -97,6 +112,7 @@ class Equivalence:
     experts_flipped: float | None = None
     same_experts_error: float | None = None
     padding: Mapping[str, PaddingError] = field(default_factory=dict)
+    remainder: Remainder | None = None
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -177,9 +193,7 @@ def prove_equivalence(
     openings = choose_openings(tokenizer)
     with temporary_directory("bake-proof-") as folder:
         setup = ProofSetup(
-            structure,
-            plan.route.site,
-            push,
+            Pushed(structure, plan.route.site, push),
             texts,
             folder,
             placement=placement,
@@ -191,7 +205,14 @@ def prove_equivalence(
         plain = run_plain(baked.directory, setup)
         stored_base = run_stored_base(base.directory, setup, dtype, plain)
         run = run_baked(baked.directory, setup, plan, reference)
-        result = _compare(baked, plan, tokenizer, setup, reference, plain, stored_base, run)
+        stored = Stored(
+            dtype,
+            TOLERANCES[dtype][0 if plan.slots_are_new else 1],
+            plan.representation_error,
+            _slots_exact(baked, plan),
+            measure_cost(reference.base, reference.hooked, push, plan.route.site),
+        )
+        result = compare_runs(stored, tokenizer, setup, reference, plain, stored_base, run)
     samples = collect_samples(tokenizer, openings, reference.written, run.written)
     result = replace(result, rounding_allowed=allow_rounding, samples=samples)
     failures = tuple(_find_failures(result, plan, run, reference, plain))
@@ -202,9 +223,20 @@ def prove_equivalence(
     )
 
 
-def _compare(
-    baked: Checkpoint,
-    plan: Plan,
+@dataclass(frozen=True)
+class Stored:
+    """What is known of the stored values apart from the runs; see Equivalence for what each figure is."""
+
+    dtype: str
+    tolerance: float
+    representation_error: float
+    exact: bool
+    cost: Cost
+    remainder: Remainder | None = None
+
+
+def compare_runs(
+    stored: Stored,
     tokenizer: Tokenizer,
     setup: ProofSetup,
     reference: Reference,
@@ -213,19 +245,18 @@ def _compare(
     run: BakedRun,
 ) -> Equivalence:
     """Return every figure of the proof, not yet judged."""
-    dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     kl, top1 = _agreement(plain.logits, stored_base.hooked)
     return Equivalence(
         mechanism_error=_relative(run.exact, reference.scaled, reference.base),
         relative_error=_relative(run.stored, reference.scaled, reference.base),
-        representation_error=plan.representation_error,
-        tolerance=TOLERANCES[dtype][0 if plan.slots_are_new else 1],
+        representation_error=stored.representation_error,
+        tolerance=stored.tolerance,
         max_effect=reference.max_effect,
         effect=reference.max_effect / reference.deviation,
         plain_effect=farthest(plain.logits, stored_base.base)
         / max(farthest(stored_base.hooked, stored_base.base), 1e-12),
         scaled_by=reference.factor,
-        slots_exact=_slots_exact(baked, plan),
+        slots_exact=stored.exact,
         loading_info_clean=not any(_beyond(plain.report, reference.report).values()),
         loading_info=plain.report,
         greedy_equal=run.choices == reference.greedy,
@@ -234,13 +265,14 @@ def _compare(
         kl=kl,
         top1_agreement=top1,
         prompts=len(setup.encoded),
-        stored_dtype=dtype,
+        stored_dtype=stored.dtype,
         canary=find_canary(tokenizer, setup, stored_base, plain),
-        cost=measure_cost(reference.base, reference.hooked, setup.push, setup.site),
+        cost=stored.cost,
         experts_flipped=run.flipped,
         same_experts_error=None
         if run.held is None
         else _relative(run.held, reference.scaled, reference.base),
+        remainder=stored.remainder,
     )
 
 
@@ -248,17 +280,7 @@ def _find_failures(
     result: Equivalence, plan: Plan, run: BakedRun, reference: Reference, plain: PlainRun
 ) -> Iterator[str]:
     """Yield everything that is wrong, each in a phrase with its remedy."""
-    if result.plain_effect < DROPPED_EFFECT:
-        yield "the reloaded model is the base model: the push was dropped on loading"
-    if not result.loading_info_clean:
-        entries = "; ".join(
-            f"{kind.replace('_', ' ')} {_some(names)}"
-            for kind, names in _beyond(plain.report, reference.report).items()
-            if names
-        )
-        yield f"transformers does not load it cleanly: {entries}"
-    if run.missing:
-        yield f"mechanism: the reloaded model has no parameter {_some(run.missing)}"
+    yield from loading_failures(result, run, reference, plain)
     if not result.slots_exact:
         yield "mechanism: a stored slot is not cast(old + push), bit for bit"
     # Written so that a NaN fails.
@@ -279,10 +301,27 @@ def _find_failures(
     elif not result.judged_error <= result.tolerance and not result.rounding_allowed:
         yield _representation_failure(result, plan)
     if result.mechanism_error <= MECHANISM_TOLERANCE:  # Else a wrong route leaks everywhere.
-        yield from _padding_failures(result)
+        yield from padding_failures(result)
 
 
-def _padding_failures(result: Equivalence) -> Iterator[str]:
+def loading_failures(
+    result: Equivalence, run: BakedRun, reference: Reference, plain: PlainRun
+) -> Iterator[str]:
+    """Yield what is wrong with what plain transformers loads, whatever was baked."""
+    if result.plain_effect < DROPPED_EFFECT:
+        yield "the reloaded model is the base model: the push was dropped on loading"
+    if not result.loading_info_clean:
+        entries = "; ".join(
+            f"{kind.replace('_', ' ')} {_some(names)}"
+            for kind, names in _beyond(plain.report, reference.report).items()
+            if names
+        )
+        yield f"transformers does not load it cleanly: {entries}"
+    if run.missing:
+        yield f"mechanism: the reloaded model has no parameter {_some(run.missing)}"
+
+
+def padding_failures(result: Equivalence) -> Iterator[str]:
     """Yield the side on which padding reaches real tokens, beyond what it does to the base."""
     leaks = {
         name: found for name, found in result.padding.items() if found.is_beyond(PADDING_TOLERANCE)
@@ -326,6 +365,14 @@ def _find_warnings(
         yield f"{method}: the proof is of the dequantised weights; plain transformers {ran}{failed}"
     if result.representation_error > REPRESENTATION_WARNING:
         yield f"{result.stored_dtype} holds the push to {result.representation_error:.1%} only"
+    yield from common_warnings(result, reference)
+    warning = result.cost.warn(push.multiplier) if result.cost else None
+    if warning is not None:
+        yield warning
+
+
+def common_warnings(result: Equivalence, reference: Reference) -> Iterator[str]:
+    """Yield what somebody should know of a proof, whatever was baked."""
     if result.experts_flipped:
         yield (
             f"rounding changes {100 * result.experts_flipped:.2g} % of the choices of experts: the "
@@ -341,9 +388,6 @@ def _find_warnings(
         yield "the base itself does not load cleanly; only what is new counts here"
     if result.canary is None:
         yield "no canary: base and baked continue every equivalence prompt alike"
-    warning = result.cost.warn(push.multiplier) if result.cost else None
-    if warning is not None:
-        yield warning
 
 
 def _slots_exact(baked: Checkpoint, plan: Plan) -> bool:

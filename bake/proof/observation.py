@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bake.anatomy.folding import SlotEdit
 from bake.errors import EquivalenceError
-from bake.hooks import steered
+from bake.hooks import share_watched, steered
 from bake.io.work_directory import temporary_directory
 from bake.models.forward import (
     LoadedModel,
@@ -38,6 +40,7 @@ from bake.texts.prompts import Encoded, TokenBatch, make_batches, position_limit
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 # Of the logits' standard deviation. Below it float32's own rounding would be taken for an error, so the
 # checks scale the push up until its effect is one deviation; folding is linear, so nothing is lost.
@@ -53,18 +56,50 @@ Continuations = list[list[int]]
 Report = Mapping[str, Sequence[str]]
 
 
-@dataclass(frozen=True)
-class ProofSetup:
-    """What every run is given: the encoded prompts, site, push, and where things may lie.
+class Intervention(Protocol):
+    """What the reference does to the base, and the bake to its weights.
 
-    folder: where logits are kept, so that two runs are never in memory together. published: the
-    repository and commit that the plain process loads, instead of the directory. spare: the base, where
-    it is still in memory. openings: to be continued by base and bake; nothing is judged by them.
+    scales: whether its effect can be made larger by a factor, for a comparison.
     """
+
+    @property
+    def scales(self) -> bool: ...
+
+    def hooks(
+        self, model: nn.Module, *, factor: float = 1.0, mask: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Return the context in which a model is hooked; mask: (texts, positions), 1 at tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A push at a site, as an intervention; folding is linear, so it can be scaled."""
 
     structure: LayerStructure
     site: str
     push: Push
+    scales: bool = True
+
+    def hooks(
+        self, model: nn.Module, *, factor: float = 1.0, mask: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Return the context in which factor · push is added at the site, where the mask is 1."""
+        vectors = self.push.vectors
+        return steered(model, self.structure, self.site, vectors, factor=factor, mask=mask)
+
+
+@dataclass(frozen=True)
+class ProofSetup:
+    """What every run is given: the encoded prompts, the intervention, and where things may lie.
+
+    folder: where logits are kept, so that two runs are never in memory together. published: the
+    repository and commit that the plain process loads, instead of the directory. spare: the base, where
+    it is still in memory. openings: to be continued by base and bake; nothing is judged by them. watched:
+    {module: (directions, hidden_size)}, of whose outputs the largest share along the directions is kept.
+    """
+
+    intervention: Intervention
     encoded: tuple[Encoded, ...]
     folder: Path
     device: torch.device | None = None
@@ -72,6 +107,7 @@ class ProofSetup:
     published: tuple[str, str] | None = None
     spare: SpareModel | None = None
     openings: tuple[tuple[int, ...], ...] = ()
+    watched: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def few(self) -> tuple[Encoded, ...]:
@@ -125,7 +161,7 @@ class Reference:
     """The base in float32. scaled: hooked with factor · push; max_effect: max|hooked − base|;
     deviation: the standard deviation of the base's logits; greedy: of the scaled hooked model; choices:
     the scaled hooked model's choices of experts, none where it has no routers; written: what the base alone
-    writes after the openings.
+    writes after the openings; share: the base's, of what is watched.
     """
 
     base: Logits
@@ -139,6 +175,7 @@ class Reference:
     choices: Choices
     padding: PaddedReference
     written: Continuations
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +196,7 @@ class PlainRun:
     """What the plain process saw of the baked directory, in its stored dtype.
 
     quantized: it ran a quantised model as one. failure: why it ran it dequantised, where the quantised
-    run was tried and failed.
+    run was tried and failed. remainder: the largest share of what was watched along its directions.
     """
 
     logits: Logits
@@ -167,6 +204,7 @@ class PlainRun:
     report: Report
     quantized: bool = False
     failure: str | None = None
+    remainder: float | None = None
 
 
 @dataclass(frozen=True)
@@ -196,21 +234,23 @@ def run_reference(directory: Path, setup: ProofSetup) -> Reference:
     spare = setup.spare.take("float32") if setup.spare else None
     loaded = spare or setup.load(directory, "float32")
     batches = setup.batches(loaded)
-    vectors = setup.push.vectors
-    base = setup.logits("base", loaded, batches)
+    hooks = partial(setup.intervention.hooks, loaded.model)
+    with share_watched(loaded.model, setup.watched) as shares:
+        base = setup.logits("base", loaded, batches)
     written = setup.write(loaded)
-    with steered(loaded.model, setup.structure, setup.site, vectors), record_choices() as choices:
+    with hooks(), record_choices() as choices:
         hooked = setup.logits("hooked", loaded, batches)
     effect = farthest(hooked, base)
     if not math.isfinite(effect) or effect == 0:
         found = "nothing" if effect == 0 else "the logits to values that are not finite"
         raise EquivalenceError(
-            f"the push moves {found} on the equivalence prompts, so there is nothing to prove; "
-            f"check the direction and the multiplier"
+            f"the bake moves {found} on the equivalence prompts, so there is nothing to prove; "
+            f"check the direction and the strength"
         )
     deviation = standard_deviation(base)
-    factor = 1.0 if effect >= SMALL_EFFECT * deviation else deviation / effect
-    with steered(loaded.model, setup.structure, setup.site, vectors, factor=factor):
+    small = setup.intervention.scales and effect < SMALL_EFFECT * deviation
+    factor = deviation / effect if small else 1.0
+    with hooks(factor=factor):
         scaled = hooked
         if factor != 1.0:
             with record_choices() as choices:
@@ -229,18 +269,18 @@ def run_reference(directory: Path, setup: ProofSetup) -> Reference:
         choices,
         padding,
         written,
+        max(shares, default=None),
     )
 
 
 def _run_padded_reference(loaded: LoadedModel, setup: ProofSetup, factor: float) -> PaddedReference:
     trial = plan_trial(loaded.model, [text.ids for text in setup.few])
-    vectors = setup.push.vectors
-    with steered(loaded.model, setup.structure, setup.site, vectors, factor=factor):
+    hooks = partial(setup.intervention.hooks, loaded.model, factor=factor)
+    with hooks():
         alone = setup.logits("hooked, alone", loaded, trial.alone)
     padded = {}
     for name, batch in trial.padded.items():
-        mask = batch.attention_mask
-        with steered(loaded.model, setup.structure, setup.site, vectors, factor=factor, mask=mask):
+        with hooks(mask=batch.attention_mask):
             padded[name] = setup.logits(f"hooked, padded {name}", loaded, [batch])
     return PaddedReference(trial, alone, padded)
 
@@ -251,7 +291,7 @@ def run_stored_base(directory: Path, setup: ProofSetup, dtype: str, plain: Plain
     batches = make_batches(setup.few, batch_tokens=1)
     base = setup.logits("stored base", loaded, batches)
     greedy = continue_greedily(loaded, setup.canaries, NEW_TOKENS)
-    with steered(loaded.model, setup.structure, setup.site, setup.push.vectors):
+    with setup.intervention.hooks(loaded.model):
         hooked = setup.logits("stored hooked", loaded, batches)
         choices = choose_greedily(loaded, setup.canaries, plain.continuations)
     return StoredBase(base, hooked, greedy, choices)
@@ -260,11 +300,11 @@ def run_stored_base(directory: Path, setup: ProofSetup, dtype: str, plain: Plain
 def run_plain(directory: Path, setup: ProofSetup) -> PlainRun:
     """Run the directory in the plain process. Raises EquivalenceError where it cannot load."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     give_memory_back()  # Two processes need memory now.
     with temporary_directory("bake-plain-") as folder:
-        request = {
+        request: dict[str, Any] = {
             "directory": setup.published[0] if setup.published else str(directory.resolve()),
             "revision": setup.published[1] if setup.published else None,
             "device": str(setup.device or default_device()),
@@ -274,7 +314,13 @@ def run_plain(directory: Path, setup: ProofSetup) -> PlainRun:
             "new_tokens": NEW_TOKENS,
             "threads": torch.get_num_threads(),
             "logits": str(folder / "logits.safetensors"),
+            "watched": None,
         }
+        if setup.watched:
+            request["watched"] = str(folder / "watched.safetensors")
+            save_file(
+                {name: each.clone() for name, each in setup.watched.items()}, request["watched"]
+            )
         result = ask_plain_process(request, folder)
         if result["bake_imported"]:
             raise EquivalenceError("the plain process imported bake, so it proves nothing")
@@ -285,6 +331,7 @@ def run_plain(directory: Path, setup: ProofSetup) -> PlainRun:
         result["report"],
         result["quantized"],
         result["quantized_run_failed"],
+        result["remainder"],
     )
 
 
@@ -313,7 +360,7 @@ def run_baked(directory: Path, setup: ProofSetup, plan: Plan, reference: Referen
     hold(loaded.model, loaded.weights, exact)
     logits = setup.logits("baked, exact slots", loaded, batches)
     choices = choose_greedily(loaded, setup.canaries, reference.greedy)
-    padding = _padding_errors(loaded, setup, reference.padding)
+    padding = padding_errors(loaded, setup, reference.padding)
     return BakedRun(stored, logits, choices, missing, padding, written, held, flipped)
 
 
@@ -340,7 +387,7 @@ def _has(loaded: LoadedModel, name: str) -> bool:
     return True
 
 
-def _padding_errors(
+def padding_errors(
     loaded: LoadedModel, setup: ProofSetup, reference: PaddedReference
 ) -> Mapping[str, PaddingError]:
     """Run the reference's padded batches and compare; figures are relative to the largest logit."""

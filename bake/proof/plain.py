@@ -171,11 +171,13 @@ def observe(
         model.to(request["device"])
     logits = {}
     continuations = {}
+    shares = watch(model, request["watched"])
     with torch.no_grad():
         for index, ids in enumerate(request["prompts"]):
             prompt = torch.tensor([ids], device=request["device"])
             # A copy of its own: a view would drag the storage of the whole output into the file.
             logits[str(index)] = model(prompt, use_cache=False).logits[0].float().cpu().clone()
+        remainder = max(shares, default=None)
         for length in sorted({len(ids) for ids in request["canaries"]}):
             prompts = [ids for ids in request["canaries"] if len(ids) == length]
             batch = torch.tensor(prompts, device=request["device"])
@@ -197,7 +199,28 @@ def observe(
         "bake_imported": any(name.partition(".")[0] == "bake" for name in sys.modules),
         "quantized": bool(getattr(model, "is_quantized", False)),
         "quantized_run_failed": None,
+        "remainder": remainder,
     }
+
+
+def watch(model: Any, file: str | None) -> list[float]:
+    """Return a list to which runs add max |x·b| / ‖x‖ of the outputs of the modules that a file names.
+
+    file: safetensors, {module: its directions (directions, hidden_size), orthonormal}; None for none.
+    """
+    from safetensors.torch import load_file
+
+    shares: list[float] = []
+    for name, basis in load_file(file).items() if file else ():
+
+        def look(_module: Any, _arguments: Any, output: Any, basis: Any = basis) -> None:
+            found = output[0] if isinstance(output, tuple | list) else output
+            rows = found.reshape(-1, found.shape[-1]).double()
+            along = (rows @ basis.to(rows.device).double().T).norm(dim=-1)
+            shares.append(float((along / rows.norm(dim=-1).clamp(min=1e-30)).max()))
+
+        model.get_submodule(name).register_forward_hook(look)
+    return shares
 
 
 if __name__ == "__main__":

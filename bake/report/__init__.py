@@ -1,5 +1,6 @@
 """What a person reads on the terminal: tables and summaries of the values that the stages returned."""
 
+from bake.report.ablations import describe_ablated
 from bake.report.architectures import describe_anatomy, describe_entries, describe_totals
 from bake.report.bakes import (
     describe_equivalence,
@@ -17,6 +18,7 @@ from bake.report.directions import (
 from bake.support.tables import format_table
 
 __all__ = [
+    "describe_ablated",
     "describe_anatomy",
     "describe_direction",
     "describe_entries",

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from bake.anatomy.catalogue import ABLATION
 from bake.engines.survival import describe_survivals
 from bake.sites import DESCRIPTIONS, RESIDUAL_SITES, SITES
 from bake.strength.coefficients import band_layers
 from bake.support.tables import format_table
 from bake.support.text import list_numbers
+from bake.writes import SCOPES
 
 if TYPE_CHECKING:
     from bake.anatomy import Anatomy, SiteRoute
@@ -44,9 +46,19 @@ def describe_anatomy(anatomy: Anatomy) -> str:
         if site in anatomy.refusals:
             no = "no other way" if here else "no"
             lines.append(f"  {no}: {anatomy.refusals[site]}")
+    lines += ["", "ablation (bake ablate): a direction taken out instead of added"]
+    for scope, verdict in anatomy.ablation.to_dict().items():
+        reason = verdict if verdict == "exact" else f"no: {verdict}"
+        lines.append(f"  --scope {scope}: {reason}{_head_of(anatomy) if scope == 'stream' else ''}")
     if "insert" in anatomy.refusals:
         lines += ["", f"extra layers (--route insert): no: {anatomy.refusals['insert']}"]
     return "\n".join(lines)
+
+
+def _head_of(anatomy: Anatomy) -> str:
+    """Say what becomes of a head that shares the embedding's matrix."""
+    writes = anatomy.ablation.writes
+    return "" if writes is None or writes.untying is None else "; the output head is untied"
 
 
 def _weaker(anatomy: Anatomy) -> Iterator[str]:
@@ -118,7 +130,13 @@ def describe_totals(entries: Sequence[CatalogueEntry]) -> str:
         totals.append(
             (site, *(str(first.count(name)) for name in ("native", "flag", "host", "none")))
         )
-    return format_table(("site", "native", "by a flag", "by a host", "none"), totals)
+    table = format_table(("site", "native", "by a flag", "by a host", "none"), totals)
+    ablated = [entry for entry in entries if entry.site == ABLATION]
+    counts = (
+        f"{sum(any(route.route == scope for route in e.routes) for e in ablated)} by --scope {scope}"
+        for scope in SCOPES
+    )
+    return f"{table}\n\nablation is exact in {', '.join(counts)}, of {len(ablated)} architectures"
 
 
 def _shortened(reason: str, length: int = 90) -> str:

@@ -39,13 +39,16 @@ def describe_export(result: Export) -> str:
         parts.append(f"published as {result.publication.url} (commit {result.publication.commit})")
         where = result.publication.repo_id
     loader = auto_class(result.base.anatomy.config).__name__
-    parts += [
-        "",
+    return "\n".join([*parts, "", *describe_loading(loader, where)])
+
+
+def describe_loading(loader: str, where: str) -> list[str]:
+    """Return the lines that load a bake. loader: the Auto class; where: a directory or a Hub id."""
+    return [
         f"from transformers import {loader}, AutoTokenizer",
         f'model = {loader}.from_pretrained("{where}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
     ]
-    return "\n".join(parts)
 
 
 def _describe_needs(result: Export) -> list[str]:
@@ -124,10 +127,11 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
     """Return the figures of a proof, and its verdict; of one that was not made, why."""
     if isinstance(found, Unproven):
         return f"NOT verified: {found.reason}"
+    slots, what = ("slots", "the push") if found.remainder is None else ("matrices", "the edits")
     rows = [
-        ("mechanism (exact slots, float32)", f"{found.mechanism_error:.1e}", "1e-04"),
+        (f"mechanism (exact {slots}, float32)", f"{found.mechanism_error:.1e}", "1e-04"),
         *_as_stored(found),
-        ("representation of the push", f"{found.representation_error:.1e}", ""),
+        (f"representation of {what}", f"{found.representation_error:.1e}", ""),
         ("padded batches", f"{found.padding_leak:.1e}", f"{found.padding_bound:.0e}"),
         ("KL in the stored dtype (nats)", f"{found.kl:.1e}", ""),
         ("same most likely token", f"{found.top1_agreement:.1%}", ""),
@@ -138,6 +142,12 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
     verdict = "equivalent to the hooked model" if found.passed else "NOT equivalent"
     table = format_table(("equivalence", "found", "bound"), rows)
     lines = [table, verdict]
+    if found.remainder:
+        lines.append(
+            f"remainder, max |x·û| / ‖x‖: {found.remainder.base:.2g} in the base, "
+            f"{found.remainder.baked:.1e} in float32 arithmetic, {found.remainder.plain:.1e} as plain "
+            f"transformers runs it in {found.stored_dtype}"
+        )
     if found.cost:
         lines.append(_describe_cost(found.cost))
     if found.canary:

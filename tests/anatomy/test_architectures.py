@@ -15,7 +15,7 @@ from golden import read_golden, rows_of, shorten
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bake.anatomy import examine
-from bake.anatomy.catalogue import default_config, examine_all, list_model_types
+from bake.anatomy.catalogue import ABLATION, default_config, examine_all, list_model_types
 from bake.anatomy.layers import choose_layers_to_keep, find_layer_kinds
 from bake.anatomy.shrink import shrink
 from bake.anatomy.structure import find_decoder_layers
@@ -95,7 +95,9 @@ def in_place(entry):
 
 
 def test_every_architecture_and_site_is_judged(entries):
-    assert list(entries) == [(name, site) for name in list_model_types() for site in SITES]
+    assert list(entries) == [
+        (name, site) for name in list_model_types() for site in (*SITES, ABLATION)
+    ]
     assert all(bool(entry.routes) != bool(entry.refusal) for entry in entries.values())
 
 

@@ -1,0 +1,303 @@
+"""`bake ablate`: a direction is taken out of the weights, proven, and described like any bake."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bake import hub
+from bake.anatomy.base import Base, load_base
+from bake.card.render import render_record
+from bake.checkpoint.writer import WrittenWeights, explain_links
+from bake.directions.direction import Direction
+from bake.directions.direction_file import direction_bytes
+from bake.directions.separation import parse_separation
+from bake.errors import BakeError, DirectionError, UnsupportedError
+from bake.io.hashing import hash_files
+from bake.io.output_files import CARD_FILE, RESULT_FILE
+from bake.io.staging import check_output, staged_directory
+from bake.models.streaming import Placement, choose_placement
+from bake.pipeline.ablation_record import describe_ablation, direction_file, span
+from bake.pipeline.about import About, describe_about
+from bake.pipeline.decision import extract, extraction_options
+from bake.pipeline.export import open_for_export, write
+from bake.pipeline.given_directions import GivenDirection, fit_each, read_directions
+from bake.pipeline.publishing import check_access, publish
+from bake.pipeline.recipe import Recipe, make_recipe
+from bake.pipeline.record import describe_left_out, encode_result
+from bake.plan.ablation import AblationPlan, plan_ablation
+from bake.plan.undo_record import describe_undo
+from bake.proof.ablation import prove_ablation
+from bake.proof.equivalence import Equivalence
+from bake.proof.plain_process import kept_plain_process
+from bake.sites import RESIDUAL_SITES
+from bake.support.html import show
+from bake.support.progress import announce, track_bytes, warn
+from bake.support.text import did_you_mean
+from bake.support.timing import Stopwatch, peak_memory
+from bake.texts.pairs import ContrastPair, read_pairs
+from bake.texts.tokenizer import keep_tokenizer
+from bake.writes import SCOPES, Ablation
+
+SITE = "mlp_out"  # where directions are found: after a whole layer's writes
+STAGES = ("checkpoint", "anatomy", "load", "direction", "write", "prove", "hash")
+
+
+@dataclass(frozen=True)
+class AblationRecipe:
+    """What `bake ablate` is asked for.
+
+    shared: the options that it has in common with `bake export`; there `direction` and `added` are the
+    directions of the subspace. from_layer: the layer whose direction is taken out everywhere.
+    """
+
+    shared: Recipe
+    scope: str = "stream"
+    strength: float = 1.0
+    from_layer: int | None = None
+
+    def check(self) -> None:
+        """Raise BakeError for options that contradict each other, before any work starts."""
+        self.shared.check()
+        if self.scope not in SCOPES:
+            hint = f"one of {', '.join(SCOPES)}{did_you_mean(self.scope, SCOPES)}"
+            raise BakeError(f"unknown scope {self.scope!r}; {hint}")
+        if self.strength == 0 or not math.isfinite(self.strength):
+            raise BakeError(f"strength {self.strength:g}: it must be finite and not zero")
+        if self.scope == "writes":
+            return
+        place = "--band" if self.shared.band != Recipe.band else "--layers"
+        if self.shared.layers is not None or self.shared.band != Recipe.band:
+            raise UnsupportedError(
+                f"{place} with --scope stream: a stream without the direction in some layers only is no "
+                "edit of weights, for what later layers write would have to depend on what earlier ones "
+                "wrote; take --scope writes for some layers, or leave it out for all"
+            )
+        if self.strength != 1:
+            raise UnsupportedError(
+                f"strength {self.strength:g} with --scope stream: what is taken out once is taken out "
+                "again by every later write, so no edit of weights keeps a share of it; take --scope "
+                "writes, or strength 1"
+            )
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What an ablation made. `output` is the directory, everything else is in its bake.json too."""
+
+    output: Path
+    base: Base
+    plan: AblationPlan
+    directions: tuple[Direction, ...]
+    about: About
+    equivalence: Equivalence
+    files: Mapping[str, Mapping[str, Any]]
+    timings: Mapping[str, float]
+    peak_memory: int
+    publication: hub.Publication | None = None
+
+    def __repr__(self) -> str:
+        return f"<Ablated: {self.summary}; {self.output}>"
+
+    def _repr_html_(self) -> str:
+        samples = [(s.opening, s.base, s.baked) for s in self.equivalence.samples]
+        notes = [self.plan.describe(), f"written to {self.output}"]
+        return show(f"Ablated: {self.summary}", ("opening", "base", "ablated"), samples, notes)
+
+    @property
+    def summary(self) -> str:
+        """The ablation in a few words: the base, what was taken out of what, and whether it is proven."""
+        state = "equivalent to the hooked model" if self.equivalence.passed else "NOT equivalent"
+        return f"{self.base.named()['id']}, {self.plan.describe()}, {state}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `--json`."""
+        published = {"publication": self.publication.to_dict()} if self.publication else {}
+        return {
+            "output": str(self.output),
+            **published,
+            **describe_ablation(self.base, self.plan, self.directions, self.about),
+            "equivalence": self.equivalence.to_dict(),
+            "files": dict(self.files),
+            "timings": dict(self.timings),
+            "peak_memory": self.peak_memory,
+        }
+
+
+def make_ablation(values: Mapping[str, Any]) -> AblationRecipe:
+    """Build the recipe from the command's options; raise BakeError for a value of another kind."""
+    own = {
+        name: values[name]
+        for name in ("scope", "strength", "from_layer")
+        if values.get(name) is not None
+    }
+    rest = {
+        name: value
+        for name, value in values.items()
+        if name not in ("scope", "strength", "from_layer")
+    }
+    return AblationRecipe(make_recipe({**rest, "multiplier": 1.0, "site": SITE}), **own)
+
+
+def ablate(recipe: AblationRecipe) -> Ablated:
+    """Take directions out of a checkpoint: decide, write, prove. See `bake ablate --help`.
+
+    Raises a BakeError that names what is wrong; then nothing is left at the output path.
+    """
+    recipe.check()
+    shared = recipe.shared
+    clock = Stopwatch((*STAGES, *(("publish",) if shared.push_to_hub else ())))
+    output = check_output(Path(shared.output), overwrite=shared.overwrite)
+    check_access(shared, clock)
+    placement = choose_placement(shared.device_map, shared.max_memory)
+    extraction_options(shared)
+    given, pairs = read_directions(shared), list(read_pairs(shared.pairs)) if shared.pairs else []
+    _check_strengths(given)
+    with kept_plain_process(start=placement is None):
+        base = open_for_export(shared, output, clock)
+        base.anatomy.ablation.choose(recipe.scope, base.anatomy.model_type)
+        base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
+        layers = _choose_layers(recipe, base)
+        directions = find_directions(recipe, base, given, pairs, layers, placement, clock)
+        basis = span(directions, layers, base.anatomy.hidden_size)
+        plan = plan_ablation(
+            base.checkpoint,
+            base.anatomy,
+            Ablation(basis, recipe.scope, recipe.strength),
+            dtype=shared.dtype,
+        )
+        announce(plan.describe())
+        if (untied := plan.untied()) is not None:
+            announce(untied)
+        about = describe_about(shared, directions[0])
+        with staged_directory(
+            output, overwrite=shared.overwrite, base_directory=base.checkpoint.source
+        ) as staging:
+            written = write(base, plan, staging, shared.shards, clock)
+            with clock.stage("tokenizer"):
+                note = keep_tokenizer(base.tokenizer, staging)
+            with clock.stage("prove"):
+                proof = prove_ablation(
+                    base, staging, plan, allow_rounding=shared.allow_rounding, placement=placement
+                )
+                proof.raise_if_failed()
+            undo = describe_undo(
+                base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
+            )
+            record = {
+                **describe_ablation(base, plan, directions, about),
+                "undo": undo,
+                "equivalence": proof.to_dict(),
+            }
+            files = describe(record, directions, staging, written, clock)
+    for warning in proof.warnings:
+        warn(warning)
+    links = explain_links(base.checkpoint, written, shared.shards)
+    left_out = [entry.describe() for entry in describe_left_out(base, plan)]
+    for sentence in filter(None, (note, links, *left_out)):
+        announce(sentence)
+    publication = publish(output, shared, clock)
+    return Ablated(
+        *(output, base, plan, tuple(directions), about, proof, files),
+        *(clock.seconds, peak_memory(), publication),
+    )
+
+
+def find_directions(
+    recipe: AblationRecipe,
+    base: Base,
+    given: Sequence[GivenDirection],
+    pairs: Sequence[ContrastPair],
+    layers: Sequence[int],
+    placement: Placement | None,
+    clock: Stopwatch,
+) -> list[Direction]:
+    """Return the directions that are taken out: given, or found from pairs; each fitted to the scope."""
+    shared = recipe.shared
+    if given:
+        found = [entry.direction for entry in fit_each(base, given, shared)]
+    else:
+        with clock.stage("load"):
+            loaded = load_base(base, placement)
+        with clock.stage("direction"):
+            every = range(base.anatomy.layer_count)
+            found = [extract(base, loaded, shared, pairs, SITE, every)]
+    for direction in found:
+        if direction.site not in RESIDUAL_SITES:
+            raise DirectionError(
+                f"the direction was found at {direction.site}, a normalised input; what is taken out of "
+                f"the residual stream is found there (bake direction --site {SITE})"
+            )
+    return [fit_to_scope(each, recipe.scope, recipe.from_layer) for each in found]
+
+
+def fit_to_scope(direction: Direction, scope: str, from_layer: int | None) -> Direction:
+    """Return one vector for all layers, which a stream needs, or a vector for each layer's writes.
+
+    Of several layers' vectors that of `from_layer` is taken, else the one that separates held-out pairs
+    best.
+    Raises DirectionError where neither says which.
+    """
+    own = [layer for layer in direction.vectors if layer is not None]
+    if not own or (scope == "writes" and from_layer is None):
+        return direction
+    chosen = own[0] if len(own) == 1 and from_layer is None else from_layer
+    if chosen is None:
+        separation = parse_separation(direction.metadata)
+        if separation is None:
+            raise DirectionError(
+                f"the direction has a vector for each of {len(own)} layers, and one is taken out of the "
+                "whole stream: say which with --from-layer L"
+            )
+        chosen = separation.best.layer
+        announce(
+            f"layer {chosen}'s direction is taken out everywhere: it separates held-out pairs best "
+            "(--from-layer for another)"
+        )
+    metadata = {**direction.metadata, "layer": str(chosen)}
+    return replace(
+        direction, vectors={None: direction.layer(chosen)}, metadata=metadata, lengths={}
+    )
+
+
+def _choose_layers(recipe: AblationRecipe, base: Base) -> Sequence[int]:
+    if recipe.scope == "stream":
+        return range(base.anatomy.layer_count)
+    layers = recipe.shared.place.chosen_layers(base.anatomy.layer_count)
+    if not layers:
+        raise BakeError("the band holds no layer; give a wider one")
+    return layers
+
+
+def _check_strengths(given: Sequence[GivenDirection]) -> None:
+    for entry in given:
+        if entry.strength != 1:
+            raise DirectionError(
+                f"{entry.reference} has a strength of its own, {entry.strength:g}; all directions of a "
+                "subspace are taken out alike: --strength with --scope writes"
+            )
+
+
+def describe(
+    record: Mapping[str, Any],
+    directions: Sequence[Direction],
+    staging: Path,
+    written: WrittenWeights,
+    clock: Stopwatch,
+) -> Mapping[str, Mapping[str, Any]]:
+    """Write directions, card and `bake.json` beside the weights; return every file's hash."""
+    with clock.stage("describe"):
+        for index, direction in enumerate(directions):
+            (staging / direction_file(index)).write_bytes(direction_bytes(direction))
+        (staging / CARD_FILE).write_text(render_record(record), encoding="utf-8")
+    with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
+        files = hash_files(staging, known=written.known_sha256, progress=progress)
+    text = encode_result({**record, "files": files})
+    (staging / RESULT_FILE).write_text(text, encoding="utf-8")
+    return files
+
+
+__all__ = ("Ablated", "AblationRecipe", "ablate", "make_ablation")

@@ -1,0 +1,81 @@
+"""`bake.json` of an ablation: what was taken out of what, and how that is read back.
+
+A direction that was taken out is a direction file beside the weights; a subspace is what several of them
+span, orthonormalised in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bake.anatomy.base import Base
+from bake.checkpoint.loading import auto_class
+from bake.directions.direction import Direction
+from bake.directions.direction_file import load_direction
+from bake.errors import CheckpointError
+from bake.io.output_files import DIRECTION_FILE
+from bake.pipeline.about import About
+from bake.pipeline.record import describe_left_out, stored_dtype
+from bake.plan.ablation import AblationPlan, plan_ablation
+from bake.version import __version__
+from bake.writes import Ablation, orthonormalize
+
+
+def direction_file(index: int) -> str:
+    """Return the name of the file of one of several directions, counted from 0."""
+    return DIRECTION_FILE if index == 0 else DIRECTION_FILE.replace(".", f"-{index + 1}.")
+
+
+def span(directions: Sequence[Direction], layers: Sequence[int], hidden_size: int) -> Any:
+    """Return {layer: orthonormal basis of the directions there}; raise DirectionError as they do."""
+    chosen = [direction.select(layers, hidden_size) for direction in directions]
+    shared = all(None in direction.vectors for direction in directions)
+    if shared:  # One basis for all layers, computed once.
+        basis = orthonormalize([vectors[layers[0]].float() for vectors in chosen])
+        return dict.fromkeys(layers, basis)
+    return {
+        layer: orthonormalize([vectors[layer].float() for vectors in chosen]) for layer in layers
+    }
+
+
+def describe_ablation(
+    base: Base, plan: AblationPlan, directions: Sequence[Direction], about: About
+) -> dict[str, Any]:
+    """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
+    left_out = describe_left_out(base, plan)
+    return {
+        "version": 1,
+        "bake_version": __version__,
+        "base": base.named(),
+        "about": about.to_dict(),
+        "licence": base.licence,
+        "architecture": base.anatomy.architecture,
+        "auto_class": auto_class(base.anatomy.config).__name__,
+        "layer_count": base.anatomy.layer_count,
+        "hidden_size": base.anatomy.hidden_size,
+        "ablation": plan.ablation.to_dict(),
+        "removed": [
+            {**direction.to_dict(), "file": direction_file(index)}
+            for index, direction in enumerate(directions)
+        ],
+        "plan": plan.to_dict(),
+        **({"left_out": [entry.to_dict() for entry in left_out]} if left_out else {}),
+    }
+
+
+def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path) -> AblationPlan:
+    """Return the plan of an ablation from its record, its direction files and its base."""
+    entries, told = recorded["removed"], recorded["ablation"]
+    if [entry["file"] for entry in entries] != [direction_file(i) for i in range(len(entries))]:
+        raise CheckpointError(f"bake.json in {directory} names other direction files than bake's")
+    directions = [load_direction(directory / entry["file"]) for entry in entries]
+    beyond = [layer for layer in told["layers"] if layer >= opened.anatomy.layer_count]
+    if beyond:
+        raise CheckpointError(
+            f"bake.json in {directory} names layer {beyond[0]}, which there is not"
+        )
+    basis = span(directions, told["layers"], opened.anatomy.hidden_size)
+    ablation = Ablation(basis, told["scope"], float(told["strength"]))
+    return plan_ablation(opened.checkpoint, opened.anatomy, ablation, dtype=stored_dtype(recorded))

@@ -1,0 +1,280 @@
+"""The proof of an ablation: does the written checkpoint do what the hooks did, and what is left?
+
+The runs are those of any bake (`bake.proof.observation`). What is stored are whole matrices, so each is
+computed again from the base, compared bit for bit, and held at its exact value in float32 for the
+mechanism's figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bake.anatomy.base import Base
+from bake.anatomy.flags import with_flags
+from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.names import DiskNames
+from bake.hooks import ablated, share_watched
+from bake.io.work_directory import temporary_directory
+from bake.models.forward import LoadedModel, choose_greedily, read_config
+from bake.models.streaming import Placement, hold
+from bake.plan.ablation import AblationPlan
+from bake.proof.cost import LEAST_KL, MOST_KL, measure_cost
+from bake.proof.equivalence import (
+    MAX_PROMPTS,
+    MAX_TOKENS,
+    MECHANISM_TOLERANCE,
+    Equivalence,
+    Remainder,
+    Stored,
+    common_warnings,
+    compare_runs,
+    loading_failures,
+    padding_failures,
+)
+from bake.proof.observation import (
+    NEW_TOKENS,
+    BakedRun,
+    PlainRun,
+    ProofSetup,
+    Reference,
+    padding_errors,
+    run_plain,
+    run_reference,
+    run_stored_base,
+)
+from bake.proof.prove import EQUIVALENCE_PROMPTS
+from bake.proof.routing import hold_choices
+from bake.proof.samples import choose_openings, collect_samples
+from bake.texts.prompts import encode, position_limit, read_prompts
+from bake.writes import Ablation, Write, WriteMap, edit_weight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Bounds on the relative error of what is stored. Every matrix that writes is rounded again, where a push
+# rounds one bias: see docs/ablation.md for what was measured.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """An ablation, as an intervention; it has one strength, and padding has no part in it."""
+
+    writes: WriteMap
+    ablation: Ablation
+    scales: bool = False
+
+    def hooks(
+        self, model: nn.Module, *, factor: float = 1.0, mask: torch.Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Return the context in which the subspace is taken out, at every position."""
+        return ablated(model, self.writes, self.ablation)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The matrices of an ablation, in the base and as they were written."""
+
+    plan: AblationPlan
+    base: DiskNames
+    baked: DiskNames
+
+    def writes(self) -> tuple[tuple[Write, int | None], ...]:
+        """Return what was edited, with the layer of each."""
+        return self.plan.writes.of(self.plan.ablation)
+
+    def exact(self, write: Write, layer: int | None) -> torch.Tensor:
+        """Return what a parameter should be: computed in float64 from the base, in float32."""
+        import torch
+
+        ablation = self.plan.ablation
+        return edit_weight(
+            self.base.read(write.parameter),
+            ablation.basis_at(layer),
+            ablation.strength,
+            write.axis,
+            torch.float32,
+        )
+
+    def head_is_kept(self) -> bool:
+        """Whether a head that was untied holds what the embedding was."""
+        import torch
+
+        untying = self.plan.writes.untying
+        if untying is None or not self.plan.untied_bytes:
+            return True
+        found, wanted = self.baked.read(untying.head), self.base.read(untying.embedding)
+        return torch.equal(found, wanted.to(found.dtype))
+
+
+def prove_ablation(
+    base: Base,
+    directory: Path,
+    plan: AblationPlan,
+    *,
+    allow_rounding: bool = False,
+    placement: Placement | None = None,
+    published: tuple[str, str] | None = None,
+) -> Equivalence:
+    """Prove that `directory` does what the hooked base does, on the shipped equivalence prompts.
+
+    published: (repository, commit) that the plain process loads by its id. Raises EquivalenceError where
+    nothing can be compared; what was compared and differs is in the result's `failures`.
+    """
+    tokenizer = base.tokenizer
+    baked = open_checkpoint(str(directory), allowed=base.checkpoint.roots)
+    limit = position_limit(read_config(base.checkpoint.directory))
+    texts = encode(tokenizer, read_prompts(EQUIVALENCE_PROMPTS), MAX_TOKENS, limit=limit)
+    openings = choose_openings(tokenizer)
+    weights = _open_weights(base, baked, plan)
+    with temporary_directory("bake-proof-") as folder:
+        setup = ProofSetup(
+            Ablated(plan.writes, plan.ablation),
+            tuple(texts)[:MAX_PROMPTS],
+            folder,
+            placement=placement,
+            published=published,
+            openings=tuple(opening.ids for opening in openings),
+            watched=_watched(plan),
+        )
+        reference = run_reference(base.checkpoint.directory, setup)
+        plain = run_plain(baked.directory, setup)
+        stored_base = run_stored_base(base.checkpoint.directory, setup, plan.stored_dtype, plain)
+        run, share, exact, rounding = _run_ablated(baked.directory, setup, weights, reference)
+        stored = Stored(
+            plan.stored_dtype,
+            TOLERANCES[plan.stored_dtype],
+            rounding,
+            exact,
+            measure_cost(reference.base, reference.hooked),
+            Remainder(reference.share or 0.0, share, plain.remainder or 0.0),
+        )
+        result = compare_runs(stored, tokenizer, setup, reference, plain, stored_base, run)
+    samples = collect_samples(tokenizer, openings, reference.written, run.written)
+    result = replace(result, rounding_allowed=allow_rounding, samples=samples)
+    failures = tuple(_find_failures(result, run, reference, plain))
+    return replace(
+        result, failures=failures, warnings=tuple(_find_warnings(result, plan, reference))
+    )
+
+
+def _open_weights(base: Base, baked: Checkpoint, plan: AblationPlan) -> Weights:
+    config = base.anatomy.config
+    untying = plan.writes.untying if plan.untied_bytes else None
+    changed = with_flags(config, untying.flags) if untying else config
+    return Weights(
+        plan,
+        DiskNames(base.checkpoint, build_on_meta(config)),
+        DiskNames(baked, build_on_meta(changed)),
+    )
+
+
+def _watched(plan: AblationPlan) -> dict[str, torch.Tensor]:
+    """Return the modules whose outputs should have nothing of the subspace, with it."""
+    writes, ablation = plan.writes, plan.ablation
+    if ablation.scope == "stream":
+        return {f"{writes.layers}.{layer}": basis for layer, basis in ablation.basis.items()}
+    return {
+        f"{writes.layers}.{layer}.{block}": basis
+        for layer, basis in ablation.basis.items()
+        for block in writes.by_layer[layer].blocks
+    }
+
+
+def _run_ablated(
+    directory: Path, setup: ProofSetup, weights: Weights, reference: Reference
+) -> tuple[BakedRun, float, bool, float]:
+    """Run the written directory in float32, as stored and with exact matrices.
+
+    Returns the run, the share of the subspace that is left, whether every matrix is stored right bit for
+    bit, and the largest rounding error of one, relative to what was taken out of it.
+    """
+    loaded = setup.load(directory, "float32")
+    batches = setup.batches(loaded)
+    with share_watched(loaded.model, setup.watched) as shares:
+        stored = setup.logits("baked", loaded, batches)
+    written = setup.write(loaded)
+    held = flipped = None
+    if reference.choices:
+        with hold_choices(reference.choices) as routing:
+            held = setup.logits("baked, the same experts", loaded, batches)
+        held, flipped = (held, routing.share) if routing.fits else (None, None)
+    exact, rounding = _hold_exact(loaded, weights)
+    logits = setup.logits("baked, exact matrices", loaded, batches)
+    choices = choose_greedily(loaded, setup.canaries, reference.greedy)
+    padding = padding_errors(loaded, setup, reference.padding)
+    run = BakedRun(stored, logits, choices, (), padding, written, held, flipped)
+    return run, max(shares, default=0.0), exact, rounding
+
+
+def _hold_exact(loaded: LoadedModel, weights: Weights) -> tuple[bool, float]:
+    """Give every edited matrix its exact value, one at a time; compare what is stored with it."""
+    import torch
+
+    exact, worst = weights.head_is_kept(), 0.0
+    for write, layer in weights.writes():
+        wanted = weights.exact(write, layer)
+        found = weights.baked.read(write.parameter)
+        exact = exact and torch.equal(found, wanted.to(found.dtype))
+        taken = (wanted - weights.base.read(write.parameter).float()).norm()
+        if taken > 0:
+            worst = max(worst, float((found.float() - wanted).norm() / taken))
+        hold(loaded.model, loaded.weights, {write.parameter: wanted})
+    return exact, worst
+
+
+def _find_failures(
+    result: Equivalence, run: BakedRun, reference: Reference, plain: PlainRun
+) -> Iterator[str]:
+    """Yield everything that is wrong, each in a phrase with its remedy."""
+    yield from loading_failures(result, run, reference, plain)
+    if not result.slots_exact:
+        yield "mechanism: a stored matrix is not the base's without the subspace, bit for bit"
+    # Written so that a NaN fails.
+    if not result.mechanism_error <= MECHANISM_TOLERANCE:
+        yield (
+            f"mechanism: hooked and ablated differ by {result.mechanism_error:.1e} of the effect "
+            f"with exact matrices (bound {MECHANISM_TOLERANCE:.0e}); something else writes to the "
+            "residual stream"
+        )
+    elif not result.greedy_equal:
+        yield f"mechanism: greedy continuations of {NEW_TOKENS} tokens differ with exact matrices"
+    elif not result.judged_error <= result.tolerance and not result.rounding_allowed:
+        yield (
+            f"representation: in {result.stored_dtype} the stored model is {result.judged_error:.1e} of "
+            f"the effect from the hooked one (bound {result.tolerance:.0e}); try --dtype float32, or "
+            "accept it with --allow-rounding"
+        )
+    if result.mechanism_error <= MECHANISM_TOLERANCE:
+        yield from padding_failures(result)
+
+
+def _find_warnings(result: Equivalence, plan: AblationPlan, reference: Reference) -> Iterator[str]:
+    yield from common_warnings(result, reference)
+    cost, strength = result.cost, plan.ablation.strength
+    if cost is None:
+        return
+    if not cost.kl_p95 <= MOST_KL:
+        remedy = (
+            "another layer's direction (--from-layer)"
+            if plan.ablation.scope == "stream"
+            else f"a strength nearer to 0 than {strength:g}, or fewer layers"
+        )
+        yield (
+            f"taking it out moves neutral text by {cost.kl_p95:.3g} nats (95th percentile of KL; above "
+            f"{MOST_KL:g} text comes apart): try {remedy}"
+        )
+    elif cost.kl_p95 < LEAST_KL:
+        yield (
+            f"taking it out hardly moves neutral text ({cost.kl_p95:.2g} nats, 95th percentile of KL), "
+            "which says nothing of the text that it is about"
+        )
+
+
+__all__: Sequence[str] = ("TOLERANCES", "Ablated", "prove_ablation")
