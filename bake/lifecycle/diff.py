@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Kind = Literal["added", "removed", "changed", "renamed"]
 CHUNK = 32 * 1024 * 1024  # bytes compared at a time
 _ABSENT = "absent"
+MOST_RANKS, _HELD = 8, 0.99
 _IN_LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a tensor's name
 
 
@@ -37,7 +38,8 @@ class TensorChange:
 
     base_name: its name in the base, where it has another one. norm: ‖new‖ of an added tensor, ‖new −
     old‖ of a changed one; relative: that over ‖old‖; largest: the largest |new − old|. None where the
-    values cannot be subtracted (another shape, no floats) or there is only one.
+    values cannot be subtracted (another shape, no floats) or there is only one. rank: how many directions
+    hold 99 % of a matrix's change, in squares: few for an ablation, many for a fine-tune, then None.
     """
 
     name: str
@@ -48,6 +50,7 @@ class TensorChange:
     norm: float | None = None
     relative: float | None = None
     largest: float | None = None
+    rank: int | None = None
 
     def describe(self) -> str:
         """Return what happened to it, in a phrase."""
@@ -57,7 +60,8 @@ class TensorChange:
             return "all zero" if self.norm == 0 else f"norm {_number(self.norm)}"
         if self.kind == "removed":
             return "is not there any more"
-        return f"moved by {_number(self.norm)}, × {_number(self.relative)} of its norm"
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        return f"moved by {_number(self.norm)}, × {_number(self.relative)} of its norm{rank}"
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,24 @@ def _describe_change(base: Checkpoint, baked: Checkpoint, name: str) -> TensorCh
     norm = float(moved.norm())
     relative = norm / size if size else None
     largest = float(moved.abs().max()) if moved.numel() else 0.0
-    return _change(baked, name, "changed", norm=norm, relative=relative, largest=largest)
+    rank = _rank(moved.float(), norm) if moved.ndim == 2 and norm else None
+    return _change(baked, name, "changed", norm=norm, relative=relative, largest=largest, rank=rank)
+
+
+def _rank(moved: torch.Tensor, norm: float) -> int | None:
+    """Return how many singular values hold `_HELD` of ‖moved‖²; None where it is more than are looked at.
+
+    moved: (rows, columns) float32. By random projections (Halko et al., arXiv 0909.4061): a whole
+    decomposition of a large matrix takes minutes.
+    """
+    import torch
+
+    looked_at = min(MOST_RANKS, *moved.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values = torch.svd_lowrank(moved, q=looked_at, niter=4)[1].double()
+    held = (values**2).cumsum(0) / norm**2
+    return next((rank for rank, share in enumerate(held.tolist(), 1) if share >= _HELD), None)
 
 
 def _match_renamed(
@@ -348,6 +369,9 @@ def _describe_group(key: tuple[str, str, str], entries: Sequence[TensorChange]) 
     layers = list_numbers(int(_IN_LAYER.findall(entry.name)[0]) for entry in entries)
     norms = [entry.norm for entry in entries if entry.norm is not None]
     sizes = f", norm {min(norms):.3g} to {max(norms):.3g}" if norms else ""
+    ranks = sorted({str(entry.rank or f"above {MOST_RANKS}") for entry in entries if entry.norm})
+    if entries[0].kind == "changed" and len(entries[0].shape) == 2:
+        sizes += f", rank {' or '.join(ranks)}"
     return f"{len(entries)} × {pattern} {dtype} {shape} in layers {layers}{sizes}"
 
 

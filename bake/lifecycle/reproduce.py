@@ -6,13 +6,13 @@ calibration would give is said on request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base, load_base, open_base
-from bake.card.render import card_words_of_record, draw_figures, render_card
+from bake.card.render import draw_figures, render_record
 from bake.checkpoint.checkpoint import find_bake
 from bake.checkpoint.licences import write_notice
 from bake.checkpoint.writer import copy_companions, write_config, write_weights
@@ -21,15 +21,18 @@ from bake.io.hashing import hash_files
 from bake.io.output_files import CARD_FILE, DIRECTION_FILE, RESULT_FILE
 from bake.io.work_directory import scratch_directory
 from bake.models.streaming import Placement
+from bake.pipeline.ablation_record import rebuild_ablation
 from bake.pipeline.completion import check_shards, is_thin
 from bake.pipeline.record import (
     base_name,
     base_revision,
     encode_result,
-    read_result,
+    is_ablation,
+    read_any_result,
     rebuild_plan,
     rebuild_push,
 )
+from bake.plan.plan import Changes
 from bake.strength.norms import measure_norms
 from bake.support.progress import announce
 from bake.texts.prompts import identify_prompts, read_prompts
@@ -100,7 +103,7 @@ def reproduce(
     was calibrated on a file and none is given.
     """
     directory = find_bake(model, revision)
-    recorded = read_result(directory)
+    recorded = read_any_result(directory)
     check_shards(directory, recorded)
     if is_thin(recorded):
         raise CheckpointError(
@@ -108,21 +111,21 @@ def reproduce(
         )
     prompts = find_prompts(recorded, calibrate) if calibrate else None
     opened = open_base(base or base_name(recorded, directory), base_revision(recorded, base))
-    push = rebuild_push(recorded, directory)
-    plan = rebuild_plan(recorded, opened, push)
+    plan, draw = _rebuild(recorded, opened, directory)
     with scratch_directory(directory, ".bake-reproduce-") as again:
         write_weights(opened.checkpoint, plan.edits, again)
         write_config(opened.checkpoint, plan.config_changes, again)
         copy_companions(opened.checkpoint, again, drafts=plan.carries_drafts)
         write_notice(recorded.get("licence") or {}, again)
         keep_tokenizer(opened.tokenizer, again)
-        (again / DIRECTION_FILE).write_bytes((directory / DIRECTION_FILE).read_bytes())
-        draw_figures(again, push, recorded["site"], recorded["direction"]["metadata"])
-        for name in recorded.get("sweep", {}).get("figures", ()):  # A sweep's are data, as it is.
+        draw(again)
+        # Directions and a sweep's figures are data, as they are.
+        given = [entry["file"] for entry in recorded.get("removed", ({"file": DIRECTION_FILE},))]
+        for name in (*given, *recorded.get("sweep", {}).get("figures", ())):
             if (directory / name).is_file():
                 (again / name).write_bytes((directory / name).read_bytes())
         record = {key: value for key, value in recorded.items() if key != "files"}
-        card = render_card({**record, **card_words_of_record(recorded)})
+        card = render_record(record)
         (again / CARD_FILE).write_text(card, encoding="utf-8")
         built = hash_files(again)
         text = encode_result({**record, "files": built})
@@ -142,8 +145,24 @@ def reproduce(
     return Reproduction(directory, opened.checkpoint.model_id, tuple(same), tuple(wrong), fresh)
 
 
+def _rebuild(
+    recorded: Mapping[str, Any], opened: Base, directory: Path
+) -> tuple[Changes, Callable[[Path], None]]:
+    """Return the plan of a push or of an ablation, and what draws its figures into a directory."""
+    if is_ablation(recorded):
+        return rebuild_ablation(recorded, opened, directory), lambda _again: None
+    push = rebuild_push(recorded, directory)
+    site, metadata = recorded["site"], recorded["direction"]["metadata"]
+    plan = rebuild_plan(recorded, opened, push)
+    return plan, lambda again: draw_figures(again, push, site, metadata)
+
+
 def find_prompts(recorded: Mapping[str, Any], given: str | bool) -> list[str]:
     """Return the texts for a fresh calibration; say where they are others than the bake's own."""
+    if is_ablation(recorded):
+        raise PromptError(
+            "an ablation is measured on no calibration prompts: leave --calibrate out"
+        )
     texts = recorded["calibration"].get("texts") or {}
     name = texts.get("set") if given is True else str(given)
     if name is None:

@@ -14,7 +14,7 @@ import contextlib
 import ctypes
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,10 @@ def parse_max_memory(text: str) -> Placement:
     return Placement(budgets)
 
 
+# Gives a parameter's value, or rows of it.
+Computed = Callable[[slice | None], "torch.Tensor"]
+
+
 class CheckpointWeights(Mapping[str, "torch.Tensor"]):
     """{parameter name: tensor in the computing dtype}, read from the checkpoint when asked for.
 
@@ -113,11 +117,14 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
         self._aliases = aliases
         self._parameters = dict.fromkeys([*names.renamed, *names.fusions, *aliases])
         self.held: dict[str, torch.Tensor] = {}
+        self.computed: dict[str, Computed] = {}
         self._read = 0  # bytes since memory was last given back
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
         if parameter in self.held:
             return self.held[parameter]
+        if parameter in self.computed:
+            return self.computed[parameter](None).to(self.dtype)
         stored = self._aliases.get(parameter, parameter)
         return self._count(self._names.read(stored).to(self.dtype))
 
@@ -136,6 +143,8 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
 
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Return rows [start, stop) of a matrix in the computing dtype."""
+        if parameter in self.computed:
+            return self.computed[parameter](slice(start, stop)).to(self.dtype)
         disk = self._names.existing(self._aliases.get(parameter, parameter))
         return self._count(self.checkpoint.read_rows(disk, start, stop).to(self.dtype))
 
@@ -372,6 +381,23 @@ def hold(
                 parameter.copy_(value.to(parameter.device, parameter.dtype))
 
 
+def hold_computed(
+    model: nn.Module, weights: CheckpointWeights | None, name: str, compute: Computed
+) -> None:
+    """Give a parameter another value: at once where it is in memory, else whenever it is asked for."""
+    import torch
+
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError:  # An embedding that is read by rows has none.
+        parameter = None
+    if parameter is not None and parameter.device.type != "meta":
+        with torch.no_grad():
+            parameter.copy_(compute(None).to(parameter.device, parameter.dtype))
+    elif weights is not None:
+        weights.computed[name] = compute
+
+
 @contextmanager
 def _quiet_accelerate() -> Iterator[None]:
     """Silence accelerate's remark that weights are on the meta device: that is the purpose."""
@@ -388,6 +414,7 @@ __all__: Sequence[str] = (
     "CheckpointWeights",
     "Placement",
     "hold",
+    "hold_computed",
     "parse_max_memory",
     "stream_model",
 )

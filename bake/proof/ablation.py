@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from bake.checkpoint.names import DiskNames
 from bake.hooks import ablated, share_watched
 from bake.io.work_directory import temporary_directory
 from bake.models.forward import LoadedModel, choose_greedily, read_config
-from bake.models.streaming import Placement, hold
+from bake.models.streaming import Placement, hold_computed
 from bake.plan.ablation import AblationPlan
 from bake.proof.cost import LEAST_KL, MOST_KL, measure_cost
 from bake.proof.equivalence import (
@@ -82,6 +83,7 @@ class Weights:
     """The matrices of an ablation, in the base and as they were written."""
 
     plan: AblationPlan
+    checkpoint: Checkpoint
     base: DiskNames
     baked: DiskNames
 
@@ -89,18 +91,19 @@ class Weights:
         """Return what was edited, with the layer of each."""
         return self.plan.writes.of(self.plan.ablation)
 
-    def exact(self, write: Write, layer: int | None) -> torch.Tensor:
-        """Return what a parameter should be: computed in float64 from the base, in float32."""
+    def exact(self, write: Write, layer: int | None, rows: slice | None = None) -> torch.Tensor:
+        """Return what a parameter, or rows of it, should be: in float64 from the base, then float32."""
         import torch
 
-        ablation = self.plan.ablation
-        return edit_weight(
-            self.base.read(write.parameter),
-            ablation.basis_at(layer),
-            ablation.strength,
-            write.axis,
-            torch.float32,
-        )
+        ablation, name = self.plan.ablation, self.base.find(write.parameter)
+        by_rows = rows is not None and name is not None and write.axis == -1
+        if rows is not None and name is not None and by_rows:
+            read = self.checkpoint.read_rows(name, rows.start, rows.stop)
+        else:
+            read = self.base.read(write.parameter)
+        basis = ablation.basis_at(layer)
+        found = edit_weight(read, basis, ablation.strength, write.axis, torch.float32)
+        return found if rows is None or by_rows else found[rows]
 
     def head_is_kept(self) -> bool:
         """Whether a head that was untied holds what the embedding was."""
@@ -170,6 +173,7 @@ def _open_weights(base: Base, baked: Checkpoint, plan: AblationPlan) -> Weights:
     changed = with_flags(config, untying.flags) if untying else config
     return Weights(
         plan,
+        base.checkpoint,
         DiskNames(base.checkpoint, build_on_meta(config)),
         DiskNames(baked, build_on_meta(changed)),
     )
@@ -225,7 +229,8 @@ def _hold_exact(loaded: LoadedModel, weights: Weights) -> tuple[bool, float]:
         taken = (wanted - weights.base.read(write.parameter).float()).norm()
         if taken > 0:
             worst = max(worst, float((found.float() - wanted).norm() / taken))
-        hold(loaded.model, loaded.weights, {write.parameter: wanted})
+        compute = partial(weights.exact, write, layer)
+        hold_computed(loaded.model, loaded.weights, write.parameter, compute)
     return exact, worst
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bake.anatomy import erasure
-from bake.api import ablate, rescale, undo, verify
+from bake.api import ablate, diff, publish, reproduce, rescale, undo, verify
 from bake.cli.main import main
 from bake.errors import BakeError, DirectionError, EquivalenceError, UnsupportedError
 
@@ -264,6 +264,51 @@ def test_record_and_card_say_what_was_taken_out(ablated):
         "leave embed",
     ):
         assert words.replace("\\", "") in card.replace("\\", "")
+
+
+def test_an_ablation_is_built_again_byte_for_byte(ablated, llama):
+    found = reproduce(str(ablated), base=str(llama))
+    assert found.differing == ()
+    assert len(found.same) > 5
+    with pytest.raises(BakeError, match="leave --calibrate out"):
+        reproduce(str(ablated), base=str(llama), calibrate=True)
+
+
+def test_a_diff_shows_the_rank_of_what_was_taken_out(ablated, llama, tmp_path):
+    found = diff(str(llama), str(ablated))
+    changed = [change for change in found.tensors if change.kind == "changed"]
+    assert len(changed) == 2 * LAYERS + 1
+    assert {change.rank for change in changed} == {1}
+    noisy = tmp_path / "noisy"
+    noisy.mkdir()
+    for file in llama.iterdir():
+        (noisy / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(noisy / "model.safetensors")
+    name = "model.layers.3.mlp.down_proj.weight"
+    tensors[name] += torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+    save_file(tensors, noisy / "model.safetensors", {"format": "pt"})
+    (change,) = diff(str(llama), str(noisy)).tensors
+    assert change.rank is None  # Of a fine-tune, as of noise, many.
+
+
+def test_a_streamed_model_is_proven_alike(ablated, make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    result = ablate(base, direction=UNIT, output=tmp_path / "out", max_memory="cpu=60KB")
+    whole = json.loads((ablated / "bake.json").read_text())["equivalence"]
+    assert result.equivalence.mechanism_error == pytest.approx(whole["mechanism_error"], abs=1e-6)
+    for file in ablated.glob("model*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+def test_a_published_ablation_says_what_it_is(ablated, hub):
+    publish(ablated, "ada/without")
+    files = hub.files("ada/without")
+    card = files["README.md"].decode()
+    assert 'from_pretrained("ada/without")' in card
+    assert "- ablation" in card
+    assert json.loads(files["bake.json"])["repo_id"] == "ada/without"
+    assert files["direction.safetensors"] == (ablated / "direction.safetensors").read_bytes()
 
 
 def test_what_needs_the_base_says_so(ablated, tmp_path):
