@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.errors import UnsupportedError
 from bake.sites import LayerStructure, Location, addition_location, capture_location
-from bake.writes import Ablation, WriteMap, remove, share_left
+from bake.writes import Part, Removal, Silence, WriteMap, remove, share_left
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +53,21 @@ def steered(
 
 
 @contextmanager
-def ablated(model: nn.Module, writes: WriteMap, ablation: Ablation) -> Iterator[None]:
-    """Take an ablation's subspace out while the context is open.
+def ablated(model: nn.Module, writes: WriteMap, ablation: Removal) -> Iterator[None]:
+    """Take an ablation's subspace out while the context is open, or let heads and neurons write nothing.
 
     Of the stream: wherever something reads it, which is each layer's input, what reads it inside the layer,
-    and the last layer's output. Of writes: of the outputs of its layers' blocks. Computed in float32.
+    and the last layer's output. Of writes: of the outputs of its layers' blocks. Computed in float32. Heads
+    and neurons are zero where the projection that they go through reads them.
     """
+    if isinstance(ablation, Silence):
+        with ExitStack() as hooks:
+            for part in ablation.parts:
+                module = model.get_submodule(part.write.parameter.removesuffix(".weight"))
+                place = Location("", "input")
+                hooks.callback(register(module, place, _silencer(part)).remove)
+            yield
+        return
 
     def eraser(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def erase(activation: torch.Tensor) -> torch.Tensor:
@@ -84,6 +93,15 @@ def ablated(model: nn.Module, writes: WriteMap, ablation: Ablation) -> Iterator[
                 handle = register(model.get_submodule(path), place, eraser(layer))
                 hooks.callback(handle.remove)
         yield
+
+
+def _silencer(part: Part) -> Callable[[torch.Tensor], torch.Tensor]:
+    def silence(activation: torch.Tensor) -> torch.Tensor:
+        kept = activation.clone()
+        kept[..., slice(*part.columns)] = 0
+        return kept
+
+    return silence
 
 
 @contextmanager

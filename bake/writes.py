@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import DirectionError, UnsupportedError
+from bake.support.text import list_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,10 @@ class WriteMap:
     by_layer: Mapping[int, LayerWrites]
     untying: Untying | None = None
 
-    def of(self, ablation: Ablation) -> tuple[tuple[Write, int | None], ...]:
+    def of(self, ablation: Removal) -> tuple[tuple[Write, int | None], ...]:
         """Return the parameters that an ablation changes, each with its layer, None for embeddings."""
+        if isinstance(ablation, Silence):
+            return tuple(dict.fromkeys((part.write, part.layer) for part in ablation.parts))
         found: list[tuple[Write, int | None]] = []
         if ablation.scope == "stream":
             found += [(write, None) for write in self.embeddings]
@@ -105,6 +108,22 @@ class Ablation:
         """Return the basis of a layer; None is the embedding, which has the stream's."""
         return self.basis[self.layers[0] if layer is None else layer]
 
+    def edit(
+        self, weight: torch.Tensor, write: Write, layer: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return a parameter of a layer (None: an embedding) without the subspace, in a dtype."""
+        return edit_weight(weight, self.basis_at(layer), self.strength, write.axis, dtype)
+
+    def describe(self, edited: int) -> str:
+        """Return what is taken out of what, in a sentence. edited: how many tensors change."""
+        what = "one direction" if self.rank == 1 else f"{self.rank} directions"
+        if self.scope == "stream":
+            return f"{what} taken out of the residual stream: {edited} tensors edited"
+        return (
+            f"{what} taken out of what layers {list_numbers(self.layers)} write, strength "
+            f"{self.strength:g}: {edited} tensors edited"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`; the basis is in `direction.safetensors`."""
         return {
@@ -113,6 +132,75 @@ class Ablation:
             "rank": self.rank,
             "layers": list(self.layers),
         }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a matrix that writes: what a head or a neuron of one layer goes through.
+
+    columns: [start, stop) along the matrix's input axis. name: as the user wrote it, "10.5" or "10:3072".
+    """
+
+    name: str
+    layer: int
+    write: Write
+    columns: tuple[int, int]
+
+    @property
+    def input_axis(self) -> int:
+        """The axis along which the matrix reads, counted from the last."""
+        return -1 if self.write.axis == -2 else -2
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Heads and neurons that write nothing: their columns of the output projections are zero.
+
+    heads, neurons: "layer.head" and "layer:neuron", as they were named.
+    Source: Michel et al., "Are sixteen heads really better than one?", arXiv 1905.10650.
+    """
+
+    parts: tuple[Part, ...]
+    heads: tuple[str, ...] = ()
+    neurons: tuple[str, ...] = ()
+    scope: str = "parts"
+    strength: float = 1.0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers whose writes it changes."""
+        return tuple(sorted({part.layer for part in self.parts}))
+
+    def edit(
+        self, weight: torch.Tensor, write: Write, layer: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return a matrix without the columns of the parts that go through it, in a dtype."""
+        found = weight.to(dtype, copy=True)
+        for part in self.parts:
+            if part.write == write:
+                start, stop = part.columns
+                found.narrow(part.input_axis, start, stop - start).zero_()
+        return found
+
+    def describe(self, edited: int) -> str:
+        """Return what writes nothing any more, in a sentence. edited: how many tensors change."""
+        kinds = (("head", self.heads), ("neuron", self.neurons))
+        told = [f"{kind}s {', '.join(names)}" for kind, names in kinds if names]
+        return f"{' and '.join(told)} write nothing: {edited} tensors edited"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `bake.json`."""
+        return {
+            "scope": self.scope,
+            "strength": self.strength,
+            "rank": 0,
+            "layers": list(self.layers),
+            "heads": list(self.heads),
+            "neurons": list(self.neurons),
+        }
+
+
+Removal = Ablation | Silence
 
 
 def orthonormalize(vectors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,6 +7,7 @@ time, when the writer comes to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import with_flags
@@ -16,7 +17,7 @@ from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.errors import CheckpointError, UnsupportedError
 from bake.io.safetensors import torch_dtype
-from bake.writes import Ablation, Write, WriteMap, edit_weight
+from bake.writes import Removal, Write, WriteMap
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ def erase(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
     writes: WriteMap,
-    ablation: Ablation,
+    ablation: Removal,
     code: str | None = None,
 ) -> tuple[tuple[Transform, ...], Mapping[str, Any]]:
     """Return the edits of an ablation and the config keys that it changes.
@@ -41,17 +42,16 @@ def erase(
     untying = writes.untying if ablation.scope == "stream" else None
     flags = untying.flags if untying else {}
     names = DiskNames(checkpoint, build_on_meta(with_flags(config, flags)))
+    width = int(config.get_text_config().hidden_size)
     edits: dict[str, Transform] = {}
     for write, layer in writes.of(ablation):
-        basis = ablation.basis_at(layer)
         for source in _sources(checkpoint, names, write):
-            axis = _axis_of(checkpoint, source, write, basis.shape[-1])
+            _check_axis(checkpoint, source, write, width)
             copies: tuple[str, ...] = ()
             if untying and write.parameter == untying.embedding and not names.find(untying.head):
                 copies = (names.new_name(untying.head),)
-            edits[source] = _edit(
-                checkpoint, source, basis, ablation.strength, axis, copies=copies, code=code
-            )
+            edit = partial(ablation.edit, write=write, layer=layer)
+            edits[source] = _edit(checkpoint, source, edit, copies=copies, code=code)
     if untying:
         _check_head(checkpoint, names, untying.head, untying.embedding)
     return tuple(edits.values()), flags
@@ -77,23 +77,20 @@ def _sources(checkpoint: Checkpoint, names: DiskNames, write: Write) -> tuple[st
     return found
 
 
-def _axis_of(checkpoint: Checkpoint, source: str, write: Write, width: int) -> int:
-    """Return the axis of a stored tensor along which the residual stream lies."""
+def _check_axis(checkpoint: Checkpoint, source: str, write: Write, width: int) -> None:
+    """Raise CheckpointError for a stored tensor whose axis of the residual stream is not as wide."""
     shape = checkpoint.entry(source).shape
     if len(shape) < -write.axis or shape[write.axis] != width:
         raise CheckpointError(
             f"{source} has shape {tuple(shape)}, and its axis {write.axis} should be the residual "
             f"stream's {width}; is this checkpoint the architecture that its config names?"
         )
-    return write.axis
 
 
 def _edit(
     checkpoint: Checkpoint,
     name: str,
-    basis: torch.Tensor,
-    strength: float,
-    axis: int,
+    edit: Callable[..., torch.Tensor],
     *,
     copies: tuple[str, ...],
     code: str | None,
@@ -103,7 +100,7 @@ def _edit(
 
     def function(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         kept = {copy: tensor.to(dtype) for copy in copies}
-        return {name: edit_weight(tensor, basis, strength, axis, dtype), **kept}
+        return {name: edit(tensor, dtype=dtype), **kept}
 
     return Transform(name, dict.fromkeys((name, *copies), shape), function, dtype=code)
 

@@ -53,9 +53,17 @@ class Ablatable:
     verdicts: Mapping[str, TwinVerdict]
     refusals: Mapping[str, str]
 
-    def choose(self, scope: str, model_type: str) -> WriteMap:
-        """Return what writes; raise UnsupportedError with the reason where the scope is not exact."""
+    def choose(self, scope: str | None, model_type: str) -> WriteMap:
+        """Return what writes; raise UnsupportedError with the reason where the scope is not exact.
+
+        scope: None for heads and neurons, which need to be found and nothing else.
+        """
+        if self.writes is None and scope is None:
+            raise UnsupportedError(
+                f"heads and neurons of {model_type} cannot be told: {self.refusals[SCOPES[0]]}"
+            )
         if self.writes is None or scope in self.refusals:
+            scope = scope or SCOPES[0]
             others = [other for other in SCOPES if other not in self.refusals]
             instead = f"; exact here: --scope {others[0]}" if others else ""
             raise UnsupportedError(

@@ -26,6 +26,8 @@ def ablate(
     layer_offset: int | None = None,
     direction_site: str | None = None,
     from_layer: int | None = None,
+    heads: str | None = None,
+    neurons: str | None = None,
     method: str = "mean",
     token: str | int = "last",
     chat_template: str = "auto",

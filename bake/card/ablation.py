@@ -13,6 +13,13 @@ def ablation_words(recorded: Mapping[str, Any]) -> dict[str, Any]:
     about, rank = recorded.get("about") or {}, recorded["ablation"]["rank"]
     base = str(recorded["base"]["id"]).rpartition("/")[2]
     what = "one direction" if rank == 1 else f"{rank} directions"
+    told = recorded["ablation"]
+    silent = [
+        f"{kind[:-1] if len(told[kind]) == 1 else kind} {', '.join(told[kind])}"
+        for kind in ("heads", "neurons")
+        if told.get(kind)
+    ]
+    what = " and ".join(silent) or what
     if about.get("concept"):
         what = f"the direction {about['concept']}"
     return {

@@ -56,6 +56,17 @@ ABLATE = Command(
                 shown="the layer that separates held-out pairs best",
                 metavar="L",
             ),
+            Option(
+                "heads",
+                "attention heads that write nothing, instead of a direction: LAYER.HEAD,… such as "
+                "10.5,10.7",
+                metavar="LIST",
+            ),
+            Option(
+                "neurons",
+                "neurons of MLPs that write nothing: LAYER:NEURON,… such as 10:3072",
+                metavar="LIST",
+            ),
         ),
         *grouped(HOW_FOUND, *_FOUND),
         *grouped(

@@ -10,6 +10,7 @@ from typing import Any
 
 from bake import hub
 from bake.anatomy.base import Base, load_base
+from bake.anatomy.parts import find_parts, parse_heads, parse_neurons
 from bake.card.render import render_record
 from bake.checkpoint.writer import WrittenWeights, explain_links
 from bake.directions.direction import Direction
@@ -40,8 +41,9 @@ from bake.support.text import did_you_mean
 from bake.support.timing import Stopwatch, peak_memory
 from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.tokenizer import keep_tokenizer
-from bake.writes import SCOPES, Ablation
+from bake.writes import SCOPES, Ablation, Removal
 
+_OWN = ("scope", "strength", "from_layer", "heads", "neurons")  # what no other command has
 SITE = "mlp_out"  # where directions are found: after a whole layer's writes
 STAGES = ("checkpoint", "anatomy", "load", "direction", "write", "prove", "hash")
 
@@ -58,9 +60,19 @@ class AblationRecipe:
     scope: str = "stream"
     strength: float = 1.0
     from_layer: int | None = None
+    heads: str | None = None
+    neurons: str | None = None
+
+    @property
+    def silences(self) -> bool:
+        """Whether heads or neurons are named, and no direction is taken out."""
+        return self.heads is not None or self.neurons is not None
 
     def check(self) -> None:
         """Raise BakeError for options that contradict each other, before any work starts."""
+        if self.silences:
+            self._check_parts()
+            return
         self.shared.check()
         if self.scope not in SCOPES:
             hint = f"one of {', '.join(SCOPES)}{did_you_mean(self.scope, SCOPES)}"
@@ -69,6 +81,26 @@ class AblationRecipe:
             raise BakeError(f"strength {self.strength:g}: it must be finite and not zero")
         if self.scope == "writes":
             return
+        self._check_stream()
+
+    def _check_parts(self) -> None:
+        parse_heads(self.heads or "0.0")
+        parse_neurons(self.neurons or "0:0")
+        given = {
+            "--direction": self.shared.direction,
+            "--pairs": self.shared.pairs,
+            "--layers": self.shared.layers,
+            "--from-layer": self.from_layer,
+            "--scope": self.scope != "stream",
+            "--strength": self.strength != 1,
+            "--band": self.shared.band != Recipe.band,
+        }
+        idle = next((name for name, value in given.items() if value not in (None, False)), None)
+        if idle is not None:
+            raise BakeError(f"{idle} has no effect with --heads and --neurons; leave it out")
+        self.shared.check_choices()
+
+    def _check_stream(self) -> None:
         place = "--band" if self.shared.band != Recipe.band else "--layers"
         if self.shared.layers is not None or self.shared.band != Recipe.band:
             raise UnsupportedError(
@@ -129,16 +161,8 @@ class Ablated:
 
 def make_ablation(values: Mapping[str, Any]) -> AblationRecipe:
     """Build the recipe from the command's options; raise BakeError for a value of another kind."""
-    own = {
-        name: values[name]
-        for name in ("scope", "strength", "from_layer")
-        if values.get(name) is not None
-    }
-    rest = {
-        name: value
-        for name, value in values.items()
-        if name not in ("scope", "strength", "from_layer")
-    }
+    own = {name: values[name] for name in _OWN if values.get(name) is not None}
+    rest = {name: value for name, value in values.items() if name not in _OWN}
     return AblationRecipe(make_recipe({**rest, "multiplier": 1.0, "site": SITE}), **own)
 
 
@@ -158,21 +182,13 @@ def ablate(recipe: AblationRecipe) -> Ablated:
     _check_strengths(given)
     with kept_plain_process(start=placement is None):
         base = open_for_export(shared, output, clock)
-        base.anatomy.ablation.choose(recipe.scope, base.anatomy.model_type)
         base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
-        layers = _choose_layers(recipe, base)
-        directions = find_directions(recipe, base, given, pairs, layers, placement, clock)
-        basis = span(directions, layers, base.anatomy.hidden_size)
-        plan = plan_ablation(
-            base.checkpoint,
-            base.anatomy,
-            Ablation(basis, recipe.scope, recipe.strength),
-            dtype=shared.dtype,
-        )
+        directions, removal = decide(recipe, base, given, pairs, placement, clock)
+        plan = plan_ablation(base.checkpoint, base.anatomy, removal, dtype=shared.dtype)
         announce(plan.describe())
         if (untied := plan.untied()) is not None:
             announce(untied)
-        about = describe_about(shared, directions[0])
+        about = describe_about(shared, directions[0] if directions else None)
         with staged_directory(
             output, overwrite=shared.overwrite, base_directory=base.checkpoint.source
         ) as staging:
@@ -206,12 +222,32 @@ def ablate(recipe: AblationRecipe) -> Ablated:
     )
 
 
+def decide(
+    recipe: AblationRecipe,
+    base: Base,
+    given: Sequence[GivenDirection],
+    pairs: Sequence[ContrastPair],
+    placement: Placement | None,
+    clock: Stopwatch,
+) -> tuple[list[Direction], Removal]:
+    """Return what is taken out, and the directions that it is made of; none for heads and neurons."""
+    anatomy = base.anatomy
+    if recipe.silences:
+        heads = parse_heads(recipe.heads) if recipe.heads else ()
+        neurons = parse_neurons(recipe.neurons) if recipe.neurons else ()
+        return [], find_parts(anatomy, heads, neurons)
+    anatomy.ablation.choose(recipe.scope, anatomy.model_type)
+    layers = _choose_layers(recipe, base)
+    directions = find_directions(recipe, base, given, pairs, placement, clock)
+    basis = span(directions, layers, anatomy.hidden_size)
+    return directions, Ablation(basis, recipe.scope, recipe.strength)
+
+
 def find_directions(
     recipe: AblationRecipe,
     base: Base,
     given: Sequence[GivenDirection],
     pairs: Sequence[ContrastPair],
-    layers: Sequence[int],
     placement: Placement | None,
     clock: Stopwatch,
 ) -> list[Direction]:

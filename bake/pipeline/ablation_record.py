@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base
+from bake.anatomy.parts import find_parts, parse_heads, parse_neurons
 from bake.checkpoint.loading import auto_class
 from bake.directions.direction import Direction
 from bake.directions.direction_file import load_direction
@@ -68,9 +69,20 @@ def describe_ablation(
 def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path) -> AblationPlan:
     """Return the plan of an ablation from its record, its direction files and its base."""
     entries, told = recorded["removed"], recorded["ablation"]
+    dtype = stored_dtype(recorded)
+    if told["scope"] == "parts":
+        heads, neurons = (",".join(told.get(key, ())) for key in ("heads", "neurons"))
+        silence = find_parts(
+            opened.anatomy,
+            parse_heads(heads) if heads else (),
+            parse_neurons(neurons) if neurons else (),
+        )
+        return plan_ablation(opened.checkpoint, opened.anatomy, silence, dtype=dtype)
     if [entry["file"] for entry in entries] != [direction_file(i) for i in range(len(entries))]:
         raise CheckpointError(f"bake.json in {directory} names other direction files than bake's")
     directions = [load_direction(directory / entry["file"]) for entry in entries]
+    if not directions:
+        raise CheckpointError(f"bake.json in {directory} names no direction that was taken out")
     beyond = [layer for layer in told["layers"] if layer >= opened.anatomy.layer_count]
     if beyond:
         raise CheckpointError(
@@ -78,4 +90,4 @@ def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path)
         )
     basis = span(directions, told["layers"], opened.anatomy.hidden_size)
     ablation = Ablation(basis, told["scope"], float(told["strength"]))
-    return plan_ablation(opened.checkpoint, opened.anatomy, ablation, dtype=stored_dtype(recorded))
+    return plan_ablation(opened.checkpoint, opened.anatomy, ablation, dtype=dtype)

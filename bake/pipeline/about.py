@@ -30,12 +30,12 @@ class About:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def describe_about(recipe: Recipe, direction: Direction) -> About:
-    """Return what the card says the model is."""
+def describe_about(recipe: Recipe, direction: Direction | None) -> About:
+    """Return what the card says the model is. direction: None where heads are silent and no push is."""
     return About(
         recipe.name and one_line(recipe.name, MAX_NAME),
         recipe.description and one_line(recipe.description, MAX_DESCRIPTION),
-        _concept(recipe, direction),
+        None if direction is None else _concept(recipe, direction),
     )
 
 

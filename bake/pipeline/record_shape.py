@@ -232,13 +232,14 @@ _RECORD: dict[str, Check] = {
     ),
     "ablation": _fields(
         {
-            "scope": _one_of("stream", "writes"),
+            "scope": _one_of("stream", "writes", "parts"),
             "strength": _number,
-            "rank": _count(1, MAX_WIDTH),
+            "rank": _count(0, MAX_WIDTH),
             "layers": _each(_layer, least=1),
-        }
+        },
+        {"heads": _each(_text), "neurons": _each(_text)},
     ),
-    "removed": _each(_fields({"file": _text, "site": _text, "metadata": _mapping(_text)}), least=1),
+    "removed": _each(_fields({"file": _text, "site": _text, "metadata": _mapping(_text)})),
     "direction": _fields({"site": _text, "metadata": _mapping(_text)}),
     "plan": _fields(
         {

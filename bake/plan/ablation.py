@@ -13,8 +13,7 @@ from bake.checkpoint.edits import Edit
 from bake.checkpoint.quantization import quantization_method
 from bake.errors import UnsupportedError
 from bake.plan.plan import FLOAT_DTYPES, convert_others, dtype_changes
-from bake.support.text import list_numbers
-from bake.writes import Ablation, WriteMap
+from bake.writes import Removal, Silence, WriteMap
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class AblationPlan:
     writes: what writes to the residual stream. dtype: in which the whole is stored, or "as the base".
     """
 
-    ablation: Ablation
+    ablation: Removal
     writes: WriteMap
     edits: tuple[Edit, ...]
     config_changes: Mapping[str, Any]
@@ -47,14 +46,7 @@ class AblationPlan:
 
     def describe(self) -> str:
         """Return what is taken out of what, in a sentence."""
-        ablation = self.ablation
-        what = "one direction" if ablation.rank == 1 else f"{ablation.rank} directions"
-        if ablation.scope == "stream":
-            return f"{what} taken out of the residual stream: {len(self.edited)} tensors edited"
-        return (
-            f"{what} taken out of what layers {list_numbers(ablation.layers)} write, strength "
-            f"{ablation.strength:g}: {len(self.edited)} tensors edited"
-        )
+        return self.ablation.describe(len(self.edited))
 
     def untied(self) -> str | None:
         """Return what untying the head costs, in a sentence; None where nothing is untied."""
@@ -67,7 +59,7 @@ class AblationPlan:
 
 
 def plan_ablation(
-    checkpoint: Checkpoint, anatomy: Anatomy, ablation: Ablation, *, dtype: str | None = None
+    checkpoint: Checkpoint, anatomy: Anatomy, ablation: Removal, *, dtype: str | None = None
 ) -> AblationPlan:
     """Decide every edit. dtype: "float32" stores the whole checkpoint so; None keeps the base's.
 
@@ -82,7 +74,9 @@ def plan_ablation(
         )
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise UnsupportedError(f"unknown dtype {dtype!r}; one of {', '.join(FLOAT_DTYPES)}")
-    writes = anatomy.ablation.choose(ablation.scope, anatomy.model_type)
+    # Zero is zero behind a norm too, so heads and neurons ask for no scope.
+    scope = None if isinstance(ablation, Silence) else ablation.scope
+    writes = anatomy.ablation.choose(scope, anatomy.model_type)
     code = FLOAT_DTYPES[dtype] if dtype else None
     edits, flags = erase(checkpoint, anatomy.config, writes, ablation, code)
     edited = tuple(sorted(edit.name for edit in edits))

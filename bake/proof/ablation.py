@@ -52,7 +52,7 @@ from bake.proof.prove import EQUIVALENCE_PROMPTS
 from bake.proof.routing import hold_choices
 from bake.proof.samples import choose_openings, collect_samples
 from bake.texts.prompts import encode, position_limit, read_prompts
-from bake.writes import Ablation, Write, WriteMap, edit_weight
+from bake.writes import Removal, Silence, Write, WriteMap
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class Ablated:
     """An ablation, as an intervention; it has one strength, and padding has no part in it."""
 
     writes: WriteMap
-    ablation: Ablation
+    ablation: Removal
     scales: bool = False
 
     def hooks(
@@ -96,13 +96,12 @@ class Weights:
         import torch
 
         ablation, name = self.plan.ablation, self.base.find(write.parameter)
-        by_rows = rows is not None and name is not None and write.axis == -1
+        by_rows = rows is not None and name is not None and layer is None and write.axis == -1
         if rows is not None and name is not None and by_rows:
             read = self.checkpoint.read_rows(name, rows.start, rows.stop)
         else:
             read = self.base.read(write.parameter)
-        basis = ablation.basis_at(layer)
-        found = edit_weight(read, basis, ablation.strength, write.axis, torch.float32)
+        found = ablation.edit(read, write, layer, torch.float32)
         return found if rows is None or by_rows else found[rows]
 
     def head_is_kept(self) -> bool:
@@ -156,7 +155,9 @@ def prove_ablation(
             rounding,
             exact,
             measure_cost(reference.base, reference.hooked),
-            Remainder(reference.share or 0.0, share, plain.remainder or 0.0),
+            Remainder(reference.share or 0.0, share, plain.remainder or 0.0)
+            if setup.watched
+            else None,
         )
         result = compare_runs(stored, tokenizer, setup, reference, plain, stored_base, run)
     samples = collect_samples(tokenizer, openings, reference.written, run.written)
@@ -182,6 +183,8 @@ def _open_weights(base: Base, baked: Checkpoint, plan: AblationPlan) -> Weights:
 def _watched(plan: AblationPlan) -> dict[str, torch.Tensor]:
     """Return the modules whose outputs should have nothing of the subspace, with it."""
     writes, ablation = plan.writes, plan.ablation
+    if isinstance(ablation, Silence):
+        return {}
     if ablation.scope == "stream":
         return {f"{writes.layers}.{layer}": basis for layer, basis in ablation.basis.items()}
     return {
@@ -267,7 +270,9 @@ def _find_warnings(result: Equivalence, plan: AblationPlan, reference: Reference
         return
     if not cost.kl_p95 <= MOST_KL:
         remedy = (
-            "another layer's direction (--from-layer)"
+            "fewer heads and neurons"
+            if isinstance(plan.ablation, Silence)
+            else "another layer's direction (--from-layer)"
             if plan.ablation.scope == "stream"
             else f"a strength nearer to 0 than {strength:g}, or fewer layers"
         )

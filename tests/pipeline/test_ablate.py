@@ -355,6 +355,73 @@ def test_neither_direction_nor_pairs_is_a_usage_error(llama, tmp_path):
         ablate(llama, output=tmp_path / "out")
 
 
+PROJECTIONS = {
+    "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
+    "qwen3": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "opt": ("model.decoder.layers.{}.self_attn.out_proj", "model.decoder.layers.{}.fc2"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", sorted(PROJECTIONS))
+def test_heads_and_neurons_write_nothing(architecture, dtype, make_model, tmp_path):
+    """Heads of 8 numbers; grouped queries in Llama and Qwen 3, a transposed matrix in GPT-2."""
+    base = make_model(TinyModel(architecture, dtype))
+    result = ablate(base, heads="2.1,2.3,4.0", neurons="3:17", output=tmp_path / "out")
+    model = load(base)
+    plain = logits(model)
+    attention, mlp = PROJECTIONS[architecture]
+    silent = [(attention, 2, 8, 16), (attention, 2, 24, 32), (attention, 4, 0, 8), (mlp, 3, 17, 18)]
+
+    def silence(start, stop):
+        def hook(_module, arguments):
+            kept = arguments[0].clone()
+            kept[..., start:stop] = 0
+            return (kept, *arguments[1:])
+
+        return hook
+
+    for pattern, layer, start, stop in silent:
+        module = model.get_submodule(pattern.format(layer))
+        module.register_forward_pre_hook(silence(start, stop))
+    wanted = logits(model)
+    effect = (wanted - plain).abs().max()
+    assert effect > 0.05 * plain.std()
+    assert (logits(load(tmp_path / "out")) - wanted).abs().max() <= 1e-4 * effect
+    assert result.equivalence.remainder is None
+    assert result.equivalence.representation_error == 0  # Every dtype holds zero.
+    assert len(result.plan.edited) == 3
+    assert verify(tmp_path / "out", base=str(base)).equivalence.passed
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "heads 2.1, 2.3, 4.0 and neuron 3:17" in card.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--heads", "2"], "'2' is not written as LAYER.HEAD, such as 10.5"),
+        (["--neurons", "2.5"], "'2.5' is not written as LAYER:NEURON"),
+        (["--heads", "9.1"], "layer 9 is named; the model has layers 0 to 5"),
+        (["--heads", "2.4"], "head 2.4 is named; that layer has 0 to 3"),
+        (["--neurons", "2:88"], "neuron 2:88 is named; that layer has 0 to 87"),
+        (["--heads", "2.1", "--scope", "writes"], "--scope has no effect with --heads"),
+        (["--heads", "2.1", "--pairs", "formal-casual"], "--pairs has no effect with --heads"),
+    ],
+)
+def test_heads_that_there_are_not(options, words, llama, tmp_path, capsys):
+    assert main(["ablate", str(llama), "-o", str(tmp_path / "out"), *options]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(said) == 1
+    assert words in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_no_neurons(make_model, tmp_path):
+    with pytest.raises(UnsupportedError, match="does not write through one matrix"):
+        ablate(make_model(TinyModel("mixtral")), neurons="2:5", output=tmp_path / "out")
+
+
 def _without_embeddings(monkeypatch):
     real = erasure.WriteMap.of
     monkeypatch.setattr(
