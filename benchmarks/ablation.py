@@ -48,7 +48,9 @@ def run(command: list[str]) -> float:
 
 
 def load(directory: Path | str) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def main() -> None:
         layers = range(anatomy.layer_count)
         ablation = Ablation(dict.fromkeys(layers, basis))
         watched = {f"{writes.layers}.{layer}": basis for layer in layers}
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         texts = [
             tokenizer(text, return_tensors="pt").input_ids for text in read_prompts("equivalence")
         ]

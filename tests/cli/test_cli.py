@@ -367,7 +367,8 @@ class TestStreams:
             )
             os.close(writer)
             assert finished.stderr == ""
-            assert finished.returncode == (0 if "--help" in words else 141)  # argparse forgives.
+            # The argparse of some releases of Python forgives.
+            assert finished.returncode in ((0, 141) if "--help" in words else (141,))
 
     def test_a_full_disk_under_stdout_is_one_line(self):
         with Path("/dev/full").open("w") as full:

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_quiet_leaves_warnings(capsys):
 
 def test_a_library_prints_nothing_by_itself():
     code = "import logging, bake.support.progress as p; p.announce('hello')"
-    finished = subprocess.run(["python", "-c", code], capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (finished.stdout, finished.stderr) == ("", "")
     assert logging.getLogger("bake").handlers  # The command line's, in this process.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +49,7 @@ def served(command, folder=None, environment=None):
             pytest.fail("".join(said))
     finally:
         watch.cancel()
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # A shell may have started the tests with SIGINT ignored.
         process.communicate(timeout=60)
 
 
