@@ -69,6 +69,11 @@ class WriteMap:
     by_layer: Mapping[int, LayerWrites]
     untying: Untying | None = None
 
+    @property
+    def every(self) -> tuple[Write, ...]:
+        """Everything that writes, the embeddings first."""
+        return (*self.embeddings, *(w for parts in self.by_layer.values() for w in parts.writes))
+
     def of(self, ablation: Removal) -> tuple[tuple[Write, int | None], ...]:
         """Return the parameters that an ablation changes, each with its layer, None for embeddings."""
         if isinstance(ablation, Silence):

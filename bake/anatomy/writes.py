@@ -132,8 +132,7 @@ class WriteSearch:
             find_untying(self.config, self.real, embeddings),
         )
         present = {name for name, _ in self.real.named_parameters(remove_duplicate=False)}
-        everything = Ablation(dict.fromkeys(real.by_layer), "stream")  # type: ignore[arg-type]
-        for write, _ in real.of(everything):
+        for write in real.every:
             if write.parameter not in present:
                 raise UnsupportedError(f"not every layer has {write.parameter}")
         return twin, real

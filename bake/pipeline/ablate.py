@@ -36,6 +36,7 @@ from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
 from bake.sites import RESIDUAL_SITES
 from bake.support.html import show
+from bake.support.processes import is_main, leave_to_main
 from bake.support.progress import announce, track_bytes, warn
 from bake.support.text import did_you_mean
 from bake.support.timing import Stopwatch, peak_memory
@@ -43,7 +44,14 @@ from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.tokenizer import keep_tokenizer
 from bake.writes import SCOPES, Ablation, Removal
 
-_OWN = ("scope", "strength", "from_layer", "heads", "neurons")  # what no other command has
+# The options that no other command has, and what their values are.
+_OWN: dict[str, Any] = {
+    "scope": str,
+    "strength": int | float,
+    "from_layer": int,
+    "heads": str,
+    "neurons": str,
+}
 SITE = "mlp_out"  # where directions are found: after a whole layer's writes
 STAGES = ("checkpoint", "anatomy", "load", "direction", "write", "prove", "hash")
 
@@ -84,8 +92,10 @@ class AblationRecipe:
         self._check_stream()
 
     def _check_parts(self) -> None:
-        parse_heads(self.heads or "0.0")
-        parse_neurons(self.neurons or "0:0")
+        if self.heads is not None:
+            parse_heads(self.heads)
+        if self.neurons is not None:
+            parse_neurons(self.neurons)
         given = {
             "--direction": self.shared.direction,
             "--pairs": self.shared.pairs,
@@ -162,6 +172,11 @@ class Ablated:
 def make_ablation(values: Mapping[str, Any]) -> AblationRecipe:
     """Build the recipe from the command's options; raise BakeError for a value of another kind."""
     own = {name: values[name] for name in _OWN if values.get(name) is not None}
+    for name, value in own.items():
+        if isinstance(value, bool) or not isinstance(value, _OWN[name]):
+            raise BakeError(
+                f"{name} is {value!r}; give {getattr(_OWN[name], '__name__', 'a number')}"
+            )
     rest = {name: value for name, value in values.items() if name not in _OWN}
     return AblationRecipe(make_recipe({**rest, "multiplier": 1.0, "site": SITE}), **own)
 
@@ -180,10 +195,13 @@ def ablate(recipe: AblationRecipe) -> Ablated:
     extraction_options(shared)
     given, pairs = read_directions(shared), list(read_pairs(shared.pairs)) if shared.pairs else []
     _check_strengths(given)
-    with kept_plain_process(start=placement is None):
+    if placement is not None and placement.parallel:
+        raise BakeError("bake ablate has no --device-map tp: give auto, or leave it out")
+    with kept_plain_process(start=placement is None and is_main()):
         base = open_for_export(shared, output, clock)
         base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
         directions, removal = decide(recipe, base, given, pairs, placement, clock)
+        leave_to_main()
         plan = plan_ablation(base.checkpoint, base.anatomy, removal, dtype=shared.dtype)
         announce(plan.describe())
         if (untied := plan.untied()) is not None:
@@ -233,8 +251,8 @@ def decide(
     """Return what is taken out, and the directions that it is made of; none for heads and neurons."""
     anatomy = base.anatomy
     if recipe.silences:
-        heads = parse_heads(recipe.heads) if recipe.heads else ()
-        neurons = parse_neurons(recipe.neurons) if recipe.neurons else ()
+        heads = () if recipe.heads is None else parse_heads(recipe.heads)
+        neurons = () if recipe.neurons is None else parse_neurons(recipe.neurons)
         return [], find_parts(anatomy, heads, neurons)
     anatomy.ablation.choose(recipe.scope, anatomy.model_type)
     layers = _choose_layers(recipe, base)
@@ -278,6 +296,10 @@ def fit_to_scope(direction: Direction, scope: str, from_layer: int | None) -> Di
     Raises DirectionError where neither says which.
     """
     own = [layer for layer in direction.vectors if layer is not None]
+    if not own and from_layer is not None:
+        raise DirectionError(
+            f"--from-layer {from_layer}: the direction has one vector for all layers; leave it out"
+        )
     if not own or (scope == "writes" and from_layer is None):
         return direction
     chosen = own[0] if len(own) == 1 and from_layer is None else from_layer
@@ -334,6 +356,3 @@ def describe(
     text = encode_result({**record, "files": files})
     (staging / RESULT_FILE).write_text(text, encoding="utf-8")
     return files
-
-
-__all__ = ("Ablated", "AblationRecipe", "ablate", "make_ablation")

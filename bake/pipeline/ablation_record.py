@@ -88,6 +88,11 @@ def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path)
         raise CheckpointError(
             f"bake.json in {directory} names layer {beyond[0]}, which there is not"
         )
+    whole = told["layers"] == list(range(opened.anatomy.layer_count)) and told["strength"] == 1
+    if told["scope"] == "stream" and not whole:
+        raise CheckpointError(
+            f"bake.json in {directory} is damaged: a stream is ablated in all layers, by all of it"
+        )
     basis = span(directions, told["layers"], opened.anatomy.hidden_size)
     ablation = Ablation(basis, told["scope"], float(told["strength"]))
     return plan_ablation(opened.checkpoint, opened.anatomy, ablation, dtype=dtype)

@@ -118,8 +118,8 @@ def read_result(directory: Path) -> dict[str, Any]:
     result = read_any_result(directory)
     if is_ablation(result):
         raise UnsupportedError(
-            f"{directory} is an ablation: its matrices have lost what was taken out, so only its base has "
-            f"it back; for another one, run bake ablate on the base again ({result['base']['id']})"
+            f"{directory} is an ablation, and this is for pushes: what was taken out is not in it any "
+            f"more, and only its base has it ({result['base']['id']})"
         )
     return result
 

@@ -7,7 +7,7 @@ mechanism's figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,7 +64,7 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True)
-class Ablated:
+class HookedAblation:
     """An ablation, as an intervention; it has one strength, and padding has no part in it."""
 
     writes: WriteMap
@@ -137,7 +137,7 @@ def prove_ablation(
     weights = _open_weights(base, baked, plan)
     with temporary_directory("bake-proof-") as folder:
         setup = ProofSetup(
-            Ablated(plan.writes, plan.ablation),
+            HookedAblation(plan.writes, plan.ablation),
             tuple(texts)[:MAX_PROMPTS],
             folder,
             placement=placement,
@@ -285,6 +285,3 @@ def _find_warnings(result: Equivalence, plan: AblationPlan, reference: Reference
             f"taking it out hardly moves neutral text ({cost.kl_p95:.2g} nats, 95th percentile of KL), "
             "which says nothing of the text that it is about"
         )
-
-
-__all__: Sequence[str] = ("TOLERANCES", "Ablated", "prove_ablation")

@@ -24,10 +24,10 @@ from bake.proof.cost import Cost, measure_cost
 from bake.proof.observation import (
     NEW_TOKENS,
     BakedRun,
+    HookedPush,
     Logits,
     PlainRun,
     ProofSetup,
-    Pushed,
     Reference,
     Report,
     StoredBase,
@@ -193,7 +193,7 @@ def prove_equivalence(
     openings = choose_openings(tokenizer)
     with temporary_directory("bake-proof-") as folder:
         setup = ProofSetup(
-            Pushed(structure, plan.route.site, push),
+            HookedPush(structure, plan.route.site, push),
             texts,
             folder,
             placement=placement,

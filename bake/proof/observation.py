@@ -73,7 +73,7 @@ class Intervention(Protocol):
 
 
 @dataclass(frozen=True)
-class Pushed:
+class HookedPush:
     """A push at a site, as an intervention; folding is linear, so it can be scaled."""
 
     structure: LayerStructure

@@ -149,7 +149,9 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
             f"transformers runs it in {found.stored_dtype}"
         )
     if found.cost:
-        lines.append(_describe_cost(found.cost))
+        lines.append(
+            _describe_cost(found.cost, "steered" if found.remainder is None else "ablated")
+        )
     if found.canary:
         lines += [
             f"canary: {found.canary.prompt!r}",
@@ -165,15 +167,15 @@ def describe_equivalence(found: Equivalence | Unproven) -> str:
     return "\n".join(lines)
 
 
-def _describe_cost(cost: Cost) -> str:
-    """Return a line on what the push does to neutral text."""
+def _describe_cost(cost: Cost, state: str) -> str:
+    """Return a line on what a bake does to neutral text. state: what the bake is."""
     added = (
         ""
         if cost.accumulated is None
         else f"; the band's pushes add up to {cost.accumulated:.0%} of its last layer's norm"
     )
     return (
-        f"cost on neutral text: KL(base ‖ steered) {cost.kl_mean:.2g} nats, 95th percentile "
+        f"cost on neutral text: KL(base ‖ {state}) {cost.kl_mean:.2g} nats, 95th percentile "
         f"{cost.kl_p95:.2g}; same most likely token {cost.top1_agreement:.0%}{added}"
     )
 

@@ -326,6 +326,7 @@ def test_what_needs_the_base_says_so(ablated, tmp_path):
         (["--layers", "3"], "--layers with --scope stream"),
         (["--scope", "writes", "--strength", "0"], "finite and not zero"),
         (["--scope", "writes", "--strength", "nan"], "finite and not zero"),
+        (["--from-layer", "3"], "--from-layer 3: the direction has one vector for all layers"),
         (["--direction-site", "attn_in"], "found at attn_in.*bake direction --site mlp_out"),
         (["--scope", "writes", "--layers", "99"], "layer 99 is named; the model has layers 0 to 5"),
     ],
@@ -348,6 +349,36 @@ def test_a_post_norm_is_refused_with_its_reason(make_model, tmp_path):
         UnsupportedError, match=r"gemma2 cannot be ablated exactly.*a norm or a gate"
     ):
         ablate(make_model(TinyModel("gemma2")), direction=UNIT, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("strength", 0.5, "a stream is ablated in all layers"),
+        ("layers", [2, 3], "a stream is ablated in all layers"),
+        ("scope", "all", "ablation.scope is 'all'"),
+        ("layers", [], "ablation.layers has 0 entries"),
+        ("layers", [99], "names layer 99, which there is not"),
+    ],
+)
+def test_a_record_that_lies_is_one_line(key, value, words, ablated, llama, tmp_path):
+    lying = tmp_path / "lying"
+    lying.mkdir()
+    for file in ablated.iterdir():
+        (lying / file.name).write_bytes(file.read_bytes())
+    record = json.loads((lying / "bake.json").read_text())
+    record["ablation"][key] = value
+    (lying / "bake.json").write_text(json.dumps(record))
+    with pytest.raises(BakeError, match=words):
+        verify(lying, base=str(llama))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("strength", "0.5"), ("from_layer", "3"), ("heads", 2.1), ("scope", True)]
+)
+def test_python_values_of_another_kind_are_told(option, value, llama, tmp_path):
+    with pytest.raises(BakeError, match=f"{option} is "):
+        ablate(llama, direction=UNIT, output=tmp_path / "out", **{option: value})
 
 
 def test_neither_direction_nor_pairs_is_a_usage_error(llama, tmp_path):
@@ -400,6 +431,8 @@ def test_heads_and_neurons_write_nothing(architecture, dtype, make_model, tmp_pa
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--heads", ""], "'' is not written as LAYER.HEAD"),
+        (["--neurons", ""], "'' is not written as LAYER:NEURON"),
         (["--heads", "2"], "'2' is not written as LAYER.HEAD, such as 10.5"),
         (["--neurons", "2.5"], "'2.5' is not written as LAYER:NEURON"),
         (["--heads", "9.1"], "layer 9 is named; the model has layers 0 to 5"),
