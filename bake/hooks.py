@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.errors import UnsupportedError
 from bake.sites import LayerStructure, Location, addition_location, capture_location
-from bake.writes import Part, Removal, Silence, WriteMap, remove, share_left
+from bake.writes import Ablation, Part, Removal, Silence, WriteMap, remove, share_left
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +53,17 @@ def steered(
 
 
 @contextmanager
-def ablated(model: nn.Module, writes: WriteMap, ablation: Removal) -> Iterator[None]:
+def ablated(
+    model: nn.Module, writes: WriteMap, ablation: Removal, *, before_push: bool = False
+) -> Iterator[None]:
     """Take an ablation's subspace out while the context is open, or let heads and neurons write nothing.
 
     Of the stream: wherever something reads it, which is each layer's input, what reads it inside the layer,
     and the last layer's output. Of writes: of the outputs of its layers' blocks. Computed in float32. Heads
     and neurons are zero where the projection that they go through reads them.
+
+    before_push: a push is added after it, which a reader must find: then of the stream after the embedding
+    and of every block's output, which comes to the same where nothing else is added.
     """
     if isinstance(ablation, Silence):
         with ExitStack() as hooks:
@@ -77,22 +82,79 @@ def ablated(model: nn.Module, writes: WriteMap, ablation: Removal) -> Iterator[N
         return erase
 
     with ExitStack() as hooks:
-        for layer in ablation.layers:
-            parts = writes.by_layer[layer]
-            if ablation.scope == "stream":
-                places = [
-                    Location("", "input"),
-                    *(Location(name, "input") for name in parts.readers),
-                ]
-                if layer == ablation.layers[-1]:
-                    places.append(Location("", "output"))
-            else:
-                places = [Location(name, "output") for name in parts.blocks]
-            for place in places:
-                path = ".".join(filter(None, (writes.layers, str(layer), place.module)))
-                handle = register(model.get_submodule(path), place, eraser(layer))
-                hooks.callback(handle.remove)
+        for place, layer in _places(writes, ablation, before_push=before_push):
+            module = model.get_submodule(place.module)
+            hooks.callback(register(module, place, eraser(layer)).remove)
         yield
+
+
+@contextmanager
+def ablated_rows(
+    model: nn.Module, writes: WriteMap, ablations: Mapping[int, Ablation]
+) -> Iterator[None]:
+    """Take another subspace out of each row of a batch while the context is open, as `ablated` does.
+
+    ablations: {row: what is taken out of it}; the other rows are left alone. Where it is taken out, an
+    activation is (rows, positions, hidden_size). One hook does it for all rows.
+    """
+    import torch
+
+    held: dict[Location, dict[int, tuple[torch.Tensor, float]]] = {}
+    for row, ablation in ablations.items():
+        for place, layer in _places(writes, ablation):
+            held.setdefault(place, {})[row] = (ablation.basis[layer].float(), ablation.strength)
+
+    def eraser(
+        parts: Mapping[int, tuple[torch.Tensor, float]],
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        rank = max(len(basis) for basis, _ in parts.values())
+        width = next(iter(parts.values()))[0].shape[-1]
+        read = torch.zeros(max(parts) + 1, rank, width)
+        for row, (basis, _) in parts.items():
+            read[row, : len(basis)] = basis
+        strengths = torch.tensor(
+            [parts[row][1] if row in parts else 0.0 for row in range(len(read))]
+        )
+        written = strengths[:, None, None] * read
+
+        def erase(activation: torch.Tensor) -> torch.Tensor:
+            first, second = (
+                torch.cat([each, each.new_zeros(len(activation) - len(each), rank, width)]).to(
+                    activation.device
+                )
+                for each in (read, written)
+            )
+            values = activation.float()
+            along = values @ first.transpose(1, 2)  # (rows, positions, rank)
+            return torch.baddbmm(values, along, second, alpha=-1).to(activation.dtype)
+
+        return erase
+
+    with ExitStack() as hooks:
+        for place, parts in held.items():
+            module = model.get_submodule(place.module)
+            hooks.callback(register(module, place, eraser(parts)).remove)
+        yield
+
+
+def _places(
+    writes: WriteMap, ablation: Ablation, *, before_push: bool = False
+) -> Iterator[tuple[Location, int]]:
+    """Yield where an ablation's hooks are, modules by their whole names, with the layer of each."""
+    for layer in ablation.layers:
+        parts = writes.by_layer[layer]
+        name = f"{writes.layers}.{layer}"
+        if before_push and ablation.scope == "stream" and layer == ablation.layers[0]:
+            yield Location(name, "input"), layer
+        if before_push or ablation.scope != "stream":
+            for block in parts.blocks:
+                yield Location(f"{name}.{block}" if block else name, "output"), layer
+            continue
+        yield Location(name, "input"), layer
+        for reader in parts.readers:
+            yield Location(f"{name}.{reader}" if reader else name, "input"), layer
+        if layer == ablation.layers[-1]:
+            yield Location(name, "output"), layer
 
 
 def _silencer(part: Part) -> Callable[[torch.Tensor], torch.Tensor]:

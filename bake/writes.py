@@ -208,6 +208,14 @@ class Silence:
 Removal = Ablation | Silence
 
 
+@dataclass(frozen=True)
+class MappedAblation:
+    """An ablation with what writes in the model that it is taken out of."""
+
+    writes: WriteMap
+    ablation: Ablation
+
+
 def orthonormalize(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return an orthonormal basis of what vectors span, (vectors, hidden_size) float64.
 

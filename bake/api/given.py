@@ -29,7 +29,7 @@ def as_files(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield options as the stages hold them: paths as text, and lists and objects as files.
 
     pairs, held_out: tuples (positive, negative) or (prompt, positive, negative), mappings with these
-    keys, or `ContrastPair`s. prompts, neutral, openings: texts. words: words. direction: see
+    keys, or `ContrastPair`s. prompts, neutral, openings: texts. words: words. direction, ablate: see
     `given_as_file`. Raises PromptError or DirectionError for anything else.
     """
     with ExitStack() as stack:
@@ -38,8 +38,11 @@ def as_files(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             name: _as_file(name, value, folder) if name != "direction" else value
             for name, value in options.items()
         }
-        if "direction" in taken:
-            taken["direction"] = stack.enter_context(given_as_file(taken["direction"]))
+        for name in ("direction", "ablate"):
+            value = taken.get(name)
+            listed = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+            if name in taken and not (name == "ablate" and listed):
+                taken[name] = stack.enter_context(given_as_file(value))
         yield taken
 
 

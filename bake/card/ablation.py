@@ -8,6 +8,11 @@ from typing import Any
 ABLATION_TEMPLATE = "ablation.md.jinja"
 
 
+def is_ablation(recorded: Mapping[str, Any]) -> bool:
+    """Tell whether a `bake.json` is of an ablation, and not of a push that follows one."""
+    return "ablation" in recorded and "site" not in recorded
+
+
 def ablation_words(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the phrases that the card of an ablation needs beside its `bake.json`."""
     about, rank = recorded.get("about") or {}, recorded["ablation"]["rank"]

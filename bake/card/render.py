@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.card.ablation import ABLATION_TEMPLATE, ablation_words
+from bake.card.ablation import ABLATION_TEMPLATE, ablation_words, is_ablation
 from bake.card.figures import ALTERNATIVES, FIGURES, draw_norms, draw_separation
 from bake.checkpoint import left_out
 from bake.checkpoint.front_matter import compose_front_matter
@@ -147,7 +147,7 @@ def render_card(values: Mapping[str, Any], template: str = CARD_TEMPLATE) -> str
 
 def render_record(recorded: Mapping[str, Any]) -> str:
     """Return the card of a `bake.json`, of a push or of an ablation; raises as `render_card`."""
-    if "ablation" in recorded:
+    if is_ablation(recorded):
         return render_card({**recorded, **ablation_words(recorded)}, ABLATION_TEMPLATE)
     return render_card({**recorded, **card_words_of_record(recorded)})
 

@@ -18,7 +18,7 @@ def run(parsed: argparse.Namespace) -> int:
     options = options_of(parsed)
     for option in SWEEP.options:
         if option.many:
-            options[str(option.parameter)] = tuple(options.pop(option.name))
+            options[option.parameter or option.name] = tuple(options.pop(option.name))
     found = sweep(TrialOptions(**options))
     print_result(parsed, found.to_dict(), describe(found))
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base, load_base, open_base
+from bake.card.ablation import is_ablation
 from bake.card.render import draw_figures, render_record
 from bake.checkpoint.checkpoint import find_bake
 from bake.checkpoint.licences import write_notice
@@ -27,7 +28,6 @@ from bake.pipeline.record import (
     base_name,
     base_revision,
     encode_result,
-    is_ablation,
     read_any_result,
     rebuild_plan,
     rebuild_push,
@@ -120,8 +120,8 @@ def reproduce(
         keep_tokenizer(opened.tokenizer, again)
         draw(again)
         # Directions and a sweep's figures are data, as they are.
-        given = [entry["file"] for entry in recorded.get("removed", ({"file": DIRECTION_FILE},))]
-        for name in (*given, *recorded.get("sweep", {}).get("figures", ())):
+        taken = [entry["file"] for entry in recorded.get("removed", ())]
+        for name in (DIRECTION_FILE, *taken, *recorded.get("sweep", {}).get("figures", ())):
             if (directory / name).is_file():
                 (again / name).write_bytes((directory / name).read_bytes())
         record = {key: value for key, value in recorded.items() if key != "files"}
@@ -153,7 +153,7 @@ def _rebuild(
         return rebuild_ablation(recorded, opened, directory), lambda _again: None
     push = rebuild_push(recorded, directory)
     site, metadata = recorded["site"], recorded["direction"]["metadata"]
-    plan = rebuild_plan(recorded, opened, push)
+    plan = rebuild_plan(recorded, opened, push, directory)
     return plan, lambda again: draw_figures(again, push, site, metadata)
 
 

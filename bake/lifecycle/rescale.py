@@ -310,6 +310,10 @@ def plan_strength(
                 f"{name} is folded through a matrix that is not stored as it is (quantised, or made of "
                 f"several tensors), so its strength cannot be changed here; export again"
             )
+        if not entry["is_new"] and "ablation" in recorded:
+            raise BakeError(
+                f"{name} lost a part before it was pushed, and what is left of it is not kept; export again"
+            )
         weight = view.read(slot.weight) if slot.weight else None
         if entry["is_new"] and entry["old"] is None:
             raise BakeError(f"{name} does not say what it holds without a push; export again")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base, open_base
+from bake.card.ablation import is_ablation
 from bake.card.render import card_words_of_record
 from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bake.checkpoint.edits import Add, Change, Merge, Patch, Rename, Transform
@@ -26,7 +27,6 @@ from bake.pipeline.completion import check_shards, is_unproven, record_proof
 from bake.pipeline.record import (
     base_name,
     base_revision,
-    is_ablation,
     read_any_result,
     rebuild_plan,
     rebuild_push,
@@ -109,7 +109,7 @@ def _prove_again(
             published=published,
         )
     push = rebuild_push(recorded, directory)
-    plan = rebuild_plan(recorded, opened, push)
+    plan = rebuild_plan(recorded, opened, push, directory)
     return plan, prove(opened, directory, plan, push, allowed, placement, published)
 
 

@@ -53,7 +53,8 @@ ABLATE = Command(
                 "from_layer",
                 "take layer L's direction out everywhere",
                 int,
-                shown="the layer that separates held-out pairs best",
+                shown="with --pairs the one that moves held-out pairs most within a bound of KL, else "
+                "the one that separates them best",
                 metavar="L",
             ),
             Option(
@@ -113,6 +114,6 @@ ABLATE = Command(
     ),
     heading=BAKING,
     examples=(
-        "bake ablate HuggingFaceTB/SmolLM2-135M-Instruct --pairs formal-casual -o plain-tone",
+        "bake ablate HuggingFaceTB/SmolLM2-135M-Instruct --pairs cheerful-gloomy -o no-cheer",
     ),
 )

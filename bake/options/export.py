@@ -68,6 +68,20 @@ EXPORT = Command(
                 "orthogonalise several directions in the order given (Gram–Schmidt)",
                 bool,
             ),
+            Option(
+                "ablate",
+                "first take this direction out of the residual stream, as bake ablate does, then push; "
+                "repeated, the subspace that they span",
+                metavar="FILE",
+                many="repeated",
+            ),
+            Option(
+                "ablate_layer",
+                "take layer L's direction of --ablate out everywhere",
+                int,
+                shown="the layer that separates held-out pairs best",
+                metavar="L",
+            ),
             LAYER_OFFSET,
             DIRECTION_SITE,
             Option("keep_scale", "α = m·‖v‖: the vector's own length instead of a law", bool),

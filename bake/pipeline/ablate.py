@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,22 @@ from bake.card.render import render_record
 from bake.checkpoint.writer import WrittenWeights, explain_links
 from bake.directions.direction import Direction
 from bake.directions.direction_file import direction_bytes
-from bake.directions.separation import parse_separation
-from bake.errors import BakeError, DirectionError, UnsupportedError
+from bake.directions.subspace import fit_to_scope, span
+from bake.errors import BakeError, UnsupportedError
 from bake.io.hashing import hash_files
-from bake.io.output_files import CARD_FILE, RESULT_FILE
+from bake.io.output_files import CARD_FILE, DIRECTION_FILE, RESULT_FILE, number_file
 from bake.io.staging import check_output, staged_directory
 from bake.models.streaming import Placement, choose_placement
-from bake.pipeline.ablation_record import describe_ablation, direction_file, span
+from bake.pipeline.ablation_record import describe_ablation
 from bake.pipeline.about import About, describe_about
 from bake.pipeline.decision import extract, extraction_options
 from bake.pipeline.export import open_for_export, write
-from bake.pipeline.given_directions import GivenDirection, fit_each, read_directions
+from bake.pipeline.given_directions import (
+    GivenDirection,
+    check_strengths,
+    fit_each,
+    read_directions,
+)
 from bake.pipeline.publishing import check_access, publish
 from bake.pipeline.recipe import Recipe, make_recipe
 from bake.pipeline.record import describe_left_out, encode_result
@@ -34,12 +39,15 @@ from bake.plan.undo_record import describe_undo
 from bake.proof.ablation import prove_ablation
 from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
-from bake.sites import RESIDUAL_SITES
 from bake.support.html import show
 from bake.support.processes import is_main, leave_to_main
 from bake.support.progress import announce, track_bytes, warn
 from bake.support.text import did_you_mean
 from bake.support.timing import Stopwatch, peak_memory
+from bake.sweeps.auto import read_trial_texts
+from bake.sweeps.layer_choice import LayerChoice, choose_layer
+from bake.sweeps.measurements import Texts
+from bake.texts.held_out import read_divided
 from bake.texts.pairs import ContrastPair, read_pairs
 from bake.texts.tokenizer import keep_tokenizer
 from bake.writes import SCOPES, Ablation, Removal
@@ -53,7 +61,6 @@ _OWN: dict[str, Any] = {
     "neurons": str,
 }
 SITE = "mlp_out"  # where directions are found: after a whole layer's writes
-STAGES = ("checkpoint", "anatomy", "load", "direction", "write", "prove", "hash")
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,11 @@ class AblationRecipe:
     def silences(self) -> bool:
         """Whether heads or neurons are named, and no direction is taken out."""
         return self.heads is not None or self.neurons is not None
+
+    @property
+    def chooses_layer(self) -> bool:
+        """Whether the layer whose direction is taken out is for bake to choose, on held-out pairs."""
+        return bool(self.shared.pairs) and self.scope == "stream" and self.from_layer is None
 
     def check(self) -> None:
         """Raise BakeError for options that contradict each other, before any work starts."""
@@ -135,6 +147,7 @@ class Ablated:
     plan: AblationPlan
     directions: tuple[Direction, ...]
     about: About
+    choice: LayerChoice | None
     equivalence: Equivalence
     files: Mapping[str, Mapping[str, Any]]
     timings: Mapping[str, float]
@@ -161,7 +174,7 @@ class Ablated:
         return {
             "output": str(self.output),
             **published,
-            **describe_ablation(self.base, self.plan, self.directions, self.about),
+            **describe_ablation(self.base, self.plan, self.directions, self.about, self.choice),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
             "timings": dict(self.timings),
@@ -188,19 +201,19 @@ def ablate(recipe: AblationRecipe) -> Ablated:
     """
     recipe.check()
     shared = recipe.shared
-    clock = Stopwatch((*STAGES, *(("publish",) if shared.push_to_hub else ())))
+    clock = Stopwatch(stages_of(recipe))
     output = check_output(Path(shared.output), overwrite=shared.overwrite)
     check_access(shared, clock)
     placement = choose_placement(shared.device_map, shared.max_memory)
     extraction_options(shared)
-    given, pairs = read_directions(shared), list(read_pairs(shared.pairs)) if shared.pairs else []
-    _check_strengths(given)
+    given, (pairs, trial) = read_directions(shared), read_pairs_and_trial(recipe)
+    check_strengths(given)
     if placement is not None and placement.parallel:
         raise BakeError("bake ablate has no --device-map tp: give auto, or leave it out")
     with kept_plain_process(start=placement is None and is_main()):
         base = open_for_export(shared, output, clock)
         base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
-        directions, removal = decide(recipe, base, given, pairs, placement, clock)
+        directions, removal, choice = decide(recipe, base, given, pairs, trial, placement, clock)
         leave_to_main()
         plan = plan_ablation(base.checkpoint, base.anatomy, removal, dtype=shared.dtype)
         announce(plan.describe())
@@ -222,7 +235,7 @@ def ablate(recipe: AblationRecipe) -> Ablated:
                 base.checkpoint, plan, written.sources, tokenizer_changed=note is not None
             )
             record = {
-                **describe_ablation(base, plan, directions, about),
+                **describe_ablation(base, plan, directions, about, choice),
                 "undo": undo,
                 "equivalence": proof.to_dict(),
             }
@@ -235,9 +248,33 @@ def ablate(recipe: AblationRecipe) -> Ablated:
         announce(sentence)
     publication = publish(output, shared, clock)
     return Ablated(
-        *(output, base, plan, tuple(directions), about, proof, files),
+        *(output, base, plan, tuple(directions), about, choice, proof, files),
         *(clock.seconds, peak_memory(), publication),
     )
+
+
+def stages_of(recipe: AblationRecipe) -> tuple[str, ...]:
+    """Return the stages of an ablation that the user is told of, in order."""
+    found = ("load", "direction") if recipe.shared.pairs else ()
+    return (
+        *("checkpoint", "anatomy", *found),
+        *(("layer",) if recipe.chooses_layer else ()),
+        *("write", "prove", "hash"),
+        *(("publish",) if recipe.shared.push_to_hub else ()),
+    )
+
+
+def read_pairs_and_trial(recipe: AblationRecipe) -> tuple[Sequence[ContrastPair], Texts | None]:
+    """Read the pairs that a direction is found from, and the texts that its layer is chosen on.
+
+    There are none of the latter where the user names the layer, where each layer's writes lose their own,
+    and where the pairs are too few to keep some of them out.
+    """
+    shared = recipe.shared
+    if not recipe.chooses_layer:
+        return list(read_pairs(shared.pairs)) if shared.pairs else [], None
+    pairs, judged = read_divided(shared.pairs, shared.held_out)
+    return pairs, read_trial_texts(None, judged, shared.chat_template) if judged else None
 
 
 def decide(
@@ -245,80 +282,38 @@ def decide(
     base: Base,
     given: Sequence[GivenDirection],
     pairs: Sequence[ContrastPair],
+    trial: Texts | None,
     placement: Placement | None,
     clock: Stopwatch,
-) -> tuple[list[Direction], Removal]:
-    """Return what is taken out, and the directions that it is made of; none for heads and neurons."""
+) -> tuple[list[Direction], Removal, LayerChoice | None]:
+    """Return what is taken out, the directions that it is made of, and why they are of this layer.
+
+    There are no directions for heads and neurons, and no choice where the user made it.
+    """
     anatomy = base.anatomy
     if recipe.silences:
         heads = () if recipe.heads is None else parse_heads(recipe.heads)
         neurons = () if recipe.neurons is None else parse_neurons(recipe.neurons)
-        return [], find_parts(anatomy, heads, neurons)
-    anatomy.ablation.choose(recipe.scope, anatomy.model_type)
+        return [], find_parts(anatomy, heads, neurons), None
+    writes = anatomy.ablation.choose(recipe.scope, anatomy.model_type)
     layers = _choose_layers(recipe, base)
-    directions = find_directions(recipe, base, given, pairs, placement, clock)
-    basis = span(directions, layers, anatomy.hidden_size)
-    return directions, Ablation(basis, recipe.scope, recipe.strength)
-
-
-def find_directions(
-    recipe: AblationRecipe,
-    base: Base,
-    given: Sequence[GivenDirection],
-    pairs: Sequence[ContrastPair],
-    placement: Placement | None,
-    clock: Stopwatch,
-) -> list[Direction]:
-    """Return the directions that are taken out: given, or found from pairs; each fitted to the scope."""
-    shared = recipe.shared
+    choice: LayerChoice | None = None
     if given:
-        found = [entry.direction for entry in fit_each(base, given, shared)]
+        found = [entry.direction for entry in fit_each(base, given, recipe.shared)]
     else:
         with clock.stage("load"):
             loaded = load_base(base, placement)
         with clock.stage("direction"):
-            every = range(base.anatomy.layer_count)
-            found = [extract(base, loaded, shared, pairs, SITE, every)]
-    for direction in found:
-        if direction.site not in RESIDUAL_SITES:
-            raise DirectionError(
-                f"the direction was found at {direction.site}, a normalised input; what is taken out of "
-                f"the residual stream is found there (bake direction --site {SITE})"
-            )
-    return [fit_to_scope(each, recipe.scope, recipe.from_layer) for each in found]
-
-
-def fit_to_scope(direction: Direction, scope: str, from_layer: int | None) -> Direction:
-    """Return one vector for all layers, which a stream needs, or a vector for each layer's writes.
-
-    Of several layers' vectors that of `from_layer` is taken, else the one that separates held-out pairs
-    best.
-    Raises DirectionError where neither says which.
-    """
-    own = [layer for layer in direction.vectors if layer is not None]
-    if not own and from_layer is not None:
-        raise DirectionError(
-            f"--from-layer {from_layer}: the direction has one vector for all layers; leave it out"
-        )
-    if not own or (scope == "writes" and from_layer is None):
-        return direction
-    chosen = own[0] if len(own) == 1 and from_layer is None else from_layer
-    if chosen is None:
-        separation = parse_separation(direction.metadata)
-        if separation is None:
-            raise DirectionError(
-                f"the direction has a vector for each of {len(own)} layers, and one is taken out of the "
-                "whole stream: say which with --from-layer L"
-            )
-        chosen = separation.best.layer
-        announce(
-            f"layer {chosen}'s direction is taken out everywhere: it separates held-out pairs best "
-            "(--from-layer for another)"
-        )
-    metadata = {**direction.metadata, "layer": str(chosen)}
-    return replace(
-        direction, vectors={None: direction.layer(chosen)}, metadata=metadata, lengths={}
-    )
+            every = range(anatomy.layer_count)
+            found = [extract(base, loaded, recipe.shared, pairs, SITE, every)]
+        if trial is not None:
+            with clock.stage("layer"):
+                choice = choose_layer(loaded, writes, found[0], trial)
+                announce(choice.describe())
+    from_layer = recipe.from_layer if choice is None else choice.layer
+    directions = [fit_to_scope(each, recipe.scope, from_layer) for each in found]
+    basis = span(directions, layers, anatomy.hidden_size)
+    return directions, Ablation(basis, recipe.scope, recipe.strength), choice
 
 
 def _choose_layers(recipe: AblationRecipe, base: Base) -> Sequence[int]:
@@ -328,15 +323,6 @@ def _choose_layers(recipe: AblationRecipe, base: Base) -> Sequence[int]:
     if not layers:
         raise BakeError("the band holds no layer; give a wider one")
     return layers
-
-
-def _check_strengths(given: Sequence[GivenDirection]) -> None:
-    for entry in given:
-        if entry.strength != 1:
-            raise DirectionError(
-                f"{entry.reference} has a strength of its own, {entry.strength:g}; all directions of a "
-                "subspace are taken out alike: --strength with --scope writes"
-            )
 
 
 def describe(
@@ -349,7 +335,7 @@ def describe(
     """Write directions, card and `bake.json` beside the weights; return every file's hash."""
     with clock.stage("describe"):
         for index, direction in enumerate(directions):
-            (staging / direction_file(index)).write_bytes(direction_bytes(direction))
+            (staging / number_file(DIRECTION_FILE, index)).write_bytes(direction_bytes(direction))
         (staging / CARD_FILE).write_text(render_record(record), encoding="utf-8")
     with clock.stage("hash"), track_bytes(written.size, "hashing") as progress:
         files = hash_files(staging, known=written.known_sha256, progress=progress)

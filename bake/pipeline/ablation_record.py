@@ -15,34 +15,23 @@ from bake.anatomy.parts import find_parts, parse_heads, parse_neurons
 from bake.checkpoint.loading import auto_class
 from bake.directions.direction import Direction
 from bake.directions.direction_file import load_direction
+from bake.directions.subspace import span
 from bake.errors import CheckpointError
-from bake.io.output_files import DIRECTION_FILE
+from bake.io.output_files import DIRECTION_FILE, number_file
 from bake.pipeline.about import About
 from bake.pipeline.record import describe_left_out, stored_dtype
 from bake.plan.ablation import AblationPlan, plan_ablation
+from bake.sweeps.layer_choice import LayerChoice
 from bake.version import __version__
-from bake.writes import Ablation, orthonormalize
-
-
-def direction_file(index: int) -> str:
-    """Return the name of the file of one of several directions, counted from 0."""
-    return DIRECTION_FILE if index == 0 else DIRECTION_FILE.replace(".", f"-{index + 1}.")
-
-
-def span(directions: Sequence[Direction], layers: Sequence[int], hidden_size: int) -> Any:
-    """Return {layer: orthonormal basis of the directions there}; raise DirectionError as they do."""
-    chosen = [direction.select(layers, hidden_size) for direction in directions]
-    shared = all(None in direction.vectors for direction in directions)
-    if shared:  # One basis for all layers, computed once.
-        basis = orthonormalize([vectors[layers[0]].float() for vectors in chosen])
-        return dict.fromkeys(layers, basis)
-    return {
-        layer: orthonormalize([vectors[layer].float() for vectors in chosen]) for layer in layers
-    }
+from bake.writes import Ablation
 
 
 def describe_ablation(
-    base: Base, plan: AblationPlan, directions: Sequence[Direction], about: About
+    base: Base,
+    plan: AblationPlan,
+    directions: Sequence[Direction],
+    about: About,
+    choice: LayerChoice | None = None,
 ) -> dict[str, Any]:
     """Return the part of `bake.json` that says what was done; plain values, no times, no paths."""
     left_out = describe_left_out(base, plan)
@@ -57,8 +46,9 @@ def describe_ablation(
         "layer_count": base.anatomy.layer_count,
         "hidden_size": base.anatomy.hidden_size,
         "ablation": plan.ablation.to_dict(),
+        **({"layer_choice": choice.to_dict()} if choice else {}),
         "removed": [
-            {**direction.to_dict(), "file": direction_file(index)}
+            {**direction.to_dict(), "file": number_file(DIRECTION_FILE, index)}
             for index, direction in enumerate(directions)
         ],
         "plan": plan.to_dict(),
@@ -78,7 +68,8 @@ def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path)
             parse_neurons(neurons) if neurons else (),
         )
         return plan_ablation(opened.checkpoint, opened.anatomy, silence, dtype=dtype)
-    if [entry["file"] for entry in entries] != [direction_file(i) for i in range(len(entries))]:
+    names = [number_file(DIRECTION_FILE, index) for index in range(len(entries))]
+    if [entry["file"] for entry in entries] != names:
         raise CheckpointError(f"bake.json in {directory} names other direction files than bake's")
     directions = [load_direction(directory / entry["file"]) for entry in entries]
     if not directions:

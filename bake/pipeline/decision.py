@@ -7,6 +7,7 @@ by a short sweep. The model is loaded for what is neither given nor saved, and a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from bake.directions.direction import Direction, convert_to_input
 from bake.directions.extract import ExtractionOptions
 from bake.directions.extract import extract as extract_direction
 from bake.errors import BakeError
+from bake.hooks import ablated
 from bake.io.shipped import tried_on
 from bake.models.forward import LanguageModel, SpareModel
 from bake.models.streaming import Placement
 from bake.pipeline.about import About, describe_about
 from bake.pipeline.given_directions import GivenDirection, look_at, read_directions
 from bake.pipeline.recipe import Recipe
+from bake.plan.ablation import AblationPlan
 from bake.plan.destination import Destination
 from bake.sites import INPUT_SITES, RESIDUAL_SITES
 from bake.strength.coefficients import (
@@ -163,10 +166,12 @@ def decide(
     given: Direction | None,
     placement: Placement | None,
     clock: Stopwatch,
+    ablation: AblationPlan | None = None,
 ) -> tuple[Decision, SpareModel]:
     """Decide how far each layer is pushed; the model is loaded for what is neither given nor saved.
 
-    Returns the decision with the model, if it was loaded.
+    ablation: what is taken out first; norms and effects are those of what is left. Returns the decision,
+    and the model if it was loaded.
     """
     loaded: LanguageModel | None = None
     saved = saved_norms(base, recipe, destination)
@@ -184,13 +189,13 @@ def decide(
         site, layers = destination.site, destination.layers
         with clock.stage("direction"):
             direction = find_direction(base, loaded, recipe, site, layers, given, inputs.pairs)
-        with clock.stage("calibrate"):
+        with clock.stage("calibrate"), _taken_out(loaded, ablation):
             norms = saved or find_norms(loaded, recipe, site, layers, inputs.prompts)
     parallel = placement is not None and placement.parallel  # A share is no model.
     push = decide_push(recipe, destination, base.anatomy.hidden_size, direction, norms)
     if trial is not None:
         assert loaded is not None
-        with clock.stage("strength"):
+        with clock.stage("strength"), _taken_out(loaded, ablation):
             if recipe.law == MEASURED_LAW:
                 push = follow_measured_law(loaded, destination.site, push, trial)
             if recipe.given_multiplier is None:
@@ -207,6 +212,15 @@ def decide(
     about = describe_about(recipe, direction)
     decision = Decision(push, norms, direction, choice, inputs.evidence, about)
     return decision, SpareModel(None if parallel else loaded)
+
+
+def _taken_out(
+    loaded: LanguageModel, ablation: AblationPlan | None
+) -> AbstractContextManager[None]:
+    """Return the context in which a model has lost what is taken out before the push."""
+    if ablation is None:
+        return nullcontext()
+    return ablated(loaded.model, ablation.writes, ablation.ablation, before_push=True)
 
 
 def find_direction(

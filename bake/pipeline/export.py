@@ -32,9 +32,15 @@ from bake.pipeline.given_directions import fit_directions
 from bake.pipeline.publishing import check_access, check_rights, publish, publish_directory
 from bake.pipeline.recipe import Recipe
 from bake.pipeline.record import describe_bake, describe_left_out, encode_result
+from bake.pipeline.taken_out import (
+    describe_taken_out,
+    plan_taken_out,
+    read_taken_out,
+    write_taken_out,
+)
 from bake.pipeline.thin import check_base, check_route
 from bake.plan.destination import choose_destination
-from bake.plan.plan import Changes, Plan, make_plan
+from bake.plan.plan import Changes, Plan, check_ablated_route, make_plan
 from bake.plan.undo_record import describe_undo
 from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
@@ -53,7 +59,8 @@ from bake.texts.tokenizer import keep_tokenizer
 class Export:
     """What an export made. `output` is the directory, everything else is in its bake.json too.
 
-    needs: the base's shards that have to be put beside a thin bake before it can be proven.
+    needs: the base's shards that have to be put beside a thin bake before it can be proven. removed: the
+    directions that were taken out before the push.
     """
 
     output: Path
@@ -66,6 +73,7 @@ class Export:
     peak_memory: int
     needs: tuple[NeededShard, ...] = ()
     publication: hub.Publication | None = None
+    removed: tuple[Direction, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Export: {self.summary}; {self.output}>"
@@ -135,6 +143,7 @@ class Export:
             "output": str(self.output),
             **published,
             **describe_bake(self.base, self.plan, self.decision),
+            **describe_taken_out(self.plan.ablation, self.removed),
             **describe_needs(self.needs),
             "equivalence": self.equivalence.to_dict(),
             "files": dict(self.files),
@@ -157,6 +166,7 @@ def export(recipe: Recipe) -> Export:
     check_access(recipe, clock)
     placement = choose_placement(recipe.device_map, recipe.max_memory)
     inputs = read_inputs(recipe)
+    taken_out = read_taken_out(recipe)
     with kept_plain_process(start=placement is None and not recipe.thin and is_main()):
         base = open_for_export(recipe, output, clock)
         given = fit_directions(base, inputs.directions, recipe)
@@ -165,7 +175,11 @@ def export(recipe: Recipe) -> Export:
             check_route(base.anatomy, destination.route)
         else:
             base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
-        decision, spare = decide(base, destination, recipe, inputs, given, placement, clock)
+        removed, ablation = plan_taken_out(base, taken_out, recipe)
+        check_ablated_route(destination.route, ablation)
+        decision, spare = decide(
+            base, destination, recipe, inputs, given, placement, clock, ablation
+        )
         leave_to_main()
         if placement is not None and placement.parallel:
             placement = Placement()  # What is proven is read from disk, by one process.
@@ -176,6 +190,7 @@ def export(recipe: Recipe) -> Export:
                 destination.route,
                 decision.push,
                 dtype=recipe.dtype,
+                ablation=ablation,
             )
         with staged_directory(
             output, overwrite=recipe.overwrite, base_directory=base.checkpoint.source
@@ -188,10 +203,12 @@ def export(recipe: Recipe) -> Export:
             )
             record = {
                 **describe_bake(base, plan, decision),
+                **describe_taken_out(ablation, removed),
                 **describe_needs(needs),
                 "undo": undo,
                 "equivalence": proof.to_dict(),
             }
+            write_taken_out(removed, staging)
             files = describe(record, plan, decision, staging, written, clock)
     links = explain_links(base.checkpoint, written, recipe.shards)
     left_out = [entry.describe() for entry in describe_left_out(base, plan)]
@@ -201,7 +218,9 @@ def export(recipe: Recipe) -> Export:
         announce(sentence)
     publication = publish(output, recipe, clock)
     seconds, memory = clock.seconds, peak_memory()
-    return Export(output, base, plan, decision, proof, files, seconds, memory, needs, publication)
+    return Export(
+        *(output, base, plan, decision, proof, files, seconds, memory, needs, publication, removed)
+    )
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:

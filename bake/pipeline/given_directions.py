@@ -12,6 +12,7 @@ from bake.directions.direction import Direction
 from bake.directions.first_look import look_first
 from bake.directions.formats import fit_direction, read_direction
 from bake.directions.sum import combine, parse_reference
+from bake.errors import DirectionError
 from bake.pipeline.recipe import Recipe
 from bake.redaction import without_local_paths
 from bake.support.progress import announce
@@ -103,3 +104,13 @@ def join(given: Sequence[GivenDirection], recipe: Recipe) -> Direction:
         return replace(entry.direction, metadata=told)
     named = [(Path(str(entry.reference)).stem, entry.strength, entry.direction) for entry in given]
     return combine(named, orthogonalize=recipe.orthogonalize, keep_scale=recipe.keep_scale)
+
+
+def check_strengths(given: Sequence[GivenDirection]) -> None:
+    """Raise DirectionError for a direction that has a strength, where all of them are taken out alike."""
+    for entry in given:
+        if entry.strength != 1:
+            raise DirectionError(
+                f"{entry.reference} has a strength of its own, {entry.strength:g}; all directions of a "
+                "subspace are taken out alike: --strength with --scope writes"
+            )

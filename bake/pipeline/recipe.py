@@ -62,6 +62,8 @@ class Recipe:
     it names, direction_site overrides its site, keep_scale uses its vectors as long as they are. A list
     of them, each FILE or FILE:STRENGTH, is summed: `added` are those after the first; orthogonalize takes
     from each what the ones before it hold.
+    ablate: direction files that are taken out of the residual stream before the push; ablate_layer: whose
+    vector of them, where they have one for each layer.
     method, token, chat_template, held_out, from_layer, seed, steps, kl_weight: how a direction is found
     from pairs; they mean what they mean in `bake.directions.extract.ExtractionOptions`.
     """
@@ -70,6 +72,8 @@ class Recipe:
     output: str
     direction: str | None = None
     added: tuple[str, ...] = ()
+    ablate: tuple[str, ...] | None = None
+    ablate_layer: int | None = None
     orthogonalize: bool = False
     pairs: str | None = None
     layer_offset: int | None = None
@@ -167,6 +171,7 @@ class Recipe:
             (_PUBLISHING, self.push_to_hub, "is about publishing; give --push-to-hub REPO_ID with it"),
             (_GIVEN, self.direction, "is about a given direction; give --direction FILE with it"),
             (("orthogonalize",), self.added, "is about several directions; repeat --direction"),
+            (("ablate_layer",), self.ablate, "is about what is taken out; give --ablate FILE with it"),
             (_FINDING, self.direction is None, "is about --pairs, and a direction is given"),
             (("steps", "kl_weight"), optimizes, "is about --method optimize; give it, or leave this out"),
             (("law", "band", "layers"), self.coefficients is None, "has no effect with --coefficients"),
@@ -245,6 +250,7 @@ class Recipe:
             ("--law measured", self.law == "measured", "it is measured with the weights"),
             ("--dtype", self.dtype, "storing in another dtype rewrites every base shard"),
             ("--shards", self.shards != "copy", "no base shard is written"),
+            ("--ablate", self.ablate, "what is taken out is taken out of the base's matrices"),
             ("--convert-site", self.convert_site, "the conversion reads the norms' weights"),
             (
                 "--push-to-hub",
@@ -294,8 +300,10 @@ def make_recipe(values: Mapping[str, Any], *, without_output: bool = False) -> R
     if isinstance(several, list | tuple):
         first, *others = several or [None]
         values = {**values, "direction": first, "added": tuple(others)}
-    if isinstance(values.get("added"), list):
-        values = {**values, "added": tuple(values["added"])}
+    for name in ("added", "ablate"):
+        given = values.get(name)
+        if isinstance(given, list | str):
+            values = {**values, name: (given,) if isinstance(given, str) else tuple(given)}
     for field in fields(Recipe):
         if field.name in values:
             _check_type(field.name, values[field.name], str(field.type))

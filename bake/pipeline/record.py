@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.anatomy.base import Base
+from bake.card.ablation import is_ablation
 from bake.checkpoint.edits import Drop
 from bake.checkpoint.left_out import LeftOut, find_left_out, is_draft
 from bake.checkpoint.loading import auto_class
@@ -27,7 +28,9 @@ from bake.io.output_files import DIRECTION_FILE, RESULT_FILE
 from bake.io.shipped import DEMO_NAME
 from bake.pipeline.decision import Decision
 from bake.pipeline.record_shape import check_record
-from bake.plan.plan import FLOAT_DTYPES, Changes, Plan, make_plan
+from bake.pipeline.taken_out import rebuild_taken_out
+from bake.plan.dtypes import FLOAT_DTYPES
+from bake.plan.plan import Changes, Plan, make_plan
 from bake.strength.coefficients import LayerPush, Push
 from bake.version import __version__
 
@@ -132,11 +135,6 @@ def read_any_result(directory: Path) -> dict[str, Any]:
     return result
 
 
-def is_ablation(recorded: Mapping[str, Any]) -> bool:
-    """Tell whether a `bake.json` is of an ablation."""
-    return "ablation" in recorded
-
-
 def read_part(directory: Path, key: str) -> dict[str, Any]:
     """Read one object of `bake.json`, whatever the others are; raise CheckpointError as `read_result`."""
     result = _read(directory)
@@ -193,8 +191,11 @@ def rebuild_push(recorded: Mapping[str, Any], directory: Path) -> Push:
         raise CheckpointError(f"bake.json in {directory} is damaged: {error!r}") from None
 
 
-def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
-    """Return the plan of a bake: its site, slots and dtype, on its base, with a push."""
+def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push, directory: Path) -> Plan:
+    """Return the plan of a bake: its site, slots and dtype, on its base, with a push.
+
+    directory: where the directions are that it took out first.
+    """
     dtype = stored_dtype(recorded)
     route = opened.anatomy.choose(
         recorded["site"],
@@ -202,7 +203,8 @@ def rebuild_plan(recorded: Mapping[str, Any], opened: Base, push: Push) -> Plan:
         route=recorded["slot"]["route"],
         host=recorded["slot"].get("rewritten_as"),
     )
-    return make_plan(opened.checkpoint, opened.anatomy, route, push, dtype=dtype)
+    ablation = rebuild_taken_out(recorded, opened, directory, dtype)
+    return make_plan(opened.checkpoint, opened.anatomy, route, push, dtype=dtype, ablation=ablation)
 
 
 def stored_dtype(recorded: Mapping[str, Any]) -> str | None:

@@ -239,6 +239,14 @@ _RECORD: dict[str, Check] = {
         },
         {"heads": _each(_text), "neurons": _each(_text)},
     ),
+    "layer_choice": _fields(
+        {
+            "layer": _layer,
+            "reason": _text,
+            "pairs": _size,
+            "points": _each(_fields({"layer": _layer, "shift": _or_null(_number)})),
+        }
+    ),
     "removed": _each(_fields({"file": _text, "site": _text, "metadata": _mapping(_text)})),
     "direction": _fields({"site": _text, "metadata": _mapping(_text)}),
     "plan": _fields(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy
 from bake.anatomy.erasure import erase
 from bake.checkpoint.checkpoint import Checkpoint
-from bake.checkpoint.edits import Edit
+from bake.checkpoint.edits import Transform
 from bake.checkpoint.quantization import quantization_method
 from bake.errors import UnsupportedError
-from bake.plan.plan import FLOAT_DTYPES, convert_others, dtype_changes
+from bake.plan.dtypes import FLOAT_DTYPES, convert_others, dtype_changes
 from bake.writes import Removal, Silence, WriteMap
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class AblationPlan:
 
     ablation: Removal
     writes: WriteMap
-    edits: tuple[Edit, ...]
+    edits: tuple[Transform, ...]
     config_changes: Mapping[str, Any]
     edited: tuple[str, ...]
     stored_dtype: str
@@ -35,14 +38,28 @@ class AblationPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`: names and config keys, not matrices."""
-        untying = self.writes.untying if self.untied_bytes else None
         return {
-            "added": [untying.head] if untying else [],
+            "added": self.untied_heads,
             "patched": list(self.edited),
             "config_changes": dict(self.config_changes),
             "dtype": self.dtype,
             "slots": [],
         }
+
+    def exact(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return what is left of a parameter, in float64; the weight itself where it is none of them."""
+        import torch
+
+        for write, layer in self.writes.of(self.ablation):
+            if write.parameter == parameter:
+                return self.ablation.edit(weight, write, layer, torch.float64)
+        return weight
+
+    @property
+    def untied_heads(self) -> list[str]:
+        """The head that is stored by itself now; none where it was already."""
+        untying = self.writes.untying if self.untied_bytes else None
+        return [untying.head] if untying else []
 
     def describe(self) -> str:
         """Return what is taken out of what, in a sentence."""

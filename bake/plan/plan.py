@@ -24,13 +24,13 @@ from bake.checkpoint.quantization import quantization_method
 from bake.engines.survival import Outline
 from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.io.safetensors import torch_dtype
+from bake.plan.ablation import AblationPlan
+from bake.plan.dtypes import FLOAT_DTYPES, convert_others, dtype_changes
 from bake.sites import Slot
 from bake.strength.coefficients import Push
 
 if TYPE_CHECKING:
     import torch
-
-FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Changes(Protocol):
@@ -48,13 +48,17 @@ class Changes(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a bake changes. What is not named here keeps its bytes."""
+    """Everything that a bake changes. What is not named here keeps its bytes.
+
+    ablation: what is taken out before it is pushed; its edits are among `edits`.
+    """
 
     route: SiteRoute
     edits: tuple[Edit, ...]
     config_changes: Mapping[str, Any]
     slot_edits: tuple[SlotEdit, ...]
     dtype: str
+    ablation: AblationPlan | None = None
 
     @property
     def representation_error(self) -> float:
@@ -84,7 +88,7 @@ class Plan:
     @property
     def carries_drafts(self) -> bool:
         """Whether files of multi-token prediction are kept: where every layer keeps its name."""
-        return self.route.rewriter is None
+        return self.route.rewriter is None and self.ablation is None
 
     @property
     def config_values(self) -> dict[str, Any]:
@@ -99,9 +103,14 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`: names and config keys, not vectors."""
         removed = {"config_removed": self.config_removed} if self.config_removed else {}
+        added = [edit.name for edit in self.edits if isinstance(edit, Add)]
+        patched = {edit.name for edit in self.slot_edits if not edit.is_new}
+        if self.ablation is not None:
+            added += self.ablation.untied_heads
+            patched |= set(self.ablation.edited)
         return {
-            "added": sorted(edit.name for edit in self.edits if isinstance(edit, Add)),
-            "patched": sorted(edit.name for edit in self.slot_edits if not edit.is_new),
+            "added": sorted(added),
+            "patched": sorted(patched),
             "config_changes": self.config_values,
             **removed,
             "dtype": self.dtype,
@@ -116,15 +125,19 @@ def make_plan(
     push: Push,
     *,
     dtype: str | None = None,
+    ablation: AblationPlan | None = None,
 ) -> Plan:
     """Decide every edit. dtype: "float32" stores the whole checkpoint so; None keeps the base's.
 
-    Raises CheckpointError where the checkpoint lacks a tensor that the route needs or it has another
-    shape, UnsupportedError where a slot is not stored as a float the push can be written into.
+    ablation: what is taken out first, planned with the same dtype; a slot then holds what is left of the
+    base's bias, and the push. Raises CheckpointError where the checkpoint lacks a tensor that the route
+    needs or it has another shape, UnsupportedError where a slot is not stored as a float the push can be
+    written into, and where the route does not leave the base's tensors in their places for an ablation.
     """
     import torch
 
     _check_request(checkpoint, route, dtype)
+    check_ablated_route(route, ablation)
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
@@ -138,19 +151,17 @@ def make_plan(
     names = _disk_names(checkpoint, anatomy, route)
     vectors = push.vectors
     slot_edits = [
-        _edit_slot(checkpoint, names, layer, slot, vectors[layer], dtype)
+        _edit_slot(checkpoint, names, layer, slot, vectors[layer], dtype, ablation)
         for layer in sorted(vectors)
         for slot in route.slots_of(layer)
     ]
     _check_finite(push, slot_edits)
-    stored = {edit.name: edit for edit in slot_edits}
-    made: list[Edit] = []
+    stored = {edit.name: edit.stored for edit in slot_edits}
+    made: list[Add | Patch | Transform] = []
     for parameter, shape in route.new_parameters.items():
         name, weight = names.new_bias(parameter)
         code = FLOAT_DTYPES[dtype] if dtype else _dtype_beside(checkpoint, weight)
-        filled = (
-            stored[name].stored if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
-        )
+        filled = stored[name] if name in stored else torch.zeros(shape, dtype=torch_dtype(code))
         made.append(Add(name, filled))
     converted = convert_others(checkpoint, FLOAT_DTYPES[dtype], stored) if dtype else []
     transformed = {edit.name for edit in converted}
@@ -161,7 +172,26 @@ def make_plan(
         if not edit.is_new and edit.name not in transformed
     ]
     changes = {**route.flags, **dtype_changes(checkpoint, dtype)}
-    return Plan(route, tuple(made), changes, tuple(slot_edits), dtype or "as the base")
+    if ablation is not None:
+        erased = [
+            edit
+            for edit in ablation.edits
+            if edit.name in ablation.edited and edit.name not in stored
+        ]
+        others = {edit.name for edit in erased}
+        made = [*erased, *(edit for edit in made if edit.name not in others)]
+        changes = {**ablation.config_changes, **changes}
+    return Plan(route, tuple(made), changes, tuple(slot_edits), dtype or "as the base", ablation)
+
+
+def check_ablated_route(route: SiteRoute, ablation: AblationPlan | None) -> None:
+    """Raise UnsupportedError for a route that rewrites the model in which something is taken out."""
+    if ablation is not None and route.rewriter is not None:
+        raise UnsupportedError(
+            f"--ablate goes with a push into the base's own layers, and the route {route.route} "
+            f"({route.rewriter.name}) writes others: take it out first (bake ablate), then bake export of "
+            "what that wrote, or choose a --site with a slot in place"
+        )
 
 
 def outline_edits(
@@ -256,6 +286,7 @@ def _edit_slot(
     slot: Slot,
     vector: torch.Tensor,
     dtype: str | None,
+    ablation: AblationPlan | None,
 ) -> SlotEdit:
     weight = names.read(slot.weight) if slot.weight else None
     found = names.find(slot.bias)
@@ -266,6 +297,8 @@ def _edit_slot(
         code, old = _dtype_beside(checkpoint, beside), delta.new_zeros(delta.shape)
     else:
         name, code, old = found, checkpoint.entry(found).dtype, checkpoint.read(found).double()
+        if ablation is not None:
+            old = ablation.exact(slot.bias, old)
     if code not in FLOAT_DTYPES.values():
         raise UnsupportedError(
             f"{name} would be stored as {code}, which cannot hold a push; use a float base"
@@ -289,25 +322,6 @@ def _edit_slot(
     )
 
 
-def convert_others(
-    checkpoint: Checkpoint, code: str, stored: Mapping[str, SlotEdit]
-) -> list[Transform]:
-    """Rewrite every float tensor in another dtype, patched slots with what they will hold."""
-
-    def convert(name: str) -> Transform:
-        def function(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-            edit = stored.get(name)
-            return {name: edit.stored if edit else tensor.to(torch_dtype(code))}
-
-        return Transform(name, {name: checkpoint.tensors[name].shape}, function, dtype=code)
-
-    return [
-        convert(name)
-        for name, entry in checkpoint.tensors.items()
-        if entry.dtype in FLOAT_DTYPES.values() and entry.dtype != code
-    ]
-
-
 def _effective(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the changes of keys that have the new value already, or are not there to be removed."""
     return {
@@ -315,19 +329,3 @@ def _effective(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
         for key, value in changes.items()
         if "." in key or config.get(key, REMOVED) != value
     }
-
-
-def dtype_changes(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
-    """Return the config keys that state the weights' dtype, with another one; none where it is kept."""
-    return dict.fromkeys(_dtype_keys(checkpoint.config), dtype) if dtype else {}
-
-
-def _dtype_keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted paths of every key that states the weights' dtype, old spelling and new."""
-    keys = []
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            keys.append(prefix + key)
-        elif isinstance(value, Mapping):
-            keys += _dtype_keys(value, f"{prefix}{key}.")
-    return keys or ([] if prefix else ["dtype"])

@@ -8,21 +8,16 @@ mechanism's figure.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.anatomy.base import Base
-from bake.anatomy.flags import with_flags
-from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from bake.checkpoint.loading import build_on_meta
-from bake.checkpoint.names import DiskNames
-from bake.hooks import ablated, share_watched
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.hooks import share_watched
 from bake.io.work_directory import temporary_directory
-from bake.models.forward import LoadedModel, choose_greedily, read_config
-from bake.models.streaming import Placement, hold_computed
+from bake.models.forward import choose_greedily, read_config
+from bake.models.streaming import Placement
 from bake.plan.ablation import AblationPlan
 from bake.proof.cost import LEAST_KL, MOST_KL, measure_cost
 from bake.proof.equivalence import (
@@ -37,6 +32,7 @@ from bake.proof.equivalence import (
     loading_failures,
     padding_failures,
 )
+from bake.proof.matrices import TOLERANCES, HookedAblation, Weights, hold_exact, open_weights
 from bake.proof.observation import (
     NEW_TOKENS,
     BakedRun,
@@ -52,67 +48,10 @@ from bake.proof.prove import EQUIVALENCE_PROMPTS
 from bake.proof.routing import hold_choices
 from bake.proof.samples import choose_openings, collect_samples
 from bake.texts.prompts import encode, position_limit, read_prompts
-from bake.writes import Removal, Silence, Write, WriteMap
+from bake.writes import Silence
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
-# Bounds on the relative error of what is stored. Every matrix that writes is rounded again, where a push
-# rounds one bias: see docs/ablation.md for what was measured.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-
-
-@dataclass(frozen=True)
-class HookedAblation:
-    """An ablation, as an intervention; it has one strength, and padding has no part in it."""
-
-    writes: WriteMap
-    ablation: Removal
-    scales: bool = False
-
-    def hooks(
-        self, model: nn.Module, *, factor: float = 1.0, mask: torch.Tensor | None = None
-    ) -> AbstractContextManager[None]:
-        """Return the context in which the subspace is taken out, at every position."""
-        return ablated(model, self.writes, self.ablation)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The matrices of an ablation, in the base and as they were written."""
-
-    plan: AblationPlan
-    checkpoint: Checkpoint
-    base: DiskNames
-    baked: DiskNames
-
-    def writes(self) -> tuple[tuple[Write, int | None], ...]:
-        """Return what was edited, with the layer of each."""
-        return self.plan.writes.of(self.plan.ablation)
-
-    def exact(self, write: Write, layer: int | None, rows: slice | None = None) -> torch.Tensor:
-        """Return what a parameter, or rows of it, should be: in float64 from the base, then float32."""
-        import torch
-
-        ablation, name = self.plan.ablation, self.base.find(write.parameter)
-        by_rows = rows is not None and name is not None and layer is None and write.axis == -1
-        if rows is not None and name is not None and by_rows:
-            read = self.checkpoint.read_rows(name, rows.start, rows.stop)
-        else:
-            read = self.base.read(write.parameter)
-        found = ablation.edit(read, write, layer, torch.float32)
-        return found if rows is None or by_rows else found[rows]
-
-    def head_is_kept(self) -> bool:
-        """Whether a head that was untied holds what the embedding was."""
-        import torch
-
-        untying = self.plan.writes.untying
-        if untying is None or not self.plan.untied_bytes:
-            return True
-        found, wanted = self.baked.read(untying.head), self.base.read(untying.embedding)
-        return torch.equal(found, wanted.to(found.dtype))
 
 
 def prove_ablation(
@@ -134,7 +73,7 @@ def prove_ablation(
     limit = position_limit(read_config(base.checkpoint.directory))
     texts = encode(tokenizer, read_prompts(EQUIVALENCE_PROMPTS), MAX_TOKENS, limit=limit)
     openings = choose_openings(tokenizer)
-    weights = _open_weights(base, baked, plan)
+    weights = open_weights(base, baked, plan)
     with temporary_directory("bake-proof-") as folder:
         setup = ProofSetup(
             HookedAblation(plan.writes, plan.ablation),
@@ -168,18 +107,6 @@ def prove_ablation(
     )
 
 
-def _open_weights(base: Base, baked: Checkpoint, plan: AblationPlan) -> Weights:
-    config = base.anatomy.config
-    untying = plan.writes.untying if plan.untied_bytes else None
-    changed = with_flags(config, untying.flags) if untying else config
-    return Weights(
-        plan,
-        base.checkpoint,
-        DiskNames(base.checkpoint, build_on_meta(config)),
-        DiskNames(baked, build_on_meta(changed)),
-    )
-
-
 def _watched(plan: AblationPlan) -> dict[str, torch.Tensor]:
     """Return the modules whose outputs should have nothing of the subspace, with it."""
     writes, ablation = plan.writes, plan.ablation
@@ -199,8 +126,7 @@ def _run_ablated(
 ) -> tuple[BakedRun, float, bool, float]:
     """Run the written directory in float32, as stored and with exact matrices.
 
-    Returns the run, the share of the subspace that is left, whether every matrix is stored right bit for
-    bit, and the largest rounding error of one, relative to what was taken out of it.
+    Returns the run, the share of the subspace that is left, and what `hold_exact` found.
     """
     loaded = setup.load(directory, "float32")
     batches = setup.batches(loaded)
@@ -212,29 +138,12 @@ def _run_ablated(
         with hold_choices(reference.choices) as routing:
             held = setup.logits("baked, the same experts", loaded, batches)
         held, flipped = (held, routing.share) if routing.fits else (None, None)
-    exact, rounding = _hold_exact(loaded, weights)
+    exact, rounding = hold_exact(loaded, weights)
     logits = setup.logits("baked, exact matrices", loaded, batches)
     choices = choose_greedily(loaded, setup.canaries, reference.greedy)
     padding = padding_errors(loaded, setup, reference.padding)
     run = BakedRun(stored, logits, choices, (), padding, written, held, flipped)
     return run, max(shares, default=0.0), exact, rounding
-
-
-def _hold_exact(loaded: LoadedModel, weights: Weights) -> tuple[bool, float]:
-    """Give every edited matrix its exact value, one at a time; compare what is stored with it."""
-    import torch
-
-    exact, worst = weights.head_is_kept(), 0.0
-    for write, layer in weights.writes():
-        wanted = weights.exact(write, layer)
-        found = weights.baked.read(write.parameter)
-        exact = exact and torch.equal(found, wanted.to(found.dtype))
-        taken = (wanted - weights.base.read(write.parameter).float()).norm()
-        if taken > 0:
-            worst = max(worst, float((found.float() - wanted).norm() / taken))
-        compute = partial(weights.exact, write, layer)
-        hold_computed(loaded.model, loaded.weights, write.parameter, compute)
-    return exact, worst
 
 
 def _find_failures(

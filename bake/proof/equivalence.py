@@ -16,11 +16,13 @@ from bake.checkpoint.edits import Add
 from bake.checkpoint.quantization import quantization_method
 from bake.errors import EquivalenceError
 from bake.io.work_directory import temporary_directory
-from bake.models.forward import SpareModel
+from bake.models.forward import LoadedModel, SpareModel
 from bake.models.padding import CAUSE, PaddingError, farthest
 from bake.plan.plan import Plan
 from bake.proof.canary import Canary, find_canary
 from bake.proof.cost import Cost, measure_cost
+from bake.proof.matrices import TOLERANCES as MATRICES
+from bake.proof.matrices import HookedAblation, Weights, hold_exact
 from bake.proof.observation import (
     NEW_TOKENS,
     BakedRun,
@@ -179,11 +181,13 @@ def prove_equivalence(
     placement: Placement | None = None,
     published: tuple[str, str] | None = None,
     spare: SpareModel | None = None,
+    weights: Weights | None = None,
 ) -> Equivalence:
     """Compare a baked directory with the hooked base on prompts that are not the calibration's.
 
     published: (repository, commit) on the Hub, whose files these are: the plain process loads it by its id.
-    spare: the base, where it is still in memory; it is used up.
+    spare: the base, where it is still in memory; it is used up. weights: the matrices of what was taken out
+    before the push.
 
     Raises EquivalenceError where nothing can be compared: a push without effect, a baked directory
     that does not load. What was compared and differs is in the result's `failures`.
@@ -191,9 +195,19 @@ def prove_equivalence(
     dtype = str(plan.slot_edits[0].stored.dtype).removeprefix("torch.")
     texts = tuple(encoded)[:MAX_PROMPTS]
     openings = choose_openings(tokenizer)
+    first = None
+    if weights is not None:
+        first = HookedAblation(weights.plan.writes, weights.plan.ablation, before_push=True)
+    stored_right = [True]
+
+    def hold_others(loaded: LoadedModel) -> None:
+        if weights is not None:
+            pushed = {edit.parameter for edit in plan.slot_edits}
+            stored_right[0] = hold_exact(loaded, weights, pushed)[0]
+
     with temporary_directory("bake-proof-") as folder:
         setup = ProofSetup(
-            HookedPush(structure, plan.route.site, push),
+            HookedPush(structure, plan.route.site, push, first),
             texts,
             folder,
             placement=placement,
@@ -204,12 +218,12 @@ def prove_equivalence(
         reference = run_reference(base.directory, setup)
         plain = run_plain(baked.directory, setup)
         stored_base = run_stored_base(base.directory, setup, dtype, plain)
-        run = run_baked(baked.directory, setup, plan, reference)
+        run = run_baked(baked.directory, setup, plan, reference, hold_others)
         stored = Stored(
             dtype,
-            TOLERANCES[dtype][0 if plan.slots_are_new else 1],
+            MATRICES[dtype] if weights else TOLERANCES[dtype][0 if plan.slots_are_new else 1],
             plan.representation_error,
-            _slots_exact(baked, plan),
+            _slots_exact(baked, plan) and stored_right[0],
             measure_cost(reference.base, reference.hooked, push, plan.route.site),
         )
         result = compare_runs(stored, tokenizer, setup, reference, plain, stored_base, run)
@@ -282,7 +296,11 @@ def _find_failures(
     """Yield everything that is wrong, each in a phrase with its remedy."""
     yield from loading_failures(result, run, reference, plain)
     if not result.slots_exact:
-        yield "mechanism: a stored slot is not cast(old + push), bit for bit"
+        yield (
+            "mechanism: a stored slot is not cast(old + push), bit for bit"
+            if plan.ablation is None
+            else "mechanism: a stored slot or matrix is not what it should be, bit for bit"
+        )
     # Written so that a NaN fails.
     rounding = _rounding_host(plan, result)
     if not result.mechanism_error <= MECHANISM_TOLERANCE and rounding:

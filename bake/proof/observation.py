@@ -8,8 +8,8 @@ the baked directory in float32, as stored and with its slots held at exact value
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,19 +74,30 @@ class Intervention(Protocol):
 
 @dataclass(frozen=True)
 class HookedPush:
-    """A push at a site, as an intervention; folding is linear, so it can be scaled."""
+    """A push at a site, as an intervention; folding is linear, so it can be scaled.
+
+    first: what is done to the model before it is pushed, which cannot be.
+    """
 
     structure: LayerStructure
     site: str
     push: Push
-    scales: bool = True
+    first: Intervention | None = None
 
+    @property
+    def scales(self) -> bool:
+        """Whether the push is all there is."""
+        return self.first is None
+
+    @contextmanager
     def hooks(
         self, model: nn.Module, *, factor: float = 1.0, mask: torch.Tensor | None = None
-    ) -> AbstractContextManager[None]:
+    ) -> Iterator[None]:
         """Return the context in which factor · push is added at the site, where the mask is 1."""
         vectors = self.push.vectors
-        return steered(model, self.structure, self.site, vectors, factor=factor, mask=mask)
+        before = self.first.hooks(model) if self.first else nullcontext()
+        with before, steered(model, self.structure, self.site, vectors, factor=factor, mask=mask):
+            yield
 
 
 @dataclass(frozen=True)
@@ -335,8 +346,17 @@ def run_plain(directory: Path, setup: ProofSetup) -> PlainRun:
     )
 
 
-def run_baked(directory: Path, setup: ProofSetup, plan: Plan, reference: Reference) -> BakedRun:
-    """Run the baked directory in float32, as stored and with exact slots."""
+def run_baked(
+    directory: Path,
+    setup: ProofSetup,
+    plan: Plan,
+    reference: Reference,
+    hold_others: Callable[[LoadedModel], None] = lambda _loaded: None,
+) -> BakedRun:
+    """Run the baked directory in float32, as stored and with exact slots.
+
+    hold_others: gives what else was edited its exact values.
+    """
     loaded = setup.load(directory, "float32")
     batches = setup.batches(loaded)
     factor = reference.factor
@@ -356,6 +376,7 @@ def run_baked(directory: Path, setup: ProofSetup, plan: Plan, reference: Referen
             held = setup.logits("baked, the same experts", loaded, batches)
         # An extra layer has a router of its own.
         held, flipped = (held, routing.share) if routing.fits else (None, None)
+    hold_others(loaded)
     exact = _by_parameter(plan, lambda e: e.old + factor * e.delta)
     hold(loaded.model, loaded.weights, exact)
     logits = setup.logits("baked, exact slots", loaded, batches)

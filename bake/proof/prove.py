@@ -10,6 +10,7 @@ from bake.models.forward import SpareModel, read_config
 from bake.models.streaming import Placement
 from bake.plan.plan import Plan
 from bake.proof.equivalence import MAX_TOKENS, Equivalence, prove_equivalence
+from bake.proof.matrices import open_weights
 from bake.strength.coefficients import Push
 from bake.texts.prompts import (
     encode,
@@ -35,9 +36,10 @@ def prove(
     published: (repository, commit) that the plain process loads by its id. spare: the base, where it is
     still in memory; it is used up.
     """
+    baked = open_checkpoint(str(directory), allowed=base.checkpoint.roots)
     return prove_equivalence(
         base.checkpoint,
-        open_checkpoint(str(directory), allowed=base.checkpoint.roots),
+        baked,
         base.anatomy.structure,
         plan,
         push,
@@ -52,4 +54,5 @@ def prove(
         placement=placement,
         published=published,
         spare=spare,
+        weights=open_weights(base, baked, plan.ablation) if plan.ablation else None,
     )

@@ -86,6 +86,7 @@ def _describe_push(result: Export) -> list[str]:
         changes += f"; without {', '.join(result.plan.config_removed)}"
     return [
         f"{result.base.to_dict()['id']} steered at {route.site}, law {push.law}, m = {push.multiplier:g}",
+        *([f"first {result.plan.ablation.describe()}"] if result.plan.ablation else []),
         f"slots: {route.describe()}; config: {changes or 'unchanged'}",
         "",
         format_table(("layer", "norm μ", "α", "influence"), rows),

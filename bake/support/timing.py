@@ -16,6 +16,7 @@ STAGES = {
     "anatomy": "examining the architecture",
     "load": "loading the model",
     "direction": "finding the direction",
+    "layer": "choosing the layer",
     "calibrate": "calibrating",
     "strength": "choosing the strength",
     "write": "writing the checkpoint",

@@ -1,8 +1,8 @@
 """Arms: the things that a sweep compares, and one forward for many of them.
 
-An arm is a model with a push, or without one. All arms see the same tokens, so one batch holds one
-text under every arm, a row each, and nothing is padded: a row's hook adds that row's vector. Results
-do not depend on which arms share a batch.
+An arm is a model with a push, with a direction taken out, or with neither. All arms see the same tokens,
+so one batch holds one text under every arm, a row each, and nothing is padded: a row's hook adds that
+row's vector. Results do not depend on which arms share a batch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from bake.hooks import register
+from bake.hooks import ablated_rows, register
 from bake.models.forward import LanguageModel, LoadedModel, find_cache, last_logits
 from bake.sites import addition_location
+from bake.writes import MappedAblation
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-Kind = Literal["base", "direction", "random", "prompt"]
+Kind = Literal["base", "direction", "random", "prompt", "ablation", "random ablation"]
 Injection = Literal["broadcast", "last-token"]
 ROW_BYTES = 512 * 1024 * 1024  # of one forward's logits, and of a key-value cache, in float32
 
@@ -29,10 +30,12 @@ ROW_BYTES = 512 * 1024 * 1024  # of one forward's logits, and of a key-value cac
 class Arm:
     """One side of a comparison.
 
+    multiplier: of the push; of an ablation −strength, since it moves away from what a push moves towards.
     push: {layer: (hidden_size,) tensor}, empty for the base. injection: `broadcast` adds it at every
     position, as a bake does; `last-token` at the prompt's last token only, which no bake can do.
     instruction: text put before every prompt (the prompt baseline). variant: what distinguishes this
-    arm's way of pushing from the sweep's first, "" where nothing does.
+    arm's way of pushing from the sweep's first, "" where nothing does. removal: what is taken out; the map
+    of a model's writes is the same for all of them.
     """
 
     name: str
@@ -46,6 +49,12 @@ class Arm:
     instruction: str = ""
     seed: int | None = None
     variant: str = ""
+    removal: MappedAblation | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its direction is a random one."""
+        return self.kind.startswith("random")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values: everything but the vectors."""
@@ -60,6 +69,7 @@ class Arm:
             "instruction": self.instruction,
             "seed": self.seed,
             "variant": self.variant,
+            **({"ablation": self.removal.ablation.to_dict()} if self.removal else {}),
         }
 
 
@@ -69,7 +79,9 @@ def steered_rows(
     arms: Sequence[Arm],
     prompt_length: int | None = None,
 ) -> Iterator[None]:
-    """Add each row's own push while the context is open; row r belongs to arms[r].
+    """Push each row, or take out of it, what its own arm says, while the context is open.
+
+    Row r belongs to arms[r].
 
     prompt_length: positions of the prompt, whose last one `last-token` arms are pushed at; None: the
     last position of the first forward.
@@ -100,6 +112,11 @@ def steered_rows(
         if partial:
             handle = loaded.model.register_forward_pre_hook(look, with_kwargs=True)
             hooks.callback(handle.remove)
+        removals = {row: arm.removal for row, arm in enumerate(arms) if arm.removal}
+        if removals:
+            writes = next(iter(removals.values())).writes
+            taken = {row: mapped.ablation for row, mapped in removals.items()}
+            hooks.enter_context(ablated_rows(loaded.model, writes, taken))
         for site in dict.fromkeys(arm.site for arm in arms if arm.push):
             for layer in sorted({key for arm in arms if arm.site == site for key in arm.push}):
                 location, scale = addition_location(site, loaded.structure.at(layer))

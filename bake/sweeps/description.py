@@ -19,7 +19,7 @@ def describe(trial: Trial) -> str:
     rows = [
         _row(point, scored=scored, judged=judged)
         for point in found.points
-        if point.arm.kind != "random"
+        if not point.arm.is_control
     ]
     header = (*ROW, *["score"] * scored, *["judge"] * judged)
     parts = [
@@ -32,6 +32,7 @@ def describe(trial: Trial) -> str:
     if found.specificity is not None:
         parts.append(found.specificity.describe())
     parts += [window.describe() for window in found.windows]
+    parts += [beside.describe() for beside in found.ablations]
     if found.agreement is not None:
         parts.append(found.agreement.describe())
     costs = found.laws_at_equal_shift()

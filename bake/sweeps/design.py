@@ -6,15 +6,17 @@ Every arm's push comes from the same laws and norms as a bake's, so what a sweep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from bake.directions.direction import Direction
+from bake.directions.subspace import of_layer, span
 from bake.strength.coefficients import DEFAULT_BAND, DEFAULT_LAW, Push, band_layers, compute_push
 from bake.sweeps.arms import Arm, Injection
 from bake.sweeps.controls import random_direction
 from bake.sweeps.measurements import Sampling
 from bake.sweeps.window import Bounds
+from bake.writes import Ablation, MappedAblation, WriteMap
 
 MULTIPLIERS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 CONTROL_SEEDS = 8
@@ -32,11 +34,58 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class AblationVariant:
+    """One way of taking the direction out instead of adding it.
+
+    scope: as of `bake.writes.Ablation`. strength, band: of `writes`. from_layer: the layer whose vector is
+    taken out everywhere; None where the direction has one for all, or each layer's writes lose their own.
+    """
+
+    scope: str = "stream"
+    strength: float = 1.0
+    band: tuple[float, float] = DEFAULT_BAND
+    from_layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What its arm is called."""
+        whose = "" if self.from_layer is None else f", layer {self.from_layer}"
+        if self.scope == "stream":
+            return f"ablated{whose}"
+        band = "{:g}:{:g}".format(*(100 * share for share in self.band))
+        return f"ablated writes {band} s={self.strength:g}{whose}"
+
+    def layers(self, layer_count: int) -> list[int]:
+        """Return the layers whose writes change."""
+        if self.scope == "stream":
+            return list(range(layer_count))
+        return list(band_layers(layer_count, self.band))
+
+    def remove(self, direction: Direction, layer_count: int, hidden_size: int) -> Ablation:
+        """Return what is taken out. Raises DirectionError where the direction lacks a layer."""
+        chosen = direction if self.from_layer is None else of_layer(direction, self.from_layer)
+        basis = span([chosen], self.layers(layer_count), hidden_size)
+        return Ablation(basis, self.scope, self.strength)
+
+    def randomize(
+        self, direction: Direction, layer_count: int, hidden_size: int, seed: int
+    ) -> Ablation:
+        """Return the same of a random direction."""
+        one = self.from_layer or 0
+        alone = self.scope == "stream" or self.from_layer is not None
+        layers = [one] if alone else self.layers(layer_count)
+        drawn = random_direction(direction, layers, hidden_size, seed)
+        chosen = of_layer(drawn, one) if alone else drawn
+        return replace(self, from_layer=None).remove(chosen, layer_count, hidden_size)
+
+
+@dataclass(frozen=True)
 class Design:
     """What a sweep compares. The first variant is the one that the window and the controls are for.
 
     multipliers: without 0, which is the base and always there. instruction: a prompt that asks for
-    the same shift in words, to compare with.
+    the same shift in words, to compare with. ablations: ways of taking the direction out, each with
+    `control_seeds` random directions beside it.
     """
 
     variants: tuple[Variant, ...] = (Variant(),)
@@ -45,6 +94,7 @@ class Design:
     instruction: str = ""
     sampling: Sampling = field(default_factory=Sampling)
     bounds: Bounds = field(default_factory=Bounds)
+    ablations: tuple[AblationVariant, ...] = ()
 
     def label(self, variant: Variant) -> str:
         """Return what distinguishes a variant from the first; "" for the first."""
@@ -66,8 +116,12 @@ def make_arms(
     norms: Mapping[str, Mapping[int, float]],
     layer_count: int,
     hidden_size: int,
+    writes: WriteMap | None = None,
 ) -> list[Arm]:
-    """Return every arm, the base first. norms: {site: {layer: μ_l}}, see `compute_variant_push`."""
+    """Return every arm, the base first. norms: {site: {layer: μ_l}}, see `compute_variant_push`.
+
+    writes: what writes to the residual stream; None where nothing is taken out.
+    """
     arms = [Arm(BASE, "base")]
     for variant in design.variants:
         label = design.label(variant)
@@ -106,9 +160,37 @@ def make_arms(
                     seed=seed,
                 )
             )
+    if writes is not None:
+        arms += make_ablation_arms(direction, design, layer_count, hidden_size, writes)
     if design.instruction:
         arms.append(Arm("instruction", "prompt", instruction=design.instruction))
     return arms
+
+
+def make_ablation_arms(
+    direction: Direction,
+    design: Design,
+    layer_count: int,
+    hidden_size: int,
+    writes: WriteMap,
+) -> Iterator[Arm]:
+    """Yield an arm for each ablation, and those of random directions beside it."""
+    for variant in design.ablations:
+        size = -variant.strength
+        band = variant.layers(layer_count)[0], variant.layers(layer_count)[-1] + 1
+        removal = MappedAblation(writes, variant.remove(direction, layer_count, hidden_size))
+        yield Arm(variant.name, "ablation", size, band=band, removal=removal)
+        for seed in range(design.control_seeds):
+            drawn = variant.randomize(direction, layer_count, hidden_size, seed)
+            yield Arm(
+                f"random {seed} {variant.name}",
+                "random ablation",
+                size,
+                band=band,
+                seed=seed,
+                variant=variant.name,
+                removal=MappedAblation(writes, drawn),
+            )
 
 
 def compute_variant_push(

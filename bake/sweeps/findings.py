@@ -12,6 +12,7 @@ from bake.sweeps.controls import Specificity, compare_with_chance
 from bake.sweeps.design import Design, Variant
 from bake.sweeps.judge import Agreement, Judge
 from bake.sweeps.points import Point
+from bake.sweeps.removals import AblationBeside, compare_ablations
 from bake.sweeps.window import Window
 
 
@@ -52,6 +53,11 @@ class DoseResponse:
         """What chance does at the multiplier nearest to 1; None where no control was run."""
         return compare_with_chance(self.curve(), self.controls)
 
+    @property
+    def ablations(self) -> list[AblationBeside]:
+        """Each ablation beside chance, and beside the push that costs as much."""
+        return list(compare_ablations(self.points, self.curve()))
+
     def laws_at_equal_shift(self) -> dict[str, float]:
         """Return {law: fluency ratio} at the shift that the first variant has at m nearest 1.
 
@@ -81,6 +87,11 @@ class DoseResponse:
             "windows": [window.to_dict() for window in self.windows],
             "specificity": self.specificity.to_dict() if self.specificity else None,
             "fluency_at_equal_shift": self.laws_at_equal_shift(),
+            **(
+                {"ablations": [each.to_dict() for each in beside]}
+                if (beside := self.ablations)
+                else {}
+            ),
             "samples": list(self.samples),
             **(
                 {"judge": {**self.judge.to_dict(), **self.agreement.to_dict()}}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bake.anatomy import Anatomy
 from bake.directions.direction import Direction
+from bake.directions.subspace import fit_to_scope
 from bake.errors import BakeError, DirectionError, UnsupportedError, UsageError
 from bake.io.shipped import OPENINGS, REQUESTS, find_set, shipped_sets, tried_on
 from bake.models.generation import check_seed
@@ -20,11 +21,12 @@ from bake.sites import INPUT_SITES, RESIDUAL_SITES, check_direction_site
 from bake.strength.coefficients import LAWS, band_layers, parse_band
 from bake.support.progress import announce
 from bake.support.text import did_you_mean
-from bake.sweeps.design import CONTROL_SEEDS, MULTIPLIERS, Design, Variant
+from bake.sweeps.design import CONTROL_SEEDS, MULTIPLIERS, AblationVariant, Design, Variant
 from bake.sweeps.measurements import Sampling, Scorer, Texts
 from bake.sweeps.window import Bounds
 from bake.texts.pairs import read_pairs
 from bake.texts.prompts import read_prompts, read_words
+from bake.writes import SCOPES, WriteMap
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class TrialOptions:
     bands: tuple[str, ...] = ("40:90",)
     sites: tuple[str, ...] = ("auto",)
     laws: tuple[str, ...] = ("inverse-sqrt-d",)
+    ablate: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = (1.0,)
+    from_layers: tuple[int, ...] = ()
     pairs: str | None = None
     chat_template: str = "auto"
     words: str | None = None
@@ -140,6 +145,24 @@ def check_numbers(options: TrialOptions) -> None:
         raise BakeError(f"unknown law {unknown!r}; the laws are {', '.join(LAWS)}")
     for band in options.bands:
         parse_band(band)
+    _check_ablations(options)
+
+
+def _check_ablations(options: TrialOptions) -> None:
+    for scope in options.ablate:
+        if scope not in SCOPES:
+            raise BakeError(
+                f"unknown scope {scope!r}; one of {', '.join(SCOPES)}{did_you_mean(scope, SCOPES)}"
+            )
+    if not all(math.isfinite(strength) and strength for strength in options.strengths):
+        raise BakeError("--strengths are finite numbers other than 0, such as --strengths 0.5,1")
+    idle = {
+        "--strengths": ("writes", options.strengths != (1.0,)),
+        "--from-layer": ("stream", options.from_layers),
+    }
+    for flag, (scope, given) in idle.items():
+        if given and scope not in options.ablate:
+            raise BakeError(f"{flag} is for --ablate {scope}; give it, or leave {flag} out")
 
 
 def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -> Design:
@@ -169,6 +192,7 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
         check_direction(direction, layers, anatomy)
     if options.last_token:
         variants.append(replace(variants[0], injection="last-token"))
+    ablations = tuple(dict.fromkeys(_ablations(options, direction)))
     return Design(
         tuple(dict.fromkeys(variants)),
         multipliers,
@@ -176,7 +200,33 @@ def make_design(options: TrialOptions, anatomy: Anatomy, direction: Direction) -
         options.instruction,
         Sampling(options.samples, options.new_tokens, seed=options.seed),
         Bounds(options.max_fluency, options.max_kl),
+        ablations,
     )
+
+
+def _ablations(options: TrialOptions, direction: Direction) -> Iterator[AblationVariant]:
+    """Yield what is taken out: of the stream one layer's direction each time, of writes each band's."""
+    if "stream" in options.ablate:
+        for layer in options.from_layers or (None,):
+            chosen = fit_to_scope(direction, "stream", layer).metadata.get("layer")
+            one = direction.vectors.keys() == {None}
+            yield AblationVariant(from_layer=None if one or chosen is None else int(chosen))
+    if "writes" in options.ablate:
+        fit_to_scope(direction, "writes", None)
+        for band in options.bands:
+            for strength in options.strengths:
+                yield AblationVariant("writes", strength, parse_band(band))
+
+
+def find_writes(anatomy: Anatomy, design: Design) -> WriteMap | None:
+    """Return what writes to the residual stream; None where nothing is taken out.
+
+    Raises UnsupportedError where the architecture cannot be ablated exactly.
+    """
+    found = None
+    for scope in dict.fromkeys(variant.scope for variant in design.ablations):
+        found = anatomy.ablation.choose(scope, anatomy.model_type)
+    return found
 
 
 def pushable_layers(anatomy: Anatomy, sites: Sequence[str]) -> dict[str, Sequence[int]]:

@@ -27,7 +27,9 @@ def render_trial(trial: Trial) -> str:
     costs = found.laws_at_equal_shift()
     curve = found.curve()
     base_first = sorted(curve, key=lambda point: point.arm.multiplier != 0)
-    written = [point.arm.name for point in base_first if point.fluency is not None]
+    others = [p for p in found.points if not p.arm.is_control and p not in curve]
+    ablated = [point for point in others if point.arm.kind == "ablation"]
+    written = [p.arm.name for p in [*base_first, *ablated] if p.fluency is not None]
     return render_page(
         TEMPLATE,
         trial.output / FIGURES,
@@ -43,7 +45,8 @@ def render_trial(trial: Trial) -> str:
         variant=found.design.variants[0],
         design=found.design,
         points=curve,
-        others=[p for p in found.points if p.arm.kind != "random" and p not in curve],
+        others=others,
+        ablations=found.ablations,
         controls=found.controls,
         windows=found.windows,
         specificity=found.specificity,

@@ -30,6 +30,7 @@ from bake.sweeps.measurements import Texts
 from bake.sweeps.options import (
     TrialOptions,
     check_numbers,
+    find_writes,
     load_scorer,
     make_design,
     pushable_layers,
@@ -77,6 +78,7 @@ def sweep(options: TrialOptions) -> Trial:
         announce(note)
     texts = texts.suited_to(base.tokenizer)
     design = make_design(options, base.anatomy, direction)
+    writes = find_writes(base.anatomy, design)
     output = on_main(lambda: prepare_directory(Path(options.output)))
     with Store(output, fingerprint_of(base, direction, design, texts, prompts)) as store:
         names = name_what_is_tried(options)
@@ -95,6 +97,7 @@ def sweep(options: TrialOptions) -> Trial:
                 texts,
                 norms,
                 layer_count,
+                writes=writes,
                 each=store.each,
                 scorer=scorer,
                 judge=judge,

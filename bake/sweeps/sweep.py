@@ -31,6 +31,7 @@ from bake.sweeps.measurements import (
 from bake.sweeps.summary import summarise
 from bake.sweeps.window import find_windows
 from bake.texts.protocols import Tokenizer
+from bake.writes import WriteMap
 
 KEPT_SAMPLES = 12  # openings whose continuations the report shows
 
@@ -67,18 +68,24 @@ def run_sweep(
     norms: Mapping[str, Mapping[int, float]],
     layer_count: int,
     *,
+    writes: WriteMap | None = None,
     each: Callable[[str], Each] = lambda _stage: measure_each,
     scorer: Scorer | None = None,
     judge: Judge | None = None,
 ) -> Iterator[DoseResponse]:
     """Measure every arm; yield what was found after each of the measurements.
 
-    norms: from `measure_sites`. each: stage → what measures its texts, such as `Store.each`.
+    norms: from `measure_sites`. writes: what writes to the stream, where something is taken out. each:
+    stage → what measures its texts, such as `Store.each`.
     """
-    arms = make_arms(direction, design, norms, layer_count, loaded.hidden_size)
+    arms = make_arms(direction, design, norms, layer_count, loaded.hidden_size, writes)
     # Of the random directions those that chance is read from.
     compared = min(map(abs, design.multipliers), key=lambda size: abs(size - 1))
-    sampled = [arm for arm in arms if arm.kind != "random" or arm.multiplier == compared]
+    sampled = [
+        arm
+        for arm in arms
+        if not arm.is_control or (arm.kind == "random" and arm.multiplier == compared)
+    ]
     first = design.variants[0]
     push = compute_variant_push(direction, first, norms, layer_count, loaded.hidden_size)
     strongest = push.at(max(design.multipliers, key=abs))
@@ -88,7 +95,7 @@ def run_sweep(
 
     def account() -> DoseResponse:
         points = summarise(arms, measured, loaded.tokenizer, texts, design.sampling, scorer)
-        shown = [arm for arm in sampled if arm.kind != "random"]
+        shown = [arm for arm in sampled if not arm.is_control]
         samples = _collect_samples(shown, measured, texts, loaded.tokenizer, design.sampling)
         found = DoseResponse(
             points,

@@ -20,7 +20,7 @@ from bake.options.shared import SITES
 from bake.options.sweep import SWEEP
 from bake.options.tune import TUNE
 from bake.pipeline.recipe import Recipe
-from bake.plan.plan import FLOAT_DTYPES
+from bake.plan.dtypes import FLOAT_DTYPES
 from bake.sites import SITES as ALL_SITES
 from bake.strength.coefficients import LAWS
 from bake.strength.norms import STATISTICS

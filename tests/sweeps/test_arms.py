@@ -8,11 +8,13 @@ from conftest import HIDDEN
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from bake.anatomy import examine
+from bake.hooks import ablated
 from bake.models.forward import LanguageModel, continue_greedily, decode
 from bake.models.generation import sample_continuations
 from bake.sites import SITES
 from bake.sweeps.arms import Arm, compare_arms, rows_per_forward, steered_rows
 from bake.sweeps.measurements import Sampling, measure_rollouts
+from bake.writes import Ablation, MappedAblation, orthonormalize
 
 IDS = (1, 40, 50, 60, 70, 80)
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -50,6 +52,38 @@ def test_rows_equal_separate_hooked_runs(open_tiny, architecture, site):
         if arm.kind == "direction":
             assert (expected - base).abs().max() > 0.05
         torch.testing.assert_close(found[arm.name], expected, rtol=0, atol=1e-5)
+
+
+@BOTH
+def test_rows_lose_what_their_own_arm_takes_out(open_tiny, architecture):
+    """Of the stream or of writes, one direction or two: as if each row had run alone with its hooks."""
+    tiny = open_tiny(architecture)
+    anatomy = examine(tiny.loaded.config)
+    writes = anatomy.ablation.choose("stream", anatomy.model_type)
+    drawn = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(3)).double()
+    one, two = orthonormalize(drawn[:1]), orthonormalize(drawn[1:])
+    every = range(len(writes.by_layer))
+    ablations = [
+        Ablation(dict.fromkeys(every, one)),
+        Ablation(dict.fromkeys(every, two)),
+        Ablation(dict.fromkeys((2, 3), one), "writes", 2.0),
+        Ablation({1: two, 4: one}, "writes", -0.5),
+    ]
+    arms = [Arm("base", "base"), *make_arms(multipliers=(1.0,))[1:]]
+    arms += [
+        Arm(f"{place}", "ablation", -1.0, removal=MappedAblation(writes, ablation))
+        for place, ablation in enumerate(ablations)
+    ]
+    found = {arm.name: logs for arm, logs in compare_arms(tiny.loaded, arms, IDS)}
+    for arm in arms[2:]:
+        with torch.no_grad(), ablated(tiny.loaded.model, writes, arm.removal.ablation):
+            expected = tiny.loaded.model(torch.tensor([IDS]), use_cache=False).logits[0]
+        expected = expected.log_softmax(-1)
+        assert (expected - found["base"]).abs().max() > 0.02
+        torch.testing.assert_close(found[arm.name], expected, rtol=0, atol=1e-5)
+    with torch.no_grad(), alone(tiny, arms[1]):
+        pushed = tiny.loaded.model(torch.tensor([IDS]), use_cache=False).logits[0]
+    torch.testing.assert_close(found["m=+1"], pushed.log_softmax(-1), rtol=0, atol=1e-5)
 
 
 def test_layers_of_several_kinds_are_pushed_each_in_its_own_place():

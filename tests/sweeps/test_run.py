@@ -362,3 +362,81 @@ def test_mistakes_are_told_before_a_model_is_opened(run, tmp_path, options, word
     assert (code, text) == (1, "")
     assert words in errors
     assert not output.exists()
+
+
+@pytest.fixture(scope="module")
+def ablating(tmp_path_factory, texts):
+    """A sweep of pushes and ablations together: its report and what it printed."""
+    output = tmp_path_factory.mktemp("ablating") / "out"
+    printed = io.StringIO()
+    options = ("--ablate", "stream", "writes", "--strengths", "0.5,1", "--from-layer", "5", "6")
+    with contextlib.redirect_stdout(printed):
+        code = main(
+            [
+                *("sweep", "bake-demo", "--direction", "bake-demo", "-o", str(output), "--html"),
+                *("--control-seeds", "2", "--samples", "1", "--new-tokens", "4"),
+                *("--multipliers=-4,-2,-1,1", "--words", "cheerful", *map(str, texts), *options),
+            ]
+        )
+    assert code == 0
+    report = json.loads((output / "report.json").read_text())
+    return report, printed.getvalue(), (output / "index.html").read_text()
+
+
+ABLATED = (
+    "ablated, layer 5", "ablated, layer 6", "ablated writes 40:90 s=0.5",
+    "ablated writes 40:90 s=1",
+)  # fmt: skip
+
+
+def test_ablations_are_arms_beside_pushes(ablating):
+    report, printed, page = ablating
+    points = {point["name"]: point for point in report["points"]}
+    for name in ABLATED:
+        assert points[name]["kind"] == "ablation"
+        assert points[name]["shift"]["value"] < 0  # away from the cheerful side
+        assert points[name]["neutral_kl"]["p95"]["value"] > 0
+        assert points[name]["fluency_ratio"]["value"] > 0
+        assert name in printed
+        assert name in page
+        assert f"random 1 {name}" not in printed
+    shifts = [points[name]["shift"]["value"] for name in ABLATED[2:]]
+    assert shifts[1] < shifts[0]
+    assert {window["sign"] for window in report["windows"]} == {-1, 1}
+
+
+def test_an_ablation_stands_beside_chance_and_the_push_that_costs_as_much(ablating):
+    report, printed, page = ablating
+    beside = {entry["name"]: entry for entry in report["ablations"]}
+    assert set(beside) == set(ABLATED)
+    pushes = {p["multiplier"]: p for p in report["points"] if p["kind"] in ("base", "direction")}
+    for entry in beside.values():
+        assert entry["seeds"] == 2
+        assert entry["random_largest"] < abs(entry["shift"]["value"])
+        assert entry["text"] in printed
+        if entry["push"] is not None:
+            multiplier, shift = entry["push"]
+            assert -4 <= multiplier < 0
+            assert shift < 0
+            costs = [0.0, *(pushes[m]["neutral_kl"]["p95"]["value"] for m in (-1, -2, -4))]
+            assert min(costs) <= entry["kl"] <= max(costs)
+    assert any(entry["push"] for entry in beside.values())
+    assert "costs as much and shifts" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--ablate", "writes", "--strengths", "0"), "--strengths are finite numbers other than 0"),
+        (("--strengths", "2"), "--strengths is for --ablate writes"),
+        (("--ablate", "writes", "--from-layer", "3"), "--from-layer is for --ablate stream"),
+        (("--ablate", "stream", "--from-layer", "77"), "the direction has no vector for layer 77"),
+    ],
+)
+def test_a_wrong_ablation_is_told(run, tmp_path, texts, options, says):
+    code, _, errors = run(
+        "bake-demo", "--direction", "bake-demo", "-o", tmp_path / "out", *texts, *options
+    )
+    assert code == 1
+    assert says in errors
+    assert not (tmp_path / "out").exists()
