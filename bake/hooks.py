@@ -60,7 +60,7 @@ def ablated(
 
     Of the stream: wherever something reads it, which is each layer's input, what reads it inside the layer,
     and the last layer's output. Of writes: of the outputs of its layers' blocks. Computed in float32. Heads
-    and neurons are zero where the projection that they go through reads them.
+    and neurons are zero, or their mean, where the projection that they go through reads them.
 
     before_push: a push is added after it, which a reader must find: then of the stream after the embedding
     and of every block's output, which comes to the same where nothing else is added.
@@ -70,7 +70,8 @@ def ablated(
             for part in ablation.parts:
                 module = model.get_submodule(part.write.parameter.removesuffix(".weight"))
                 place = Location("", "input")
-                hooks.callback(register(module, place, _silencer(part)).remove)
+                mean = None if ablation.means is None else ablation.means[part.name]
+                hooks.callback(register(module, place, _silencer(part, mean)).remove)
             yield
         return
 
@@ -157,10 +158,10 @@ def _places(
             yield Location(name, "output"), layer
 
 
-def _silencer(part: Part) -> Callable[[torch.Tensor], torch.Tensor]:
+def _silencer(part: Part, mean: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     def silence(activation: torch.Tensor) -> torch.Tensor:
         kept = activation.clone()
-        kept[..., slice(*part.columns)] = 0
+        kept[..., slice(*part.columns)] = 0 if mean is None else mean.to(kept.device, kept.dtype)
         return kept
 
     return silence
@@ -184,6 +185,22 @@ def captured(
             location = capture_location(site, structure.at(layer))
             module = submodule(model, structure, layer, location.module)
             hooks.callback(register(module, location, reader(layer)).remove)
+        yield
+
+
+@contextmanager
+def parts_read(
+    model: nn.Module, silence: Silence, receive: Callable[[Part, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call receive(part, what goes through it (…, columns)), per forward, for heads and neurons."""
+
+    def reader(part: Part) -> Callable[[torch.Tensor], None]:
+        return lambda activation: receive(part, activation[..., slice(*part.columns)])
+
+    with ExitStack() as hooks:
+        for part in silence.parts:
+            module = model.get_submodule(part.write.parameter.removesuffix(".weight"))
+            hooks.callback(register(module, Location("", "input"), reader(part)).remove)
         yield
 
 

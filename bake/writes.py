@@ -6,7 +6,7 @@ parameters write is discovered by `bake.anatomy.writes`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -159,15 +159,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Silence:
-    """Heads and neurons that write nothing: their columns of the output projections are zero.
+    """Heads and neurons that write nothing, or their mean whatever they read.
 
-    heads, neurons: "layer.head" and "layer:neuron", as they were named.
-    Source: Michel et al., "Are sixteen heads really better than one?", arXiv 1905.10650.
+    Their columns of the output projections are zero; means: {part's name: (columns,) float64, the mean of
+    what goes through them}, whose product with these columns a bias then adds. heads, neurons: "layer.head"
+    and "layer:neuron", as they were named.
+    Source: Michel et al., "Are sixteen heads really better than one?", arXiv 1905.10650; Wang et al.,
+    "Interpretability in the wild", arXiv 2211.00593, for the mean.
     """
 
     parts: tuple[Part, ...]
     heads: tuple[str, ...] = ()
     neurons: tuple[str, ...] = ()
+    means: Mapping[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)
     scope: str = "parts"
     strength: float = 1.0
 
@@ -191,7 +195,8 @@ class Silence:
         """Return what writes nothing any more, in a sentence. edited: how many tensors change."""
         kinds = (("head", self.heads), ("neuron", self.neurons))
         told = [f"{kind}s {', '.join(names)}" for kind, names in kinds if names]
-        return f"{' and '.join(told)} write nothing: {edited} tensors edited"
+        what = "nothing" if self.means is None else "their mean"
+        return f"{' and '.join(told)} write {what}: {edited} tensors edited"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`."""
@@ -202,7 +207,22 @@ class Silence:
             "layers": list(self.layers),
             "heads": list(self.heads),
             "neurons": list(self.neurons),
+            **({"mean": True} if self.means is not None else {}),
         }
+
+    def constants(self, weights: Callable[[str], torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Return {layer: (hidden_size,) float64}: what the parts write of their means, W·mean.
+
+        weights: parameter → its value in the base.
+        """
+        found: dict[int, torch.Tensor] = {}
+        for part in self.parts:
+            start, stop = part.columns
+            columns = weights(part.write.parameter).narrow(part.input_axis, start, stop - start)
+            columns = columns.movedim(part.write.axis, 0).double()  # (hidden_size, columns)
+            written = columns @ (self.means or {})[part.name].double()
+            found[part.layer] = found.get(part.layer, 0) + written
+        return found
 
 
 Removal = Ablation | Silence

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.api.given import GivenPairs, as_files
+from bake.api.given import GivenPairs, GivenTexts, as_files
 from bake.options.ablate import ABLATE
 from bake.options.documentation import documented
 
@@ -28,6 +28,8 @@ def ablate(
     from_layer: int | None = None,
     heads: str | None = None,
     neurons: str | None = None,
+    mean: bool = False,
+    prompts: GivenTexts = "neutral",
     method: str = "mean",
     token: str | int = "last",
     chat_template: str = "auto",

@@ -22,7 +22,7 @@ from bake.io.hashing import hash_files
 from bake.io.output_files import CARD_FILE, DIRECTION_FILE, RESULT_FILE
 from bake.io.work_directory import scratch_directory
 from bake.models.streaming import Placement
-from bake.pipeline.ablation_record import rebuild_ablation
+from bake.pipeline.ablation_record import MEANS_FILE, rebuild_ablation
 from bake.pipeline.completion import check_shards, is_thin
 from bake.pipeline.record import (
     base_name,
@@ -121,7 +121,12 @@ def reproduce(
         draw(again)
         # Directions and a sweep's figures are data, as they are.
         taken = [entry["file"] for entry in recorded.get("removed", ())]
-        for name in (DIRECTION_FILE, *taken, *recorded.get("sweep", {}).get("figures", ())):
+        for name in (
+            DIRECTION_FILE,
+            MEANS_FILE,
+            *taken,
+            *recorded.get("sweep", {}).get("figures", ()),
+        ):
             if (directory / name).is_file():
                 (again / name).write_bytes((directory / name).read_bytes())
         record = {key: value for key, value in recorded.items() if key != "files"}

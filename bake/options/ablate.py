@@ -22,6 +22,7 @@ from bake.options.shared import (
     MODEL,
     OUTPUT,
     OVERWRITE,
+    PROMPTS,
     REVISION,
 )
 
@@ -68,6 +69,12 @@ ABLATE = Command(
                 "neurons of MLPs that write nothing: LAYER:NEURON,… such as 10:3072",
                 metavar="LIST",
             ),
+            Option(
+                "mean",
+                "heads or neurons write their mean over --prompts instead of nothing; it needs a bias",
+                bool,
+            ),
+            PROMPTS.but(help="with --mean: what it is measured on"),
         ),
         *grouped(HOW_FOUND, *_FOUND),
         *grouped(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bake.io.hashing import hash_files
 from bake.io.output_files import CARD_FILE, DIRECTION_FILE, RESULT_FILE, number_file
 from bake.io.staging import check_output, staged_directory
 from bake.models.streaming import Placement, choose_placement
-from bake.pipeline.ablation_record import describe_ablation
+from bake.pipeline.ablation_record import describe_ablation, write_means
 from bake.pipeline.about import About, describe_about
 from bake.pipeline.decision import extract, extraction_options
 from bake.pipeline.export import open_for_export, write
@@ -34,13 +34,15 @@ from bake.pipeline.given_directions import (
 from bake.pipeline.publishing import check_access, publish
 from bake.pipeline.recipe import Recipe, make_recipe
 from bake.pipeline.record import describe_left_out, encode_result
-from bake.plan.ablation import AblationPlan, plan_ablation
+from bake.plan.ablation import AblationPlan
+from bake.plan.means import plan_removal
 from bake.plan.undo_record import describe_undo
 from bake.proof.ablation import prove_ablation
 from bake.proof.equivalence import Equivalence
 from bake.proof.plain_process import kept_plain_process
+from bake.strength.means import measure_means
 from bake.support.html import show
-from bake.support.processes import is_main, leave_to_main
+from bake.support.processes import divide, is_main, leave_to_main
 from bake.support.progress import announce, track_bytes, warn
 from bake.support.text import did_you_mean
 from bake.support.timing import Stopwatch, peak_memory
@@ -49,6 +51,7 @@ from bake.sweeps.layer_choice import LayerChoice, choose_layer
 from bake.sweeps.measurements import Texts
 from bake.texts.held_out import read_divided
 from bake.texts.pairs import ContrastPair, read_pairs
+from bake.texts.prompts import read_prompts
 from bake.texts.tokenizer import keep_tokenizer
 from bake.writes import SCOPES, Ablation, Removal
 
@@ -59,6 +62,7 @@ _OWN: dict[str, Any] = {
     "from_layer": int,
     "heads": str,
     "neurons": str,
+    "mean": bool,
 }
 SITE = "mlp_out"  # where directions are found: after a whole layer's writes
 
@@ -68,7 +72,8 @@ class AblationRecipe:
     """What `bake ablate` is asked for.
 
     shared: the options that it has in common with `bake export`; there `direction` and `added` are the
-    directions of the subspace. from_layer: the layer whose direction is taken out everywhere.
+    directions of the subspace. from_layer: the layer whose direction is taken out everywhere. mean: heads
+    or neurons write their mean.
     """
 
     shared: Recipe
@@ -77,6 +82,7 @@ class AblationRecipe:
     from_layer: int | None = None
     heads: str | None = None
     neurons: str | None = None
+    mean: bool = False
 
     @property
     def silences(self) -> bool:
@@ -94,6 +100,9 @@ class AblationRecipe:
             self._check_parts()
             return
         self.shared.check()
+        if self.mean:
+            raise BakeError("--mean is for --heads or --neurons: give one of them, or leave it out")
+        self._check_prompts()
         if self.scope not in SCOPES:
             hint = f"one of {', '.join(SCOPES)}{did_you_mean(self.scope, SCOPES)}"
             raise BakeError(f"unknown scope {self.scope!r}; {hint}")
@@ -108,6 +117,11 @@ class AblationRecipe:
             parse_heads(self.heads)
         if self.neurons is not None:
             parse_neurons(self.neurons)
+        if self.mean and self.heads is not None and self.neurons is not None:
+            raise BakeError(
+                "--mean takes heads or neurons: their means go into other biases; bake one, then the other"
+            )
+        self._check_prompts()
         given = {
             "--direction": self.shared.direction,
             "--pairs": self.shared.pairs,
@@ -121,6 +135,10 @@ class AblationRecipe:
         if idle is not None:
             raise BakeError(f"{idle} has no effect with --heads and --neurons; leave it out")
         self.shared.check_choices()
+
+    def _check_prompts(self) -> None:
+        if self.shared.prompts != Recipe.prompts and not self.mean:
+            raise BakeError("--prompts is what --mean is measured on; give it, or leave it out")
 
     def _check_stream(self) -> None:
         place = "--band" if self.shared.band != Recipe.band else "--layers"
@@ -186,7 +204,7 @@ def make_ablation(values: Mapping[str, Any]) -> AblationRecipe:
     """Build the recipe from the command's options; raise BakeError for a value of another kind."""
     own = {name: values[name] for name in _OWN if values.get(name) is not None}
     for name, value in own.items():
-        if isinstance(value, bool) or not isinstance(value, _OWN[name]):
+        if isinstance(value, bool) != (_OWN[name] is bool) or not isinstance(value, _OWN[name]):
             raise BakeError(
                 f"{name} is {value!r}; give {getattr(_OWN[name], '__name__', 'a number')}"
             )
@@ -215,7 +233,7 @@ def ablate(recipe: AblationRecipe) -> Ablated:
         base.tokenizer  # noqa: B018  One that cannot be loaded is refused before the work.
         directions, removal, choice = decide(recipe, base, given, pairs, trial, placement, clock)
         leave_to_main()
-        plan = plan_ablation(base.checkpoint, base.anatomy, removal, dtype=shared.dtype)
+        plan = plan_removal(base.checkpoint, base.anatomy, removal, dtype=shared.dtype)
         announce(plan.describe())
         if (untied := plan.untied()) is not None:
             announce(untied)
@@ -239,6 +257,7 @@ def ablate(recipe: AblationRecipe) -> Ablated:
                 "undo": undo,
                 "equivalence": proof.to_dict(),
             }
+            write_means(removal, staging)
             files = describe(record, directions, staging, written, clock)
     for warning in proof.warnings:
         warn(warning)
@@ -256,6 +275,7 @@ def ablate(recipe: AblationRecipe) -> Ablated:
 def stages_of(recipe: AblationRecipe) -> tuple[str, ...]:
     """Return the stages of an ablation that the user is told of, in order."""
     found = ("load", "direction") if recipe.shared.pairs else ()
+    found = ("load", "calibrate") if recipe.mean else found
     return (
         *("checkpoint", "anatomy", *found),
         *(("layer",) if recipe.chooses_layer else ()),
@@ -294,7 +314,15 @@ def decide(
     if recipe.silences:
         heads = () if recipe.heads is None else parse_heads(recipe.heads)
         neurons = () if recipe.neurons is None else parse_neurons(recipe.neurons)
-        return [], find_parts(anatomy, heads, neurons), None
+        silence = find_parts(anatomy, heads, neurons)
+        if recipe.mean:
+            prompts = read_prompts(recipe.shared.prompts)
+            with clock.stage("load"):
+                loaded = load_base(base, placement)
+            with clock.stage("calibrate"):
+                means = measure_means(loaded, silence, loaded.batches(divide(prompts)))
+            silence = replace(silence, means=means)
+        return [], silence, None
     writes = anatomy.ablation.choose(recipe.scope, anatomy.model_type)
     layers = _choose_layers(recipe, base)
     choice: LayerChoice | None = None

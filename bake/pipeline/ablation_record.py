@@ -7,6 +7,7 @@ span, orthonormalised in their order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from bake.directions.direction import Direction
 from bake.directions.direction_file import load_direction
 from bake.directions.subspace import span
 from bake.errors import CheckpointError
+from bake.io.foreign_paths import check_links
 from bake.io.output_files import DIRECTION_FILE, number_file
+from bake.io.safetensors import decode_tensor, read_header, read_range
 from bake.pipeline.about import About
 from bake.pipeline.record import describe_left_out, stored_dtype
-from bake.plan.ablation import AblationPlan, plan_ablation
+from bake.plan.ablation import AblationPlan
+from bake.plan.means import plan_removal
 from bake.sweeps.layer_choice import LayerChoice
 from bake.version import __version__
-from bake.writes import Ablation
+from bake.writes import Ablation, Removal, Silence
+
+MEANS_FILE = "means.safetensors"
 
 
 def describe_ablation(
@@ -67,7 +73,9 @@ def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path)
             parse_heads(heads) if heads else (),
             parse_neurons(neurons) if neurons else (),
         )
-        return plan_ablation(opened.checkpoint, opened.anatomy, silence, dtype=dtype)
+        if told.get("mean"):
+            silence = replace(silence, means=_read_means(silence, directory))
+        return plan_removal(opened.checkpoint, opened.anatomy, silence, dtype=dtype)
     names = [number_file(DIRECTION_FILE, index) for index in range(len(entries))]
     if [entry["file"] for entry in entries] != names:
         raise CheckpointError(f"bake.json in {directory} names other direction files than bake's")
@@ -86,4 +94,34 @@ def rebuild_ablation(recorded: Mapping[str, Any], opened: Base, directory: Path)
         )
     basis = span(directions, told["layers"], opened.anatomy.hidden_size)
     ablation = Ablation(basis, told["scope"], float(told["strength"]))
-    return plan_ablation(opened.checkpoint, opened.anatomy, ablation, dtype=dtype)
+    return plan_removal(opened.checkpoint, opened.anatomy, ablation, dtype=dtype)
+
+
+def write_means(removal: Removal, folder: Path) -> None:
+    """Write the means that heads or neurons are given beside the weights, where they are given any."""
+    from safetensors.torch import save_file
+
+    if isinstance(removal, Silence) and removal.means is not None:
+        means = {name: mean.contiguous() for name, mean in removal.means.items()}
+        save_file(means, folder / MEANS_FILE)
+
+
+def _read_means(silence: Silence, directory: Path) -> dict[str, Any]:
+    """Read the means of heads or neurons; raise CheckpointError where they are not those that it names."""
+    path = directory / MEANS_FILE
+    check_links(directory, (MEANS_FILE,))
+    if not path.is_file():
+        raise CheckpointError(f"{directory} lacks {MEANS_FILE}, which its bake.json is about")
+    header = read_header(path, MEANS_FILE)
+    means = {
+        entry.name: decode_tensor(
+            read_range(path, entry.start, entry.end), entry.dtype, entry.shape
+        )
+        for entry in header.tensors
+    }
+    for part in silence.parts:
+        width = part.columns[1] - part.columns[0]
+        found = means.get(part.name)
+        if found is None or found.shape != (width,) or not found.isfinite().all():
+            raise CheckpointError(f"{MEANS_FILE} has no mean of {width} numbers for {part.name}")
+    return means

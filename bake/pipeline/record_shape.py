@@ -237,7 +237,7 @@ _RECORD: dict[str, Check] = {
             "rank": _count(0, MAX_WIDTH),
             "layers": _each(_layer, least=1),
         },
-        {"heads": _each(_text), "neurons": _each(_text)},
+        {"heads": _each(_text), "neurons": _each(_text), "mean": _flag},
     ),
     "layer_choice": _fields(
         {

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy
 from bake.anatomy.erasure import erase
+from bake.anatomy.folding import SlotEdit
 from bake.checkpoint.checkpoint import Checkpoint
-from bake.checkpoint.edits import Transform
+from bake.checkpoint.edits import Edit
 from bake.checkpoint.quantization import quantization_method
 from bake.errors import UnsupportedError
 from bake.plan.dtypes import FLOAT_DTYPES, convert_others, dtype_changes
@@ -23,27 +24,31 @@ if TYPE_CHECKING:
 class AblationPlan:
     """Everything that an ablation changes. What is not named here keeps its bytes.
 
-    writes: what writes to the residual stream. dtype: in which the whole is stored, or "as the base".
+    writes: what writes to the residual stream. edited: the tensors that something is taken out of. dtype:
+    in which the whole is stored, or "as the base". slot_edits, added: the biases that add means, and the
+    tensors that are created for them.
     """
 
     ablation: Removal
     writes: WriteMap
-    edits: tuple[Transform, ...]
+    edits: tuple[Edit, ...]
     config_changes: Mapping[str, Any]
     edited: tuple[str, ...]
     stored_dtype: str
     dtype: str
     untied_bytes: int
     carries_drafts: bool = False  # What they write would not be ablated.
+    slot_edits: tuple[SlotEdit, ...] = ()
+    added: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `bake.json`: names and config keys, not matrices."""
         return {
-            "added": self.untied_heads,
-            "patched": list(self.edited),
+            "added": [*self.untied_heads, *self.added],
+            "patched": sorted({*self.edited, *(e.name for e in self.slot_edits if not e.is_new)}),
             "config_changes": dict(self.config_changes),
             "dtype": self.dtype,
-            "slots": [],
+            "slots": [edit.to_dict() for edit in self.slot_edits],
         }
 
     def exact(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,6 @@ from bake.io.safetensors import torch_dtype
 from bake.plan.ablation import AblationPlan
 from bake.plan.dtypes import FLOAT_DTYPES, convert_others, dtype_changes
 from bake.sites import Slot
-from bake.strength.coefficients import Push
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +43,16 @@ class Changes(Protocol):
 
     @property
     def carries_drafts(self) -> bool: ...
+
+
+class Pushed(Protocol):
+    """What the slots are to add: {layer: (hidden_size,) tensor}, and the strength to name in a message."""
+
+    @property
+    def vectors(self) -> Mapping[int, torch.Tensor]: ...
+
+    @property
+    def multiplier(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,7 @@ def make_plan(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     route: SiteRoute,
-    push: Push,
+    push: Pushed,
     *,
     dtype: str | None = None,
     ablation: AblationPlan | None = None,
@@ -176,7 +185,9 @@ def make_plan(
         erased = [
             edit
             for edit in ablation.edits
-            if edit.name in ablation.edited and edit.name not in stored
+            if isinstance(edit, Transform)
+            and edit.name in ablation.edited
+            and edit.name not in stored
         ]
         others = {edit.name for edit in erased}
         made = [*erased, *(edit for edit in made if edit.name not in others)]
@@ -247,7 +258,7 @@ def _check_request(checkpoint: Checkpoint, route: SiteRoute, dtype: str | None) 
         )
 
 
-def _check_finite(push: Push, edits: Sequence[SlotEdit]) -> None:
+def _check_finite(push: Pushed, edits: Sequence[SlotEdit]) -> None:
     for edit in edits:
         if not edit.stored.isfinite().all():
             dtype = str(edit.stored.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from bake.checkpoint.checkpoint import open_checkpoint
 from bake.hooks import share_watched
 from bake.io.work_directory import temporary_directory
 from bake.models.forward import choose_greedily, read_config
-from bake.models.streaming import Placement
+from bake.models.streaming import Placement, hold
 from bake.plan.ablation import AblationPlan
 from bake.proof.cost import LEAST_KL, MOST_KL, measure_cost
 from bake.proof.equivalence import (
@@ -31,6 +31,7 @@ from bake.proof.equivalence import (
     compare_runs,
     loading_failures,
     padding_failures,
+    slots_exact,
 )
 from bake.proof.matrices import TOLERANCES, HookedAblation, Weights, hold_exact, open_weights
 from bake.proof.observation import (
@@ -39,6 +40,7 @@ from bake.proof.observation import (
     PlainRun,
     ProofSetup,
     Reference,
+    by_parameter,
     padding_errors,
     run_plain,
     run_reference,
@@ -92,7 +94,7 @@ def prove_ablation(
             plan.stored_dtype,
             TOLERANCES[plan.stored_dtype],
             rounding,
-            exact,
+            exact and slots_exact(baked, plan),
             measure_cost(reference.base, reference.hooked),
             Remainder(reference.share or 0.0, share, plain.remainder or 0.0)
             if setup.watched
@@ -138,7 +140,9 @@ def _run_ablated(
         with hold_choices(reference.choices) as routing:
             held = setup.logits("baked, the same experts", loaded, batches)
         held, flipped = (held, routing.share) if routing.fits else (None, None)
-    exact, rounding = hold_exact(loaded, weights)
+    slots = weights.plan.slot_edits
+    exact, rounding = hold_exact(loaded, weights, {edit.parameter for edit in slots})
+    hold(loaded.model, loaded.weights, by_parameter(slots, lambda edit: edit.old + edit.delta))
     logits = setup.logits("baked, exact matrices", loaded, batches)
     choices = choose_greedily(loaded, setup.canaries, reference.greedy)
     padding = padding_errors(loaded, setup, reference.padding)

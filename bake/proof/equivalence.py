@@ -18,6 +18,7 @@ from bake.errors import EquivalenceError
 from bake.io.work_directory import temporary_directory
 from bake.models.forward import LoadedModel, SpareModel
 from bake.models.padding import CAUSE, PaddingError, farthest
+from bake.plan.ablation import AblationPlan
 from bake.plan.plan import Plan
 from bake.proof.canary import Canary, find_canary
 from bake.proof.cost import Cost, measure_cost
@@ -223,7 +224,7 @@ def prove_equivalence(
             dtype,
             MATRICES[dtype] if weights else TOLERANCES[dtype][0 if plan.slots_are_new else 1],
             plan.representation_error,
-            _slots_exact(baked, plan) and stored_right[0],
+            slots_exact(baked, plan) and stored_right[0],
             measure_cost(reference.base, reference.hooked, push, plan.route.site),
         )
         result = compare_runs(stored, tokenizer, setup, reference, plain, stored_base, run)
@@ -408,7 +409,7 @@ def common_warnings(result: Equivalence, reference: Reference) -> Iterator[str]:
         yield "no canary: base and baked continue every equivalence prompt alike"
 
 
-def _slots_exact(baked: Checkpoint, plan: Plan) -> bool:
+def slots_exact(baked: Checkpoint, plan: Plan | AblationPlan) -> bool:
     """Whether every slot on disk holds cast(old + push), and every other new parameter zero."""
     import torch
 

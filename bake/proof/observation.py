@@ -366,7 +366,9 @@ def run_baked(
         return BakedRun(stored, stored, [], missing, {}, [])
     written = setup.write(loaded)
     if factor != 1.0:
-        rounded = _by_parameter(plan, lambda e: e.old + factor * (e.stored.double() - e.old))
+        rounded = by_parameter(
+            plan.slot_edits, lambda e: e.old + factor * (e.stored.double() - e.old)
+        )
         hold(loaded.model, loaded.weights, rounded)
         stored = setup.logits("baked, scaled", loaded, batches)
     held: Logits | None = None
@@ -377,7 +379,7 @@ def run_baked(
         # An extra layer has a router of its own.
         held, flipped = (held, routing.share) if routing.fits else (None, None)
     hold_others(loaded)
-    exact = _by_parameter(plan, lambda e: e.old + factor * e.delta)
+    exact = by_parameter(plan.slot_edits, lambda e: e.old + factor * e.delta)
     hold(loaded.model, loaded.weights, exact)
     logits = setup.logits("baked, exact slots", loaded, batches)
     choices = choose_greedily(loaded, setup.canaries, reference.greedy)
@@ -385,12 +387,14 @@ def run_baked(
     return BakedRun(stored, logits, choices, missing, padding, written, held, flipped)
 
 
-def _by_parameter(plan: Plan, value: Callable[[SlotEdit], torch.Tensor]) -> dict[str, torch.Tensor]:
+def by_parameter(
+    slot_edits: Sequence[SlotEdit], value: Callable[[SlotEdit], torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return {parameter: value}, slots that are parts of one parameter put together."""
     import torch
 
     parts: dict[str, list[SlotEdit]] = {}
-    for edit in plan.slot_edits:
+    for edit in slot_edits:
         parts.setdefault(edit.parameter, []).append(edit)
     return {
         name: value(edits[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -11,12 +12,18 @@ import torch
 from conftest import TinyModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bake.anatomy import erasure
 from bake.api import ablate, diff, publish, reproduce, rescale, undo, verify
 from bake.cli.main import main
-from bake.errors import BakeError, DirectionError, EquivalenceError, UnsupportedError
+from bake.errors import (
+    BakeError,
+    CheckpointError,
+    DirectionError,
+    EquivalenceError,
+    UnsupportedError,
+)
 
 WIDTH, LAYERS = 32, 6
 # Every module that reads the residual stream in a layer, by hand: what is before it does not matter.
@@ -426,6 +433,102 @@ def test_heads_and_neurons_write_nothing(architecture, dtype, make_model, tmp_pa
     assert verify(tmp_path / "out", base=str(base)).equivalence.passed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "heads 2.1, 2.3, 4.0 and neuron 3:17" in card.replace("\\", "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"heads": "2.1,2.3,4.0"}),
+        ("llama", {"neurons": "3:17,3:20"}),
+        ("gpt2", {"heads": "2.1,2.3,4.0"}),  # whose bias is there already
+        ("gpt2", {"neurons": "3:17"}),
+    ],
+)
+def test_heads_and_neurons_write_their_mean(
+    architecture, options, dtype, make_model, prompts_file, tmp_path
+):
+    base, output = make_model(TinyModel(architecture, dtype)), tmp_path / "out"
+    result = ablate(base, **options, mean=True, prompts=prompts_file, output=output)
+    attention, mlp = PROJECTIONS[architecture]
+    means = load_file(output / "means.safetensors")
+    model, tokenizer = load(base), AutoTokenizer.from_pretrained(base)
+    plain = logits(model)
+    texts = [json.loads(line)["text"] for line in prompts_file.read_text().splitlines()]
+    for name, mean in means.items():
+        layer, number = map(int, re.split("[.:]", name))
+        pattern, width = (attention, 8) if "." in name else (mlp, 1)
+        columns = slice(number * width, (number + 1) * width)
+        module, seen = model.get_submodule(pattern.format(layer)), []
+        reading = module.register_forward_pre_hook(lambda _m, a, to=seen: to.append(a[0]))
+        special = set(tokenizer.all_special_ids)
+        kept = []
+        for text in texts:
+            ids = tokenizer(text).input_ids
+            with torch.no_grad():
+                model(torch.tensor([ids]))
+            places = [p for p, token in enumerate(ids) if p and token not in special]
+            kept.append(seen.pop()[0, places, columns])
+        reading.remove()
+        expected = torch.cat(kept).double().mean(dim=0)
+        torch.testing.assert_close(
+            mean, expected, rtol=0, atol=1e-5 * float(expected.abs().max()) + 1e-7
+        )
+
+    def give(columns, mean):
+        def hook(_module, arguments):
+            kept = arguments[0].clone()
+            kept[..., columns] = mean.float()
+            return (kept, *arguments[1:])
+
+        return hook
+
+    for name, mean in means.items():
+        layer, number = map(int, re.split("[.:]", name))
+        pattern, width = (attention, 8) if "." in name else (mlp, 1)
+        columns = slice(number * width, (number + 1) * width)
+        model.get_submodule(pattern.format(layer)).register_forward_pre_hook(give(columns, mean))
+    wanted = logits(model)
+    effect = (wanted - plain).abs().max()
+    assert effect > 0.01 * plain.std()
+    bound = 1e-4 if dtype == "float32" else 0.1
+    assert (logits(load(output)) - wanted).abs().max() <= bound * effect
+    assert result.equivalence.passed
+    assert verify(output, base=str(base)).equivalence.passed
+    assert reproduce(str(output), base=str(base)).identical
+    card = (output / "README.md").read_text()
+    assert "is their mean over the calibration prompts" in card
+
+
+def test_means_are_of_the_heads_that_are_named(llama, prompts_file, tmp_path):
+    output = tmp_path / "out"
+    ablate(llama, heads="2.1", mean=True, prompts=prompts_file, output=output)
+    save_file({"2.2": torch.zeros(8)}, output / "means.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no mean of 8 numbers for 2\.1"):
+        verify(output, base=str(llama))
+    (output / "means.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks means\.safetensors"):
+        verify(output, base=str(llama))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"heads": "2.1", "neurons": "3:17", "mean": True}, "--mean takes heads or neurons"),
+        ({"direction": UNIT, "mean": True}, "--mean is for --heads or --neurons"),
+        ({"heads": "2.1", "prompts": "code"}, "--prompts is what --mean is measured on"),
+        ({"direction": UNIT, "prompts": "code"}, "--prompts is what --mean is measured on"),
+    ],
+)
+def test_a_mean_without_its_heads_is_told(llama, tmp_path, options, says):
+    with pytest.raises(BakeError, match=says):
+        ablate(llama, output=tmp_path / "out", **options)
+
+
+def test_a_mean_needs_a_bias(make_model, tmp_path):
+    base = make_model(TinyModel("mistral"))
+    with pytest.raises(UnsupportedError, match="mistral has no bias at attn_out"):
+        ablate(base, heads="2.1", mean=True, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
