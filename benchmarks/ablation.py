@@ -41,10 +41,36 @@ AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[3])
 """
 
 
-def run(command: list[str]) -> float:
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start
+def run(command: list[str]) -> tuple[float, float]:
+    """Return the seconds of a command and the largest resident size of its processes together, in MB."""
+    start, peak = time.perf_counter(), 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            peak = max(peak, sum(map(anonymous, family(process.pid))))
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}")
+    return time.perf_counter() - start, peak / 1e3
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and those below it."""
+    found = [pid]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [each for child in children.read_text().split() for each in family(int(child))]
+        except OSError:
+            continue
+    return found
+
+
+def anonymous(pid: int) -> int:
+    """Return a process's own memory in kB: pages of files that it has mapped do not count."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line), 0)
 
 
 def load(directory: Path | str) -> torch.nn.Module:
@@ -75,7 +101,7 @@ def main() -> None:
             ),
             "bake, the base's dtype": ([*ours, "-o", str(folder / "b16")], "b16"),
         }
-        times: dict[str, list[float]] = {side: [] for side in sides}
+        times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, (command, _place) in sides.items():
                 times[side].append(run(command))
@@ -111,7 +137,8 @@ def main() -> None:
             )
             size = sum(path.stat().st_size for path in (folder / place).glob("*.safetensors")) / 1e6
             print(
-                f"{side:24} {statistics.median(times[side]):5.1f} s  error {error / effect:.1e} of the "
+                f"{side:24} {statistics.median(s for s, _ in times[side]):5.1f} s  "
+                f"{max(m for _, m in times[side]):5.0f} MB of memory  error {error / effect:.1e} of the "
                 f"effect  KL {float(kl.mean()):.1e}  remainder {max(shares):.1e}  {size:.0f} MB"
             )
 

@@ -299,6 +299,7 @@ def tune(
     route: str = "auto",
     target_kl: float = 0.7,
     reverse: bool = False,
+    ablate: bool = False,
     minutes: float | None = None,
     neutral: str | Path = "neutral",
     prompts: str | Path = "neutral",

@@ -92,6 +92,12 @@ TUNE = Command(
             "reverse", "push towards the negative completions: the recipe's m is negative", bool
         ),
         Option(
+            "ablate",
+            "also take the best direction out, of the stream and of writes, and compare each with the push "
+            "that costs as much",
+            bool,
+        ),
+        Option(
             "minutes",
             "begin no further stage after so many minutes, and rank what was measured",
             float,

@@ -7,7 +7,7 @@ neutral text within a bound of KL, and the last fifth of the layers, which only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,11 @@ from bake.support.text import list_numbers
 from bake.sweeps.arms import Arm
 from bake.sweeps.design import BASE
 from bake.sweeps.measurements import (
+    Each,
     Measurements,
     Sampling,
     Texts,
+    measure_each,
     measure_neutral,
     measure_pairs,
 )
@@ -80,20 +82,22 @@ def choose_layer(
     texts: Texts,
     *,
     bounds: Bounds = BOUNDS,
+    each: Callable[[str], Each] = lambda _stage: measure_each,
 ) -> LayerChoice:
     """Return the layer whose direction, taken out of the stream, moves held-out pairs most within bounds.
 
-    direction: with a vector for each of several layers. Raises BakeError where none of them moves the pairs
-    beyond doubt, and where all that do cost more than the bound.
+    direction: with a vector for each of several layers. each: stage → what measures its texts. Raises
+    BakeError where none of them moves the pairs beyond doubt, and where all that do cost more than that.
     """
     texts = texts.suited_to(loaded.tokenizer)
     count = len(writes.by_layer)
     layers = sorted(layer for layer in direction.vectors if layer is not None)
     early = [layer for layer in layers if layer < SHARE * count] or layers
     arms = {layer: _arm(writes, direction, layer, count, loaded) for layer in early}
-    coarse = _try(loaded, arms, early, replace(texts, pairs=texts.pairs[:COARSE]))
+    few_pairs = replace(texts, pairs=texts.pairs[:COARSE])
+    coarse = _try(loaded, arms, early, few_pairs, each("layers: few pairs"))
     kept = sorted(sorted(early, key=lambda layer: -_moved(coarse[layer])[0])[:KEPT])
-    found = _try(loaded, arms, kept, texts)
+    found = _try(loaded, arms, kept, texts, each("layers: pairs"))
     ranked = sorted(
         (layer for layer in kept if _moved(found[layer])[1] > 0),
         key=lambda layer: -_moved(found[layer])[0],
@@ -110,7 +114,13 @@ def choose_layer(
     for start in range(0, len(ranked), TOGETHER):
         few = ranked[start : start + TOGETHER]
         some = [Arm(BASE, "base"), *(arms[layer] for layer in few)]
-        neutral = measure_neutral(loaded, some, texts.neutral, chat_template=texts.chat_template)
+        neutral = measure_neutral(
+            loaded,
+            some,
+            texts.neutral,
+            each(f"layers: neutral {start}"),
+            chat_template=texts.chat_template,
+        )
         costed = _points(some, {"neutral": neutral}, loaded, texts)[1:]
         for layer, point in zip(few, costed, strict=True):
             found[layer] = replace(found[layer], neutral_kl=point.neutral_kl)
@@ -136,11 +146,15 @@ def choose_layer(
 
 
 def _try(
-    loaded: LanguageModel, arms: Mapping[int, Arm], layers: Sequence[int], texts: Texts
+    loaded: LanguageModel,
+    arms: Mapping[int, Arm],
+    layers: Sequence[int],
+    texts: Texts,
+    each: Each,
 ) -> dict[int, Point]:
     """Return {layer: what taking its direction out does to pairs}."""
     some = [Arm(BASE, "base"), *(arms[layer] for layer in layers)]
-    measured = measure_pairs(loaded, some, texts.pairs, chat_template=texts.chat_template)
+    measured = measure_pairs(loaded, some, texts.pairs, each, chat_template=texts.chat_template)
     points = _points(some, {"pairs": measured}, loaded, texts)[1:]
     return dict(zip(layers, points, strict=True))
 

@@ -38,6 +38,7 @@ class TuneOptions:
     route: str = "auto"
     target_kl: float = 0.7
     reverse: bool = False
+    ablate: bool = False
     minutes: float | None = None
     neutral: str = "neutral"
     prompts: str = "neutral"

@@ -17,6 +17,7 @@ from bake.sweeps.measured_law import MEASURED_LAW
 from bake.sweeps.window import moves
 from bake.tuning.bench import Judged
 from bake.tuning.options import TuneOptions
+from bake.tuning.removals import JudgedAblation
 from bake.tuning.search import Ranking
 
 RECIPE_FILE = "recipe.yaml"
@@ -28,7 +29,8 @@ class Tuned:
     """A finished search.
 
     coefficients: {finalist's name: {layer: α at its m}}. judging_pairs: how many ranked the finalists.
-    divided: whether the pairs that chose and judged were kept out of --pairs.
+    divided: whether the pairs that chose and judged were kept out of --pairs. ablations: what taking the
+    best direction out does, where that was asked for.
     """
 
     output: Path
@@ -39,6 +41,7 @@ class Tuned:
     coefficients: Mapping[str, Mapping[int, float]]
     judging_pairs: int
     divided: bool = False
+    ablations: tuple[JudgedAblation, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
@@ -136,6 +139,9 @@ class Tuned:
                 **self.recipe(),
                 "law": EXPLICIT_LAW if "coefficients" in self.recipe() else self.best.candidate.law,
             },
+            **(
+                {"ablations": [each.to_dict() for each in self.ablations]} if self.ablations else {}
+            ),
             "candidates": ranking.candidates,
             "forwards": ranking.forwards,
             "forwards_of_a_full_grid": ranking.grid,
@@ -174,6 +180,7 @@ class Tuned:
                     "one that it pushes; --route insert lets the recipe take it"
                 )
                 break
+        lines += [each.describe() for each in self.ablations]
         lines += [
             f"{ranking.forwards} texts were run to choose among {ranking.candidates} candidates; all of "
             f"them on every text would have been {ranking.grid}",

@@ -32,9 +32,11 @@ from bake.tuning.bench import Bench
 from bake.tuning.candidates import GIVEN, Candidate, Space
 from bake.tuning.files import check_place, prepare_directory, write_all
 from bake.tuning.options import Material, TuneOptions, choose_routes, read_material
+from bake.tuning.removals import JudgedAblation, judge_ablations
 from bake.tuning.result import Tuned
 from bake.tuning.search import Ranking, Search
 from bake.version import __version__
+from bake.writes import WriteMap
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,7 @@ def tune(options: TuneOptions) -> Tuned:
             announce(note)
     routes = choose_routes(anatomy, options, given.site if given else None)
     space = make_space(options, base, {s: route.layers for s, route in routes.items()}, given)
+    writes = anatomy.ablation.choose("stream", anatomy.model_type) if options.ablate else None
     output = on_main(lambda: prepare_directory(Path(options.output)))
     with Store(output, fingerprint_of(base, options, material, prompts, given)) as store:
         with clock.stage("load"):
@@ -91,10 +94,12 @@ def tune(options: TuneOptions) -> Tuned:
         search = Search(bench, space, default, material.choosing, material.judging, options.minutes)
         with clock.stage("tune"):
             ranking = search.run()
+            ablations = judge(loaded, writes, ranking, pushes, search) if writes else ()
         ranking = replace(ranking, forwards=ranking.forwards + pushes.forwards)
         coefficients, judges = pushes.coefficients(ranking), len(material.judging.pairs)
         tuned = Tuned(
-            output, base, options, routes, ranking, coefficients, judges, material.divided
+            *(output, base, options, routes, ranking, coefficients, judges, material.divided),
+            ablations,
         )
         with clock.stage("report"):
             on_main(lambda: write_all(tuned, html=options.html))
@@ -140,6 +145,35 @@ def default_candidate(base: Base, space: Space) -> Candidate:
     return next(iter(usual), ways[0])
 
 
+def judge(
+    loaded: LanguageModel, writes: WriteMap, ranking: Ranking, pushes: Pushes, search: Search
+) -> tuple[JudgedAblation, ...]:
+    """Measure what taking the direction out does, beside pushes of the same cost that reverse it."""
+
+    def bench(cost: float) -> Bench:
+        return Bench(
+            loaded,
+            pushes.of,
+            target=cost,
+            usual=search.bench.usual,
+            sign=-1,
+            chat_template=search.bench.chat_template,
+            each=search.bench.each,
+        )
+
+    return judge_ablations(
+        loaded,
+        writes,
+        ranking,
+        pushes.vector,
+        pushes.space.pushable,
+        search.choosing,
+        search.judging,
+        bench,
+        search.bench.each,
+    )
+
+
 class Pushes:
     """The push of every candidate at m = 1. forwards: texts that finding and measuring them took."""
 
@@ -173,7 +207,7 @@ class Pushes:
         measured = candidate.law == MEASURED_LAW
         push = compute_push(
             {layer: self.norms[candidate.site][layer] for layer in candidate.layers},
-            {layer: self._vector(candidate, layer) for layer in candidate.layers},
+            {layer: self.vector(candidate, layer) for layer in candidate.layers},
             hidden_size=self.loaded.hidden_size,
             law=DEFAULT_LAW if measured else candidate.law,
         )
@@ -193,7 +227,8 @@ class Pushes:
         given = {int(layer): value for layer, value in kept.items()}
         return replace(push, law=MEASURED_LAW, given=given).at(1.0)
 
-    def _vector(self, candidate: Candidate, layer: int) -> torch.Tensor:
+    def vector(self, candidate: Candidate, layer: int) -> torch.Tensor:
+        """Return the unit vector of a candidate's way in a layer."""
         if self.given is not None:
             return self.given.layer(layer)
         return self._fitted(candidate.site, candidate.token, candidate.method, layer)

@@ -30,7 +30,30 @@ def tune(output, **options):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """A small search: one way of finding the direction, all places, all laws."""
-    return tune(tmp_path_factory.mktemp("tune") / "found", html=True)
+    return tune(tmp_path_factory.mktemp("tune") / "found", html=True, ablate=True)
+
+
+def test_ablations_stand_beside_the_push_of_the_same_cost(found):
+    report = json.loads((found.output / "report.json").read_text())
+    beside = {entry["name"]: entry for entry in report["ablations"]}
+    stream, *writes = beside
+    assert stream.startswith("ablated, layer ")
+    assert writes == ["ablated writes 40:90 s=1", "ablated writes 40:90 s=2"]
+    for entry in beside.values():
+        assert entry["net_shift"]["low"] > 0
+        assert entry["neutral_kl_p95"] > 0
+        assert entry["text"] in found.describe()
+        assert entry["text"][1:] in (found.output / "index.html").read_text()
+    assert beside[writes[0]]["net_shift"]["value"] < beside[writes[1]]["net_shift"]["value"]
+    pushed = [judged for judged in found.ablations if judged.push is not None]
+    assert pushed
+    for judged in pushed:
+        assert judged.push.multiplier < 0
+        assert judged.push.kl == pytest.approx(judged.kl, rel=0.3)
+
+
+def test_no_ablation_is_judged_where_none_is_asked_for(found):
+    assert "ablations" not in replace(found, ablations=()).report()
 
 
 class TestSpace:
@@ -187,14 +210,14 @@ class TestResumed:
     def test_the_same_command_measures_nothing_again(self, found):
         log, report = ((found.output / name) for name in ("measurements.jsonl", "report.json"))
         before = (log.read_bytes(), report.read_bytes())
-        tune(found.output, html=True)
+        tune(found.output, html=True, ablate=True)
         assert (log.read_bytes(), report.read_bytes()) == before
 
     def test_a_search_that_was_cut_off_goes_on_and_finds_the_same(self, found):
         log, report = ((found.output / name) for name in ("measurements.jsonl", "report.json"))
         whole, expected = log.read_bytes(), report.read_bytes()
         log.write_bytes(whole[: len(whole) // 2])
-        tune(found.output, html=True)
+        tune(found.output, html=True, ablate=True)
         assert log.read_bytes() == whole
         assert report.read_bytes() == expected
 
