@@ -103,8 +103,9 @@ def test_recipes_have_known_keys():
 @pytest.fixture
 def place(tmp_path):
     """A working directory with what the examples take to be there."""
-    for name in ("formal-casual", "formal-casual.held-out"):
-        toy = name.replace("formal-casual", "toy-cheerful-gloomy")
+    named = ("formal-casual", "cheerful-gloomy")
+    for name in (f"{each}{part}" for each in named for part in ("", ".held-out")):
+        toy = re.sub("|".join(named), "toy-cheerful-gloomy", name)
         shutil.copyfile(shipped_sets("pairs")[toy], tmp_path / name)
     shutil.copyfile(shipped_sets("pairs")["toy-cheerful-gloomy"], tmp_path / "mine.jsonl")
     return tmp_path
