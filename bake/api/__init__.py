@@ -1,7 +1,16 @@
 """The commands as Python functions: plain values in, frozen dataclasses out."""
 
 from bake.api.ablating import ablate
-from bake.api.afterwards import diff, publish, reproduce, rescale, undo, verify, verify_endpoint
+from bake.api.afterwards import (
+    detect,
+    diff,
+    publish,
+    reproduce,
+    rescale,
+    undo,
+    verify,
+    verify_endpoint,
+)
 from bake.api.baking import calibrate, estimate, export, inspect, inspect_all, sweep, tune
 from bake.api.directions import convert_direction, extract_direction, show_direction
 from bake.api.hearing import hear, space, steer, steered
@@ -13,6 +22,7 @@ __all__ = [
     "ablate",
     "calibrate",
     "convert_direction",
+    "detect",
     "diff",
     "estimate",
     "export",

@@ -12,9 +12,10 @@ from bake.lifecycle.verify import Verification
 from bake.lifecycle.verify import verify as verify_directory
 from bake.models.streaming import choose_placement
 from bake.options.documentation import documented
-from bake.options.others import DIFF, PUBLISH, REPRODUCE, RESCALE, UNDO, VERIFY
+from bake.options.others import DETECT, DIFF, PUBLISH, REPRODUCE, RESCALE, UNDO, VERIFY
 
 if TYPE_CHECKING:
+    from bake.detection.findings import Detection
     from bake.engines.endpoint import EndpointCheck
     from bake.hub import Publication
     from bake.lifecycle.branches import PublishedStrengths
@@ -126,6 +127,29 @@ def diff(
     from bake.lifecycle import diff as compare
 
     return compare.diff(str(base), str(baked), base_revision=base_revision, revision=revision)
+
+
+@documented(DETECT)
+def detect(
+    suspect: str | Path,
+    *,
+    base: str | Path | None = None,
+    against: Sequence[str | Path] = (),
+    output: str | Path | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+) -> Detection:
+    """Read pushes and ablations out of a checkpoint's weights, whatever it says of itself."""
+    from bake.detection.detect import detect as look
+
+    return look(
+        str(suspect),
+        base=None if base is None else str(base),
+        revision=revision,
+        base_revision=base_revision,
+        against=[str(path) for path in against],
+        output=None if output is None else str(output),
+    )
 
 
 @documented(REPRODUCE)

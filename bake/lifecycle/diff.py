@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from bake.checkpoint.remote import read_remote_range
-from bake.io.safetensors import TensorEntry, decode_tensor, read_range
+from bake.checkpoint.ranged import equal_files, read_part
+from bake.io.safetensors import decode_tensor
 from bake.io.shipped import find_model
 from bake.support.progress import track_bytes
 from bake.support.text import list_numbers
@@ -116,10 +116,10 @@ def compare_checkpoints(base: Checkpoint, baked: Checkpoint) -> Difference:
     shared = [name for name in base.tensors if name in baked.tensors]
     total = sum(base.tensors[name].size for name in shared)
     with track_bytes(total, "comparing") as progress:
-        equal_files = _equal_files(base, baked)
+        equal = equal_files(base, baked)
         changed = []
         for name in shared:
-            if not _same(base, baked, name, name, equal_files):
+            if not _same(base, baked, name, name, equal):
                 changed.append(_describe_change(base, baked, name))
             progress(base.tensors[name].size)
     gone = [name for name in base.tensors if name not in baked.tensors]
@@ -157,23 +157,16 @@ def compare_json(
             yield f"{prefix}{key}", (old, new)
 
 
-def _equal_files(base: Checkpoint, baked: Checkpoint) -> set[tuple[str, str]]:
-    """Return pairs (base's file, baked file) whose SHA-256 is known and the same."""
-    known = {baked.known_sha256(file): file for file in baked.shards}
-    pairs = ((file, known.get(base.known_sha256(file))) for file in base.shards)
-    return {(file, other) for file, other in pairs if other and base.known_sha256(file)}
-
-
 def _same(
-    base: Checkpoint, baked: Checkpoint, old: str, new: str, equal_files: set[tuple[str, str]]
+    base: Checkpoint, baked: Checkpoint, old: str, new: str, equal: set[tuple[str, str]]
 ) -> bool:
     left, right = base.tensors[old], baked.tensors[new]
     if (left.dtype, left.shape, left.size) != (right.dtype, right.shape, right.size):
         return False
-    if (left.file, right.file) in equal_files and left.start == right.start:
+    if (left.file, right.file) in equal and left.start == right.start:
         return True
     return all(
-        _read(base, left, start, stop) == _read(baked, right, start, stop)
+        read_part(base, left, start, stop) == read_part(baked, right, start, stop)
         for start, stop in _pieces(left.size)
     )
 
@@ -183,23 +176,9 @@ def _pieces(size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + CHUNK, size)
 
 
-def _read(checkpoint: Checkpoint, entry: TensorEntry, start: int, stop: int) -> bytes:
-    """Return bytes [start, stop) of a tensor, from disk or by a ranged read from the Hub."""
-    path = checkpoint.directory / entry.file
-    if path.is_file():
-        return bytes(read_range(path, entry.start + start, entry.start + stop))
-    return read_remote_range(
-        checkpoint.model_id,
-        checkpoint.revision,
-        entry.file,
-        entry.start + start,
-        entry.start + stop,
-    )
-
-
 def _values(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     entry = checkpoint.tensors[name]
-    data = bytearray(_read(checkpoint, entry, 0, entry.size))
+    data = bytearray(read_part(checkpoint, entry, 0, entry.size))
     return decode_tensor(data, entry.dtype, entry.shape)
 
 
@@ -291,7 +270,7 @@ def _hash(checkpoint: Checkpoint, name: str) -> str:
     entry = checkpoint.tensors[name]
     digest = hashlib.sha256(f"{entry.dtype}{list(entry.shape)}".encode())
     for start, stop in _pieces(entry.size):
-        digest.update(_read(checkpoint, entry, start, stop))
+        digest.update(read_part(checkpoint, entry, start, stop))
     return digest.hexdigest()
 
 

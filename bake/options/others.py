@@ -256,6 +256,33 @@ DIFF = Command(
     examples=("bake diff HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-135M-Instruct-formal",),
 )
 
+DETECT = Command(
+    "detect",
+    "what was baked into a stranger's checkpoint",
+    "Read pushes and ablations out of a checkpoint's weights, whatever it says of itself: beside its base "
+    "where one is given, else only what a model of its family cannot have by itself. Of checkpoints on the "
+    "Hub only parts are read. Exit code 0 whatever is found; --json has the verdict.",
+    (
+        Option("suspect", "path or Hub id", metavar="SUSPECT", positional=True),
+        Option("base", "what it was made of: path, Hub id, or bake-demo", metavar="BASE"),
+        Option(
+            "against",
+            "directions, or folders of them: whose direction it is, and in which sum",
+            default=(),
+            shown="",
+            metavar="FILE",
+            many="listed",
+        ),
+        Option("output", "where the direction that was found goes", metavar="FILE", short="-o"),
+        REVISION.but(help="of a suspect on the Hub"),
+        Option("base_revision", "of a base on the Hub", metavar="REV"),
+    ),
+    heading=AFTERWARDS,
+    examples=(
+        "bake detect SmolLM2-135M-Instruct-formal --base HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+)
+
 REPRODUCE = Command(
     "reproduce",
     "build a bake again from its bake.json and compare every file",

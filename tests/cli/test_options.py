@@ -38,6 +38,7 @@ FUNCTIONS = {
     "direction convert": api.convert_direction,
     "direction show": api.show_direction,
     "publish": api.publish,
+    "detect": api.detect,
     "diff": api.diff,
     "reproduce": api.reproduce,
     "rescale": api.rescale,

@@ -1,0 +1,309 @@
+"""`bake detect`: what was baked into a checkpoint, read out of its weights.
+
+Nothing that the suspect says of itself is believed. With a base, tensors are compared: a push is what its
+biases hold beyond the base's, turned back through the slots' own arithmetic; an ablation is the subspace
+that the changes of all that writes have in common. Without one, only what a model of the family cannot have
+by itself is called anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.anatomy import Anatomy
+from bake.anatomy.base import Base, open_base
+from bake.card.ablation import is_ablation
+from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.names import DiskNames
+from bake.checkpoint.ranged import RangedTensors, equal_files
+from bake.detection.alignment import Comparison, align, compare
+from bake.detection.findings import AblationFound, Detection, PushFound
+from bake.detection.recovery import find_loose, recover_pushes, unusual_biases
+from bake.detection.removal import find_ablation, find_common_gap, lost_part
+from bake.detection.whose import compare_with, read_known
+from bake.directions.direction_file import direction_bytes
+from bake.directions.formats.objects import with_lengths
+from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.io.atomic import write_file
+from bake.io.safetensors import torch_dtype
+from bake.pipeline.record import read_any_result, rebuild_push
+from bake.support.text import list_numbers
+from bake.writes import WriteMap
+
+if TYPE_CHECKING:
+    import torch
+
+COHERENT = (
+    0.5  # mean cosine of neighbouring layers, above which biases are a push whatever else differs
+)
+LIE = 0.05  # of a push's length
+# Of a bias's length, within which it is what an ablation left: a floor, and a part of the residual.
+KNOWN_TO, KNOWN_SHARE = 1e-4, 0.1
+
+
+def detect(
+    suspect: str,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    against: Sequence[str] = (),
+    output: str | None = None,
+) -> Detection:
+    """Look for pushes and ablations in a directory or Hub id; see `bake detect --help`.
+
+    Raises CheckpointError where a checkpoint cannot be read, DirectionError for a direction of `against`
+    that cannot, and BakeError where a direction is to be written and none was found.
+    """
+    opened = open_base(suspect, revision, headers_only=True)
+    tensors = RangedTensors(opened.checkpoint)
+    anatomy = opened.anatomy
+    known = read_known(against, anatomy.hidden_size, anatomy.layer_count)
+    names = DiskNames(opened.checkpoint, build_on_meta(anatomy.config))
+    if base is None:
+        found = _look_alone(opened, tensors, names)
+        read, size = tensors.read_bytes, opened.checkpoint.size
+    else:
+        other = open_base(base, base_revision, headers_only=True)
+        origin = RangedTensors(other.checkpoint)
+        found = _look_beside(opened, tensors, names, other, origin)
+        read = tensors.read_bytes + origin.read_bytes
+        size = opened.checkpoint.size + other.checkpoint.size
+    if found.pushes and known:
+        whose, shares = compare_with(found.pushes[0], known)
+        found = replace(found, whose=whose, shares=shares)
+    found = replace(
+        found,
+        lies=tuple(_find_lies(opened, found)),
+        read_bytes=read,
+        size_bytes=size,
+    )
+    if output is not None:
+        _write_direction(found, Path(output))
+    return found
+
+
+def _look_beside(
+    opened: Base, tensors: RangedTensors, names: DiskNames, other: Base, origin: RangedTensors
+) -> Detection:
+    anatomy = opened.anatomy
+    model_type = anatomy.model_type
+    aligned = align(other, origin, model_type)
+    if other.anatomy.hidden_size != anatomy.hidden_size:
+        raise CheckpointError(
+            f"{opened.checkpoint.model_id} is {anatomy.hidden_size} wide and {other.checkpoint.model_id} "
+            f"{other.anatomy.hidden_size}: it was made of another model"
+        )
+    if other.anatomy.model_type != model_type and aligned.rewritten_as is None:
+        unlike = (
+            f"it is a {model_type} and the base a {other.anatomy.model_type}, which bake knows no exact "
+            "way between"
+        )
+        return Detection(opened.to_dict()["id"], other.to_dict()["id"], others=(unlike,))
+    equal = equal_files(other.checkpoint, opened.checkpoint) if not aligned.rewritten_as else set()
+    compared = compare(tensors, aligned, _known_same(opened, other, equal))
+    changed = frozenset(compared.changed)
+    writes = _find_writes(anatomy)
+    ablation = find_ablation(tensors, aligned, names, writes, changed) if writes else None
+
+    def old(_parameter: str, name: str) -> torch.Tensor | None:
+        import torch
+
+        if name not in aligned.readers:
+            return torch.zeros(tuple(opened.checkpoint.entry(name).shape), dtype=torch.float64)
+        dtype = torch_dtype(opened.checkpoint.entry(name).dtype)
+        held = aligned.readers[name](None).double()
+        if ablation is None or name not in changed:
+            return held.to(dtype).double()
+        left, stored = lost_part(ablation, held), tensors.read(name).double()
+        # The subspace is known as well as the matrices' rounding lets it be.
+        unknown = (KNOWN_TO + KNOWN_SHARE * ablation.residual) * held.norm()
+        return stored if (stored - left).norm() <= unknown else left.to(dtype).double()
+
+    pushes = [
+        *recover_pushes(tensors, anatomy, names, old),
+        *find_loose(tensors, anatomy),
+    ]
+    pushes = [_without_rounding(push) for push in pushes]
+    pushes = [push for push in pushes if push.vectors]
+    explained = {names.find(p) or p for push in pushes for p in push.parameters}
+    if ablation is not None:
+        explained |= {*ablation.strengths, *ablation.columns}
+        explained |= {
+            n for n in changed if len(opened.checkpoint.entry(n).shape) == 1 and n not in explained
+        }
+    left = sorted(changed - explained)
+    others = list(_describe_others(opened, compared, left))
+    if others:  # Training moves the biases of all layers alike, but it makes none.
+        pushes = [
+            push for push in pushes if push.fits and not {*push.parameters} & {*aligned.readers}
+        ]
+    notes = []
+    if compared.cast:
+        notes.append("the values are the base's in another dtype, where nothing else is said")
+    if aligned.rewritten_as:
+        notes.append(
+            f"the base ({other.anatomy.model_type}) was compared as {aligned.rewritten_as}, which computes "
+            "the same"
+        )
+    return Detection(
+        opened.to_dict()["id"],
+        other.to_dict()["id"],
+        tuple(pushes),
+        (ablation,) if ablation else (),
+        tuple(others),
+        tuple(notes),
+    )
+
+
+def _known_same(opened: Base, other: Base, equal: Set[tuple[str, str]]) -> frozenset[str]:
+    """Return the names of tensors that lie at the same place of files whose SHA-256 is the same."""
+    theirs = other.checkpoint.tensors
+    return frozenset(
+        name
+        for name, entry in opened.checkpoint.tensors.items()
+        if name in theirs
+        and (theirs[name].file, entry.file) in equal
+        and theirs[name].start == entry.start
+    )
+
+
+def _look_alone(opened: Base, tensors: RangedTensors, names: DiskNames) -> Detection:
+    anatomy = opened.anatomy
+    unusual = unusual_biases(anatomy)
+
+    def old(parameter: str, name: str) -> torch.Tensor | None:
+        import torch
+
+        if parameter not in unusual:
+            return None
+        return torch.zeros(tuple(opened.checkpoint.entry(name).shape), dtype=torch.float64)
+
+    pushes = [
+        push
+        for push in recover_pushes(tensors, anatomy, names, old)
+        if push.fits
+        and (
+            (push.coherence > COHERENT and len(push.vectors) < anatomy.layer_count)
+            or push.coherence > 0.9
+        )
+    ]
+    pushes += find_loose(tensors, anatomy)
+    writes = _find_writes(anatomy)
+    width = anatomy.hidden_size
+    ablation = find_common_gap(tensors, names, writes, width) if writes else None
+    native = sorted(
+        {route.site for route in anatomy.routes if route.route == "native"}
+        - {push.site for push in pushes}
+    )
+    notes = []
+    if native and not unusual:
+        notes.append(
+            f"models of this family have biases of their own at {', '.join(native)}, and a push into them "
+            "cannot be told from training without the base: give it with --base"
+        )
+    notes.append(
+        "without a base, only what this family cannot have by itself is found: an ablation of some layers, "
+        "and a push into what was trained, are not"
+    )
+    return Detection(
+        opened.to_dict()["id"],
+        None,
+        tuple(pushes),
+        (ablation,) if ablation else (),
+        notes=tuple(notes),
+    )
+
+
+def _find_writes(anatomy: Anatomy) -> WriteMap | None:
+    try:
+        return anatomy.ablation.choose(None, anatomy.model_type)
+    except UnsupportedError:
+        return None
+
+
+def _without_rounding(push: PushFound) -> PushFound:
+    """Leave out layers whose vectors are next to nothing beside the largest: what rounding leaves."""
+    largest = max(push.lengths.values())
+    kept = [layer for layer, length in push.lengths.items() if length > 1e-4 * largest]
+    return replace(
+        push,
+        vectors={layer: push.vectors[layer] for layer in kept},
+        residuals={layer: push.residuals[layer] for layer in kept},
+    )
+
+
+def _describe_others(opened: Base, compared: Comparison, left: Sequence[str]) -> Iterator[str]:
+    total = len(opened.checkpoint.tensors)
+    if left:
+        matrices = [name for name in left if len(opened.checkpoint.entry(name).shape) > 1]
+        yield (
+            f"{len(left)} of {total} tensors ({len(matrices)} matrices) have other values, {left[0]} "
+            "the first"
+        )
+    heads = {name for name in compared.added if name.endswith("lm_head.weight")}
+    strange = [name for name in compared.added if name not in heads and not name.endswith(".bias")]
+    if strange:
+        yield f"{len(strange)} tensors are not the base's, {strange[0]} the first"
+    if compared.gone:
+        yield f"{len(compared.gone)} of the base's tensors are not there, {compared.gone[0]} the first"
+
+
+def _find_lies(opened: Base, found: Detection) -> Iterator[str]:
+    """Yield what a bake.json beside the suspect says and its weights do not."""
+    directory = opened.checkpoint.directory
+    if not (directory / "bake.json").is_file():
+        return
+    try:
+        recorded = read_any_result(directory)
+        claimed = None if is_ablation(recorded) else rebuild_push(recorded, directory)
+    except BakeError as error:
+        yield f"it cannot be read ({error})"
+        return
+    if ("ablation" in recorded) != bool(found.ablations) and found.base is not None:
+        said = "something was taken out" if "ablation" in recorded else "nothing was taken out"
+        yield f"it says that {said}"
+    if claimed is None:
+        if found.pushes and "site" not in recorded:
+            yield "it names no push, and there is one"
+        return
+    push = next((each for each in found.pushes if each.site == recorded["site"]), None)
+    if push is None:
+        if found.base is not None:
+            yield f"it says m = {claimed.multiplier:g} at {recorded['site']}, and there is no such push"
+        return
+    layers = sorted(claimed.vectors)
+    if layers != sorted(push.vectors):
+        yield (
+            f"it names layers {list_numbers(layers)}, and layers {list_numbers(sorted(push.vectors))} are "
+            "pushed"
+        )
+    for layer in sorted({*layers} & {*push.vectors}):
+        wanted, own = claimed.vectors[layer].double(), push.vectors[layer]
+        if (wanted - own).norm() > LIE * wanted.norm():
+            yield (
+                f"in layer {layer} it names a push of length {float(wanted.norm()):.4g}, and the weights "
+                f"hold one of {float(own.norm()):.4g}, cosine {_cosine(wanted, own):.4f}"
+            )
+            return
+
+
+def _cosine(left: Any, right: Any) -> float:
+    return float(left @ right / (left.norm() * right.norm()))
+
+
+def _write_direction(found: Detection, path: Path) -> None:
+    if not found.pushes and not any(each.basis is not None for each in found.ablations):
+        raise BakeError(f"no direction was found, so {path} is not written")
+    direction = found.pushes[0].direction() if found.pushes else _basis_direction(found.ablations)
+    write_file(path, direction_bytes(with_lengths(direction)))
+
+
+def _basis_direction(ablations: Sequence[AblationFound]) -> Any:
+    from bake.directions.direction import Direction
+
+    basis = next(each.basis for each in ablations if each.basis is not None)
+    return Direction({None: basis[-1].float()}, "mlp_out", {"method": "detected"})

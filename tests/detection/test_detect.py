@@ -1,0 +1,327 @@
+"""What was baked in is read out again: site, layers, direction and strength; and no false alarm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TinyModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bake.api import ablate, detect, export
+from bake.cli.main import main
+from bake.directions.direction_file import load_direction
+from bake.errors import BakeError, CheckpointError
+
+WIDTH, LAYERS = 32, 6
+DRAWN = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9))
+UNIT, OTHER, THIRD = torch.nn.functional.normalize(DRAWN, dim=-1)
+
+
+def bake_push(base, output, site="mlp_out", multiplier=0.5, **options):
+    file = output.with_name(f"{output.name}.direction.safetensors")
+    save_file({"direction": UNIT.clone()}, file, {"site": site})
+    values = {"multiplier": multiplier, "site": site, "allow_rounding": True, **options}
+    return export(base, direction=file, output=output, **values)
+
+
+def check_push(found, result, site, least=0.999, length=0.01):
+    """Site, layers, cosine and strength of what was found are those of the export."""
+    assert found.verdict == "push"
+    (push,) = found.pushes
+    assert push.site == site
+    wanted = result.push.vectors
+    assert sorted(push.vectors) == sorted(wanted)
+    for layer, vector in wanted.items():
+        own = push.vectors[layer]
+        assert torch.cosine_similarity(own, vector.double(), dim=0) >= least
+        assert float(own.norm()) == pytest.approx(float(vector.double().norm()), rel=length)
+
+
+CELLS = [
+    ("llama", "mlp_out", {}),
+    ("llama", "attn_out", {}),
+    ("llama", "attn_in", {}),
+    ("llama", "mlp_in", {}),
+    ("gpt2", "mlp_out", {}),
+    ("gpt2", "attn_out", {}),
+    ("gpt2", "attn_in", {"slot": "norm"}),
+    ("gpt2", "attn_in", {"slot": "projection"}),
+    ("gpt2", "mlp_in", {"slot": "norm"}),
+    ("qwen3", "attn_in", {}),
+    ("mistral", "mlp_out", {}),
+    ("granite", "mlp_out", {}),
+]
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 0.05])
+@pytest.mark.parametrize(("architecture", "site", "options"), CELLS)
+def test_a_push_is_read_out(architecture, site, options, multiplier, make_model, tmp_path):
+    base = make_model(TinyModel(architecture))
+    result = bake_push(base, tmp_path / "out", site, multiplier, **options)
+    found = detect(tmp_path / "out", base=base)
+    check_push(found, result, site)
+    assert found.lies == ()
+    assert found.others == ()
+    text = found.describe()
+    assert f"a push at {site} in layers" in text
+    assert detect(base, base=base).verdict == "none"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("architecture", "site"), [("llama", "mlp_out"), ("llama", "attn_in"), ("gpt2", "attn_out")]
+)
+def test_a_push_in_half_precision_is_read_out(architecture, site, dtype, make_model, tmp_path):
+    base = make_model(TinyModel(architecture, dtype))
+    result = bake_push(base, tmp_path / "out", site)
+    check_push(detect(tmp_path / "out", base=base), result, site, least=0.99)
+
+
+def test_an_ablation_is_read_out(make_model, tmp_path):
+    for cell in (TinyModel("llama", tied=True), TinyModel("gpt2"), TinyModel("mixtral")):
+        base = make_model(cell)
+        output = tmp_path / cell.architecture
+        ablate(base, direction=UNIT, output=output)
+        found = detect(output, base=base)
+        assert found.verdict == "ablation", cell
+        (ablation,) = found.ablations
+        assert ablation.scope == "stream"
+        assert abs(float(ablation.basis[0].float() @ UNIT)) > 0.9999
+        assert ablation.strength == pytest.approx(1.0, abs=1e-3)
+        assert found.others == ()
+
+
+def test_a_share_that_some_writes_lost_is_read_out(make_model, tmp_path):
+    base = make_model(TinyModel("llama", "bfloat16"))
+    options = {"scope": "writes", "strength": 2.0, "layers": (2, 3)}
+    ablate(base, direction=UNIT, output=tmp_path / "out", **options)
+    (ablation,) = detect(tmp_path / "out", base=base).ablations
+    assert (ablation.scope, ablation.layers) == ("writes", (2, 3))
+    assert ablation.strength == pytest.approx(2.0, rel=0.02)
+    assert abs(float(ablation.basis[0].float() @ UNIT)) > 0.99
+
+
+def test_heads_that_write_nothing_are_named(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    ablate(base, heads="2.1", neurons="3:17", output=tmp_path / "out")
+    found = detect(tmp_path / "out", base=base)
+    assert found.verdict == "ablation"
+    columns = found.ablations[0].columns
+    assert columns == {
+        "model.layers.2.self_attn.o_proj.weight": tuple(range(8, 16)),
+        "model.layers.3.mlp.down_proj.weight": (17,),
+    }
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_both_are_told_apart(architecture, make_model, tmp_path):
+    base = make_model(TinyModel(architecture))
+    result = export(base, direction=OTHER, ablate=UNIT, multiplier=1.0, output=tmp_path / "out")
+    found = detect(tmp_path / "out", base=base)
+    assert found.verdict == "both"
+    check_push(type(found)(found.suspect, found.base, found.pushes), result, "mlp_out", length=0.01)
+    assert abs(float(found.ablations[0].basis[0].float() @ UNIT)) > 0.9999
+    assert found.lies == ()
+
+
+def test_a_sum_is_taken_apart(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    folder = tmp_path / "known"
+    folder.mkdir()
+    for name, vector in (("one", UNIT), ("two", OTHER), ("three", THIRD)):
+        save_file(
+            {"direction": vector.clone()}, folder / f"{name}.safetensors", {"site": "mlp_out"}
+        )
+    given = [f"{folder / 'one.safetensors'}:1.5", f"{folder / 'two.safetensors'}:-1.0"]
+    export(base, direction=given, multiplier=0.5, output=tmp_path / "out")
+    found = detect(tmp_path / "out", base=base, against=[folder])
+    assert found.shares["one"] / found.shares["two"] == pytest.approx(-1.5, rel=1e-3)
+    assert abs(found.shares["three"]) < 1e-4
+    assert set(found.whose) == {"one", "two", "three"}
+
+
+def test_what_peers_leave_is_found(make_model, tmp_path):
+    """A bias of one layer; and a bias in every layer, set in memory and saved: dropped on loading."""
+    base = make_model(TinyModel("llama"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.bias = torch.nn.Parameter(0.3 * UNIT.clone())
+    model.save_pretrained(tmp_path / "dropped")
+    for given in ({"base": base}, {}):
+        found = detect(tmp_path / "dropped", **given)
+        assert found.verdict == "push"
+        (push,) = found.pushes
+        assert not push.loaded
+        assert (push.site, sorted(push.vectors)) == ("mlp_out", list(range(LAYERS)))
+        assert "present but never loaded" in found.describe()
+    model = AutoModelForCausalLM.from_pretrained(make_model(TinyModel("gpt2")))
+    with torch.no_grad():
+        model.transformer.h[3].mlp.c_proj.bias += 0.3 * UNIT
+    model.save_pretrained(tmp_path / "one")
+    found = detect(tmp_path / "one", base=make_model(TinyModel("gpt2")))
+    (push,) = found.pushes
+    assert sorted(push.vectors) == [3]
+    assert float(push.vectors[3].norm()) == pytest.approx(0.3, rel=1e-3)
+
+
+def test_without_a_base(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    assert detect(base).verdict == "none"
+    result = bake_push(base, tmp_path / "push")
+    check_push(detect(tmp_path / "push"), result, "mlp_out")
+    ablate(base, direction=UNIT, output=tmp_path / "ablated")
+    found = detect(tmp_path / "ablated")
+    assert found.verdict == "ablation"
+    assert abs(float(found.ablations[0].basis[0].float() @ UNIT)) > 0.999
+    biased = make_model(TinyModel("gpt2"))
+    bake_push(biased, tmp_path / "hidden")
+    found = detect(tmp_path / "hidden")
+    assert found.verdict == "none"
+    assert any("cannot be told from training without the base" in note for note in found.notes)
+
+
+def test_what_was_found_can_be_used(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    result = bake_push(base, tmp_path / "out")
+    detect(tmp_path / "out", base=base, output=tmp_path / "found.safetensors")
+    direction = load_direction(tmp_path / "found.safetensors")
+    assert direction.site == "mlp_out"
+    for layer, vector in result.push.vectors.items():
+        assert float(direction.layer(layer) @ vector / vector.norm()) > 0.9999
+    again = export(
+        base,
+        direction=tmp_path / "found.safetensors",
+        keep_scale=True,
+        multiplier=1.0,
+        layers=sorted(result.push.vectors),
+        output=tmp_path / "again",
+    )
+    for layer, vector in result.push.vectors.items():
+        torch.testing.assert_close(again.push.vectors[layer], vector, rtol=1e-3, atol=1e-4)
+    with pytest.raises(BakeError, match="no direction was found"):
+        detect(base, base=base, output=tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+class TestLies:
+    """bake.json is not believed: what it says is compared with the weights."""
+
+    @pytest.fixture
+    def out(self, make_model, tmp_path):
+        base = make_model(TinyModel("llama"))
+        bake_push(base, tmp_path / "out")
+        return base, tmp_path / "out"
+
+    def change(self, out, **values):
+        path = out / "bake.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    def test_another_strength(self, out):
+        base, output = out
+        layers = json.loads((output / "bake.json").read_text())["layers"]
+        self.change(output, layers=[{**e, "coefficient": e["coefficient"] / 5} for e in layers])
+        lies = detect(output, base=base).lies
+        assert len(lies) == 1, lies
+        (lie,) = lies
+        assert "it names a push of length" in lie
+
+    def test_a_push_that_is_not_there(self, out):
+        base, output = out
+        for shard in output.glob("*.safetensors"):
+            tensors = load_file(shard)
+            if any("mlp.down_proj.bias" in name for name in tensors):
+                save_file(
+                    {k: torch.zeros_like(v) for k, v in tensors.items()}, shard, {"format": "pt"}
+                )
+        found = detect(output, base=base)
+        assert found.verdict == "none"
+        assert "there is no such push" in found.lies[0]
+
+    def test_a_record_that_is_damaged(self, out):
+        base, output = out
+        (output / "bake.json").write_text("{")
+        found = detect(output, base=base)
+        assert found.verdict == "push"
+        assert "it cannot be read" in found.lies[0]
+
+
+def trained(base, output, steps=3):
+    """A fine-tune: every weight moves."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(3, 250, (4, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(output)
+
+
+def merged(base, output):
+    """A LoRA of rank 4 in every projection, merged."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if (weight.ndim == 2 and "layers" in name) or (".h." in name and weight.ndim == 2):
+                a, b = (torch.randn(n, 4, generator=generator) for n in weight.shape)
+                weight += 0.01 * a @ b.T
+    model.save_pretrained(output)
+
+
+def rounded(base, output):
+    """Eight bits a row and back."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                scale = weight.abs().amax(dim=1, keepdim=True) / 127
+                weight.copy_((weight / scale).round() * scale)
+    model.save_pretrained(output)
+
+
+def halved(base, output):
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(output)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "opt", "falcon_h1"])
+@pytest.mark.parametrize("made", [trained, merged, rounded, halved])
+def test_no_false_alarm(architecture, made, make_model, tmp_path):
+    base = make_model(TinyModel(architecture))
+    made(base, tmp_path / "out")
+    found = detect(tmp_path / "out", base=base)
+    assert found.verdict == ("none" if made is halved else "other")
+    assert (not found.others) == (made is halved)
+    assert detect(tmp_path / "out").verdict == "none"
+
+
+def test_another_model_is_no_base(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    other = make_model(TinyModel("gpt2"))
+    found = detect(other, base=base)
+    assert found.verdict == "other"
+    assert any("knows no exact way between" in each for each in found.others)
+
+
+def test_the_command_says_it_in_json(make_model, tmp_path, capsys):
+    base = make_model(TinyModel("llama"))
+    bake_push(base, tmp_path / "out")
+    capsys.readouterr()
+    assert main(["detect", str(tmp_path / "out"), "--base", str(base), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["verdict"] == "push"
+    assert values["pushes"][0]["site"] == "mlp_out"
+    assert 0 < values["read_bytes"] < values["size_bytes"]
+    shutil.rmtree(tmp_path / "out")
+    assert main(["detect", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("bake: error:")
+
+
+def test_a_base_of_another_width_is_told(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    with pytest.raises(CheckpointError, match="it was made of another model"):
+        detect("bake-demo", base=base)
