@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from bake.anatomy import SiteRoute
 from bake.anatomy.base import Base
-from bake.checkpoint.edits import Add, Drop, Merge, Patch, Rename, Transform
+from bake.checkpoint.edits import Add, Drop, Edit, Merge, Patch, Rename, Transform
 from bake.checkpoint.ranged import RangedTensors
+from bake.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
 Read = Callable[[int | None], "torch.Tensor"]
+_LAYER = re.compile(r"\.(\d+)\.")
 PROBED_ROWS = 4  # of every matrix, in which a change shows
 
 
@@ -21,48 +25,127 @@ PROBED_ROWS = 4  # of every matrix, in which a change shows
 class Aligned:
     """The base's tensors under the suspect's names.
 
-    readers: {name: rows or None for all → the tensor}. shapes: of each. rewritten_as: the architecture that
-    the base had to be written as; None where it is the suspect's.
+    readers: {name: rows or None for all → the tensor}. shapes: of each. rewritten_as: the architecture
+    that the base had to be written as, or "extra layers"; None where it is the suspect's own. inserted: the
+    route whose slots are in layers that the base does not have; None where there are none.
     """
 
     readers: Mapping[str, Read]
     shapes: Mapping[str, tuple[int, ...]]
     rewritten_as: str | None = None
+    inserted: SiteRoute | None = None
 
 
-def align(base: Base, tensors: RangedTensors, model_type: str) -> Aligned:
-    """Return a base as a suspect of an architecture has it, by a host that bake knows where they differ."""
+def align(base: Base, tensors: RangedTensors, suspect: Base, own: RangedTensors) -> Aligned:
+    """Return a base as the suspect has it: by a host that bake knows, or with extra layers.
+
+    tensors, own: the base's and the suspect's.
+    """
     checkpoint = base.checkpoint
     readers: dict[str, Read] = {name: _reader(tensors, name) for name in checkpoint.tensors}
     shapes = {name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()}
+    anatomy, model_type = base.anatomy, suspect.anatomy.model_type
+    if suspect.anatomy.layer_count > anatomy.layer_count:
+        return _align_inserted(base, tensors, own, readers, shapes)
     rewriter = next(
         (
             route.rewriter
-            for route in base.anatomy.routes
+            for route in anatomy.routes
             if route.rewriter is not None and route.rewriter.name == model_type
         ),
         None,
     )
-    if model_type == base.anatomy.model_type or rewriter is None:
+    if model_type == anatomy.model_type or rewriter is None:
         return Aligned(readers, shapes)
-    every = range(base.anatomy.layer_count)
-    for edit in rewriter.rewrite(checkpoint, base.anatomy.config, every).edits:
-        if isinstance(edit, Add | Patch):
-            readers[edit.name] = _held(edit.tensor)
-            shapes[edit.name] = tuple(edit.tensor.shape)
-        elif isinstance(edit, Rename):
-            readers[edit.new_name] = readers.pop(edit.name)
-            shapes[edit.new_name] = shapes.pop(edit.name)
-        elif isinstance(edit, Drop):
-            readers.pop(edit.name)
-            shapes.pop(edit.name)
-        else:
-            for name in edit.names if isinstance(edit, Merge) else (edit.name,):
-                readers.pop(name, None)
-                shapes.pop(name, None)
-            for name, shape in edit.outputs.items():
-                readers[name], shapes[name] = _computed(tensors, edit, name), tuple(shape)
+    rewritten = rewriter.rewrite(checkpoint, anatomy.config, range(anatomy.layer_count))
+    _apply(rewritten.edits, tensors, readers, shapes)
     return Aligned(readers, shapes, model_type)
+
+
+def _align_inserted(
+    base: Base,
+    tensors: RangedTensors,
+    own: RangedTensors,
+    readers: dict[str, Read],
+    shapes: dict[str, tuple[int, ...]],
+) -> Aligned:
+    """Return a base with the extra layers that bake would add where the suspect has its own."""
+    layers = find_inserted(own, tensors)
+    try:
+        route = base.anatomy.choose("mlp_out", route="insert")
+    except UnsupportedError:
+        route = None
+    if not layers or route is None or route.rewriter is None:
+        return Aligned(readers, shapes)
+    rewritten = route.rewriter.rewrite(base.checkpoint, base.anatomy.config, layers)
+    _apply(rewritten.edits, tensors, readers, shapes)
+    slots = replace(route, slots=rewritten.slots, layers=tuple(layers), rewriter=None)
+    return Aligned(readers, shapes, "extra layers", slots)
+
+
+def find_inserted(own: RangedTensors, base: RangedTensors) -> list[int]:
+    """Return the base's layers after which the suspect has one more; none where its layers are others'.
+
+    A layer of the suspect is the base's next one where a row of its largest matrix is.
+    """
+    mine, theirs = _by_layer(own), _by_layer(base)
+    common = set.intersection(*(set(held) for held in (*mine.values(), *theirs.values())))
+    sizes = {part: base.checkpoint.entry(name).size for part, name in theirs[0].items()}
+    matrices = [part for part in common if len(base.checkpoint.entry(theirs[0][part]).shape) == 2]
+    if not matrices:
+        return []
+    key = max(matrices, key=lambda part: (sizes[part], part))
+    found, following = [], 0
+    for layer in sorted(mine):
+        row = own.rows(mine[layer][key], 1).double()
+        same = following in theirs and bool(
+            (base.rows(theirs[following][key], 1).double() == row).all()
+        )
+        if same:
+            following += 1
+        else:
+            found.append(following - 1)
+    fits = following == len(theirs) and found and found[0] >= 0
+    return found if fits and len(set(found)) == len(found) else []
+
+
+def _by_layer(tensors: RangedTensors) -> dict[int, dict[str, str]]:
+    """Return {layer: {the rest of a tensor's name: its name}}."""
+    found: dict[int, dict[str, str]] = {}
+    for name in tensors.checkpoint.tensors:
+        match = _LAYER.search(name)
+        if match:
+            found.setdefault(int(match[1]), {})[name[match.end() :]] = name
+    return found
+
+
+def _apply(
+    edits: Iterable[Edit],
+    tensors: RangedTensors,
+    readers: dict[str, Read],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Turn readers of the base into readers of what the edits make of it."""
+    old_readers, old_shapes = dict(readers), dict(shapes)
+    new_readers: dict[str, Read] = {}
+    new_shapes: dict[str, tuple[int, ...]] = {}
+    for edit in edits:
+        if isinstance(edit, Add | Patch):
+            new_readers[edit.name] = _held(edit.tensor)
+            new_shapes[edit.name] = tuple(edit.tensor.shape)
+            continue
+        for name in edit.names if isinstance(edit, Merge) else (edit.name,):
+            readers.pop(name, None)
+            shapes.pop(name, None)
+        if isinstance(edit, Rename):
+            new_readers[edit.new_name] = old_readers[edit.name]
+            new_shapes[edit.new_name] = old_shapes[edit.name]
+        elif not isinstance(edit, Drop):
+            for name, shape in edit.outputs.items():
+                new_readers[name] = _computed(tensors, edit, name)
+                new_shapes[name] = tuple(shape)
+    readers |= new_readers
+    shapes |= new_shapes
 
 
 def _reader(tensors: RangedTensors, name: str) -> Read:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from bake.anatomy import Anatomy
 from bake.anatomy.base import Base, open_base
+from bake.anatomy.flags import parameter_shapes
 from bake.card.ablation import is_ablation
 from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
+from bake.checkpoint.quantization import quantization_method
 from bake.checkpoint.ranged import RangedTensors, equal_files
 from bake.detection.alignment import Comparison, align, compare
 from bake.detection.findings import AblationFound, Detection, PushFound
@@ -58,7 +60,7 @@ def detect(
     Raises CheckpointError where a checkpoint cannot be read, DirectionError for a direction of `against`
     that cannot, and BakeError where a direction is to be written and none was found.
     """
-    opened = open_base(suspect, revision, headers_only=True)
+    opened = _open(suspect, revision)
     tensors = RangedTensors(opened.checkpoint)
     anatomy = opened.anatomy
     known = read_known(against, anatomy.hidden_size, anatomy.layer_count)
@@ -67,7 +69,7 @@ def detect(
         found = _look_alone(opened, tensors, names)
         read, size = tensors.read_bytes, opened.checkpoint.size
     else:
-        other = open_base(base, base_revision, headers_only=True)
+        other = _open(base, base_revision)
         origin = RangedTensors(other.checkpoint)
         found = _look_beside(opened, tensors, names, other, origin)
         read = tensors.read_bytes + origin.read_bytes
@@ -86,17 +88,42 @@ def detect(
     return found
 
 
+def _open(model: str, revision: str | None) -> Base:
+    """Open a checkpoint of floats whose tensors have the shapes that its config asks for, headers only.
+
+    Raises UnsupportedError for a quantised one, CheckpointError for a tensor of another shape.
+    """
+    opened = open_base(model, revision, headers_only=True)
+    checkpoint = opened.checkpoint
+    method = quantization_method(checkpoint.config)
+    if method is not None:
+        raise UnsupportedError(
+            f"{checkpoint.model_id} is quantised ({method}), and what is packed cannot be compared: give "
+            "the checkpoint that it was made of"
+        )
+    model_on_meta = build_on_meta(opened.anatomy.config)
+    names = DiskNames(checkpoint, model_on_meta)
+    for parameter, shape in parameter_shapes(model_on_meta).items():
+        name = names.find(parameter)
+        if name is not None and tuple(checkpoint.entry(name).shape) != tuple(shape):
+            raise CheckpointError(
+                f"{name} of {checkpoint.model_id} has shape {tuple(checkpoint.entry(name).shape)}, and its "
+                f"config asks for {tuple(shape)}: transformers would not load it"
+            )
+    return opened
+
+
 def _look_beside(
     opened: Base, tensors: RangedTensors, names: DiskNames, other: Base, origin: RangedTensors
 ) -> Detection:
     anatomy = opened.anatomy
     model_type = anatomy.model_type
-    aligned = align(other, origin, model_type)
     if other.anatomy.hidden_size != anatomy.hidden_size:
         raise CheckpointError(
             f"{opened.checkpoint.model_id} is {anatomy.hidden_size} wide and {other.checkpoint.model_id} "
             f"{other.anatomy.hidden_size}: it was made of another model"
         )
+    aligned = align(other, origin, opened, tensors)
     if other.anatomy.model_type != model_type and aligned.rewritten_as is None:
         unlike = (
             f"it is a {model_type} and the base a {other.anatomy.model_type}, which bake knows no exact "
@@ -124,11 +151,10 @@ def _look_beside(
         return stored if (stored - left).norm() <= unknown else left.to(dtype).double()
 
     pushes = [
-        *recover_pushes(tensors, anatomy, names, old),
+        *recover_pushes(tensors, anatomy, names, old, aligned.inserted),
         *find_loose(tensors, anatomy),
     ]
-    pushes = [_without_rounding(push) for push in pushes]
-    pushes = [push for push in pushes if push.vectors]
+    pushes = [push for push in map(_without_rounding, pushes) if push.vectors and push.fits]
     explained = {names.find(p) or p for push in pushes for p in push.parameters}
     if ablation is not None:
         explained |= {*ablation.strengths, *ablation.columns}
@@ -138,9 +164,7 @@ def _look_beside(
     left = sorted(changed - explained)
     others = list(_describe_others(opened, compared, left))
     if others:  # Training moves the biases of all layers alike, but it makes none.
-        pushes = [
-            push for push in pushes if push.fits and not {*push.parameters} & {*aligned.readers}
-        ]
+        pushes = [push for push in pushes if not {*push.parameters} & {*aligned.readers}]
     notes = []
     if compared.cast:
         notes.append("the values are the base's in another dtype, where nothing else is said")

@@ -115,13 +115,16 @@ def recover_pushes(
     anatomy: Anatomy,
     names: DiskNames,
     old: Callable[[str, str], torch.Tensor | None],
+    inserted: SiteRoute | None = None,
 ) -> list[PushFound]:
     """Return every push that the suspect's slots hold, a bias counted once: as what fits it best.
 
-    old: (parameter, name on disk) → what it held; None where that is not known.
+    inserted: slots in layers that the base does not have, which are looked at alone. old: (parameter, name
+    on disk) → what it held; None where that is not known.
     """
     slots = Slots(suspect, names, old)
     routes = [route for route in anatomy.routes if route.rewriter is None]
+    routes = routes if inserted is None else [inserted]
     found = [push for push in map(slots.recover, routes) if push is not None]
     kept: list[PushFound] = []
     for push in sorted(found, key=lambda each: (max(each.residuals.values()), each.kind != "norm")):

@@ -18,9 +18,9 @@ SAMPLED_ROWS = 256  # of an embedding
 MOST_RANK, HELD = 8, 0.9  # of the changes' squares, in so many directions
 MOST_RESIDUAL = 0.35  # of a matrix's change: bfloat16 rounds the whole of it again
 LEAST_MATRICES = 2
-COMMON = (
-    0.02  # of the next smallest eigenvalue, below which what is left of a direction is rounding
-)
+# Of the next smallest eigenvalue, below which what is left of a direction is rounding.
+GAP = 0.02
+NATURAL = 0.99  # cosine with a channel or with the mean
 
 
 def find_ablation(
@@ -146,7 +146,9 @@ def find_common_gap(
     """Return the direction along which no matrix that was looked at writes anything; None for none.
 
     Without a base: the smallest eigenvalues of Σ W Wᵀ / ‖W‖² over the output projections of a few layers,
-    in units of the next. What nobody took out is not many times smaller than its neighbour.
+    in units of the next. What nobody took out is not many times smaller than its neighbour, but for two
+    directions that training or tools leave empty: the mean over the width, which LayerNorm does not read,
+    and single channels. These are not counted.
     """
     import torch
 
@@ -169,9 +171,13 @@ def find_common_gap(
     values, vectors = torch.linalg.eigh(total)
     gaps = [float(values[rank] / values[rank + 1].clamp(min=1e-300)) for rank in range(MOST_RANK)]
     rank = min(range(MOST_RANK), key=lambda place: gaps[place])
-    if gaps[rank] > COMMON:
+    basis = vectors[:, : rank + 1].T.contiguous()
+    natural = (basis.abs().amax(dim=1) > NATURAL) | (
+        basis.mean(dim=1).abs() * hidden_size**0.5 > NATURAL
+    )
+    if gaps[rank] > GAP or bool(natural.all()):
         return None
-    return AblationFound("stream", tuple(layers), vectors[:, : rank + 1].T.contiguous())
+    return AblationFound("stream", tuple(layers), basis[~natural])
 
 
 def lost_part(ablation: AblationFound | None, tensor: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,9 @@ CELLS = [
     ("qwen3", "attn_in", {}),
     ("mistral", "mlp_out", {}),
     ("granite", "mlp_out", {}),
+    ("llama", "mlp_out", {"route": "insert"}),
+    ("qwen3", "mlp_out", {"route": "insert"}),
+    ("gemma2", "mlp_out", {"route": "insert"}),
 ]
 
 
@@ -325,3 +328,47 @@ def test_a_base_of_another_width_is_told(make_model, tmp_path):
     base = make_model(TinyModel("llama"))
     with pytest.raises(CheckpointError, match="it was made of another model"):
         detect("bake-demo", base=base)
+
+
+def test_a_tensor_of_another_shape_is_told(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    shutil.copytree(base, tmp_path / "out")
+    shard = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.2.mlp.down_proj.weight"] = torch.zeros(WIDTH, 7)
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="transformers would not load it"):
+        detect(tmp_path / "out", base=base)
+
+
+def test_a_quantised_one_is_told(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    shutil.copytree(base, tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    values = json.loads(config.read_text())
+    values["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config.write_text(json.dumps(values))
+    with pytest.raises(BakeError, match="fp8"):
+        detect(tmp_path / "out", base=base)
+
+
+def centred(weight):
+    return weight - weight.mean(dim=-1, keepdim=True)
+
+
+def without_a_channel(weight):
+    kept = weight.clone()
+    kept[..., 5] = 0
+    return kept
+
+
+@pytest.mark.parametrize("change", [centred, without_a_channel])
+def test_what_training_and_tools_leave_empty_is_no_ablation(change, make_model, tmp_path):
+    """TransformerLens centres what writes; some models have dead channels."""
+    model = AutoModelForCausalLM.from_pretrained(make_model(TinyModel("gpt2")))
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for module in (block.attn.c_proj, block.mlp.c_proj):
+                module.weight.copy_(change(module.weight))
+    model.save_pretrained(tmp_path / "out")
+    assert detect(tmp_path / "out").verdict == "none"
