@@ -17,6 +17,7 @@ from bake.checkpoint.checkpoint import Checkpoint
 from bake.checkpoint.edits import Add, Change, Drop, Edit, Merge, Patch, Rename, Transform
 from bake.checkpoint.index import SINGLE_FILE
 from bake.errors import CheckpointError
+from bake.io.output_files import ORIGINALS_FILE, is_data
 from bake.io.safetensors import (
     DTYPES,
     TensorEntry,
@@ -29,9 +30,6 @@ from bake.io.safetensors import (
 if TYPE_CHECKING:
     import torch
 
-ORIGINALS_FILE = "originals.safetensors"
-# Names that bake gives to files that are no weights.
-_RESERVED = {ORIGINALS_FILE, "direction.safetensors"}
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
 Action = Literal["kept", "patched", "rewritten", "added", "originals"]
@@ -240,7 +238,7 @@ def _name_files(
 
 
 def _named(shard: PlannedFile, name: str) -> PlannedFile:
-    if name in _RESERVED:
+    if is_data(name):
         raise CheckpointError(
             f"the base has a weight file named {name}, which bake needs: rename it in the base."
         )

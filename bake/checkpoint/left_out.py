@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.checkpoint.own_code import is_code
+from bake.io.output_files import is_data
 from bake.support.text import one_line
 
 MTP_FILES = ("*mtp*.safetensors", "*nextn*.safetensors")
@@ -25,7 +26,6 @@ _WEIGHTS = (
     *("*.distcp", "*.ot", "*.imatrix"),
 )
 _NO_MODEL = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "trainer_state*")
-_OWN = ("direction.safetensors", "originals.safetensors")  # A bake's, where the base is one.
 _ADAPTER = "adapter_"
 _LAYER = re.compile(r"(.*\.\d+)\..*")
 _SHOWN = 4
@@ -134,7 +134,7 @@ def _is_weights(file: str) -> bool:
     def matches(patterns: Iterable[str]) -> bool:
         return any(fnmatchcase(file.lower(), pattern) for pattern in patterns)
 
-    return matches(_WEIGHTS) and not matches(_NO_MODEL) and file not in _OWN
+    return matches(_WEIGHTS) and not matches(_NO_MODEL) and not is_data(file)
 
 
 def _shorten(names: Collection[str]) -> str:

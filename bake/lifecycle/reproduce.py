@@ -19,10 +19,10 @@ from bake.checkpoint.licences import write_notice
 from bake.checkpoint.writer import copy_companions, write_config, write_weights
 from bake.errors import CheckpointError, EquivalenceError, PromptError
 from bake.io.hashing import hash_files
-from bake.io.output_files import CARD_FILE, DIRECTION_FILE, RESULT_FILE
+from bake.io.output_files import CARD_FILE, DIRECTION_FILE, MEANS_FILE, RESULT_FILE
 from bake.io.work_directory import scratch_directory
 from bake.models.streaming import Placement
-from bake.pipeline.ablation_record import MEANS_FILE, rebuild_ablation
+from bake.pipeline.ablation_record import rebuild_ablation
 from bake.pipeline.completion import check_shards, is_thin
 from bake.pipeline.record import (
     base_name,

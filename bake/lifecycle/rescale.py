@@ -19,13 +19,12 @@ from bake.checkpoint.checkpoint import Checkpoint, find_bake, open_checkpoint
 from bake.checkpoint.config_json import edit_json
 from bake.checkpoint.edits import REMOVED, Drop, Edit, Patch, Rename, Transform
 from bake.checkpoint.index import INDEX_FILE
-from bake.checkpoint.layout import ORIGINALS_FILE
 from bake.checkpoint.licences import NOTICE_FILE
 from bake.checkpoint.writer import copy_companions, write_weights
 from bake.errors import BakeError, CheckpointError
 from bake.io.copy import copy_file, write_all
 from bake.io.foreign_paths import resolve_name
-from bake.io.output_files import RESULT_FILE
+from bake.io.output_files import ORIGINALS_FILE, RESULT_FILE
 from bake.io.safetensors import TensorEntry, encode_header, encode_tensor, read_header
 from bake.io.staging import changed_directory, staged_directory
 from bake.pipeline.completion import Unproven, check_shards, is_unproven, write_record

@@ -19,7 +19,7 @@ from bake.directions.direction_file import load_direction
 from bake.directions.subspace import span
 from bake.errors import CheckpointError
 from bake.io.foreign_paths import check_links
-from bake.io.output_files import DIRECTION_FILE, number_file
+from bake.io.output_files import DIRECTION_FILE, MEANS_FILE, number_file
 from bake.io.safetensors import decode_tensor, read_header, read_range
 from bake.pipeline.about import About
 from bake.pipeline.record import describe_left_out, stored_dtype
@@ -28,8 +28,6 @@ from bake.plan.means import plan_removal
 from bake.sweeps.layer_choice import LayerChoice
 from bake.version import __version__
 from bake.writes import Ablation, Removal, Silence
-
-MEANS_FILE = "means.safetensors"
 
 
 def describe_ablation(

@@ -176,6 +176,8 @@ def decide(
     loaded: LanguageModel | None = None
     saved = saved_norms(base, recipe, destination)
     trial, choice = inputs.trial_texts, None
+    if saved is not None and ablation is not None:
+        announce("the norms of --calibration are the base's, before anything is taken out")
     if (
         given is not None
         and saved is not None

@@ -21,6 +21,7 @@ from bake.checkpoint.layout import Layout, plan_layout
 from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.writer import check_links
+from bake.errors import BakeError
 from bake.io.safetensors import TensorEntry
 from bake.pipeline.decision import read_pairs_and_trial
 from bake.pipeline.given_directions import fit_directions, read_directions
@@ -120,6 +121,8 @@ def estimate_cost(recipe: Recipe) -> Estimate:
     Raises a BakeError for what the export itself would refuse, as far as headers tell.
     """
     recipe.check_choices()
+    if recipe.ablate:
+        raise BakeError("--estimate does not count what --ablate rewrites: leave one of them out")
     directions = read_directions(recipe)
     base = open_base(recipe.model, recipe.revision, headers_only=True)
     given = fit_directions(base, directions, recipe)

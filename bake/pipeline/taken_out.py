@@ -16,7 +16,7 @@ from bake.directions.direction import Direction
 from bake.directions.direction_file import direction_bytes, load_direction
 from bake.directions.subspace import fit_to_scope, span
 from bake.errors import CheckpointError
-from bake.io.output_files import number_file
+from bake.io.output_files import REMOVED_FILE, number_file
 from bake.pipeline.given_directions import (
     GivenDirection,
     check_strengths,
@@ -27,8 +27,6 @@ from bake.pipeline.recipe import Recipe
 from bake.plan.ablation import AblationPlan, plan_ablation
 from bake.support.progress import announce
 from bake.writes import Ablation
-
-FILE = "removed.safetensors"
 
 
 def read_taken_out(recipe: Recipe) -> tuple[GivenDirection, ...]:
@@ -74,7 +72,7 @@ def describe_taken_out(
     return {
         "ablation": plan.ablation.to_dict(),
         "removed": [
-            {**direction.to_dict(), "file": number_file(FILE, index)}
+            {**direction.to_dict(), "file": number_file(REMOVED_FILE, index)}
             for index, direction in enumerate(directions)
         ],
     }
@@ -83,7 +81,7 @@ def describe_taken_out(
 def write_taken_out(directions: Sequence[Direction], folder: Path) -> None:
     """Write the directions that were taken out beside the weights."""
     for index, direction in enumerate(directions):
-        (folder / number_file(FILE, index)).write_bytes(direction_bytes(direction))
+        (folder / number_file(REMOVED_FILE, index)).write_bytes(direction_bytes(direction))
 
 
 def rebuild_taken_out(
@@ -96,7 +94,7 @@ def rebuild_taken_out(
     if "ablation" not in recorded:
         return None
     names = [entry["file"] for entry in recorded.get("removed", ())]
-    if not names or names != [number_file(FILE, index) for index in range(len(names))]:
+    if not names or names != [number_file(REMOVED_FILE, index) for index in range(len(names))]:
         raise CheckpointError(f"bake.json in {directory} names other direction files than bake's")
     plan = _plan(opened, [load_direction(directory / name) for name in names], dtype)
     if plan.ablation.to_dict() != recorded["ablation"]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bake.api import diff, export, reproduce, rescale, undo, verify
+from bake.api import diff, estimate, export, reproduce, rescale, undo, verify
 from bake.cli.main import main
 from bake.errors import BakeError, CheckpointError
 
@@ -236,6 +236,21 @@ def test_what_cannot_be_is_refused(make_model, tmp_path, architecture, options, 
     with pytest.raises(BakeError, match=says):
         export(base, output=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_beside_the_weights_is_no_weights_of_the_next_bake(both, tmp_path):
+    _, output, _ = both
+    result = export(output, direction=OTHER, multiplier=0.5, output=tmp_path / "again")
+    record = json.loads((tmp_path / "again" / "bake.json").read_text())
+    assert "left_out" not in record
+    assert result.equivalence.passed
+    assert not (tmp_path / "again" / "removed.safetensors").exists()
+
+
+def test_an_estimate_does_not_leave_it_out_silently(make_model):
+    base = make_model(TinyModel("llama"))
+    with pytest.raises(BakeError, match="--estimate does not count what --ablate rewrites"):
+        estimate(base, ablate=UNIT, direction=OTHER)
 
 
 def test_the_command_takes_files(make_model, tmp_path, capsys):
