@@ -136,6 +136,7 @@ def detect(
     base: str | Path | None = None,
     against: Sequence[str | Path] = (),
     output: str | Path | None = None,
+    undo: str | Path | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
 ) -> Detection:
@@ -149,6 +150,7 @@ def detect(
         base_revision=base_revision,
         against=[str(path) for path in against],
         output=None if output is None else str(output),
+        undo=None if undo is None else str(undo),
     )
 
 

@@ -23,14 +23,21 @@ from bake.checkpoint.quantization import quantization_method
 from bake.checkpoint.ranged import RangedTensors, equal_files
 from bake.detection.alignment import Comparison, align, compare
 from bake.detection.findings import AblationFound, Detection, PushFound
-from bake.detection.recovery import find_loose, recover_pushes, unusual_biases
+from bake.detection.recovery import (
+    find_loose,
+    recover_pushes,
+    unusual_biases,
+    unusual_flags,
+)
 from bake.detection.removal import find_ablation, find_common_gap, lost_part
+from bake.detection.undoing import check_undoable, write_without
 from bake.detection.whose import compare_with, read_known
 from bake.directions.direction_file import direction_bytes
 from bake.directions.formats.objects import with_lengths
-from bake.errors import BakeError, CheckpointError, UnsupportedError
+from bake.errors import BakeError, CheckpointError, EquivalenceError, UnsupportedError
 from bake.io.atomic import write_file
 from bake.io.safetensors import torch_dtype
+from bake.io.staging import check_output
 from bake.pipeline.record import read_any_result, rebuild_push
 from bake.support.text import list_numbers
 from bake.writes import WriteMap
@@ -54,17 +61,21 @@ def detect(
     base_revision: str | None = None,
     against: Sequence[str] = (),
     output: str | None = None,
+    undo: str | None = None,
 ) -> Detection:
     """Look for pushes and ablations in a directory or Hub id; see `bake detect --help`.
 
     Raises CheckpointError where a checkpoint cannot be read, DirectionError for a direction of `against`
-    that cannot, and BakeError where a direction is to be written and none was found.
+    that cannot, and BakeError where a direction is to be written, or something undone, and none was found.
     """
+    if undo is not None:
+        check_output(Path(undo), overwrite=False)
     opened = _open(suspect, revision)
     tensors = RangedTensors(opened.checkpoint)
     anatomy = opened.anatomy
     known = read_known(against, anatomy.hidden_size, anatomy.layer_count)
     names = DiskNames(opened.checkpoint, build_on_meta(anatomy.config))
+    other = None
     if base is None:
         found = _look_alone(opened, tensors, names)
         read, size = tensors.read_bytes, opened.checkpoint.size
@@ -83,9 +94,18 @@ def detect(
         read_bytes=read,
         size_bytes=size,
     )
+    if undo is not None:
+        check_undoable(found)
     if output is not None:
         _write_direction(found, Path(output))
-    return found
+    if undo is None:
+        return found
+    flags = {} if other else unusual_flags(anatomy)
+    write_without(found, suspect, revision, Path(undo), other, flags)
+    again = detect(undo, base=base, base_revision=base_revision)
+    if again.pushes or again.ablations:
+        raise EquivalenceError(f"{undo} still holds what was found: {again.verdict}; do not use it")
+    return replace(found, undone=undo)
 
 
 def _open(model: str, revision: str | None) -> Base:
@@ -180,6 +200,8 @@ def _look_beside(
         (ablation,) if ablation else (),
         tuple(others),
         tuple(notes),
+        explained=tuple(sorted(_explained(opened, names, pushes, ablation, compared))),
+        rewritten_as=aligned.rewritten_as,
     )
 
 
@@ -239,7 +261,43 @@ def _look_alone(opened: Base, tensors: RangedTensors, names: DiskNames) -> Detec
         tuple(pushes),
         (ablation,) if ablation else (),
         notes=tuple(notes),
+        explained=tuple(sorted(_created(opened, names, pushes, unusual))),
     )
+
+
+def _created(
+    opened: Base, names: DiskNames, pushes: Sequence[PushFound], unusual: frozenset[str]
+) -> Iterator[str]:
+    """Yield the tensors that were created for pushes, whatever they hold."""
+    loaded = [push for push in pushes if push.loaded]
+    if loaded:
+        yield from (name for each in unusual if (name := names.find(each)) is not None)
+    for push in pushes:
+        if not push.loaded:
+            yield from push.parameters
+
+
+def _explained(
+    opened: Base,
+    names: DiskNames,
+    pushes: Sequence[PushFound],
+    ablation: AblationFound | None,
+    compared: Comparison,
+) -> Iterator[str]:
+    """Yield the tensors that are others than the base's because of what was found."""
+    changed = {*compared.changed}
+    for push in pushes:
+        for parameter in push.parameters:
+            name = names.find(parameter) or parameter
+            if name in changed:
+                yield name
+    if (
+        pushes or ablation
+    ):  # What was created comes with its flags: all of it, or a head that was untied.
+        yield from compared.added
+    if ablation is not None:
+        yield from {*ablation.strengths, *ablation.columns}
+        yield from (n for n in changed if len(opened.checkpoint.entry(n).shape) == 1)
 
 
 def _find_writes(anatomy: Anatomy) -> WriteMap | None:

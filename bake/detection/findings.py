@@ -150,7 +150,9 @@ class Detection:
     base: None where none was given. others: differences that are neither push nor ablation. notes: what
     somebody should know, such as what cannot be seen. lies: what bake.json says and the weights do not.
     whose: {direction's name: {layer: cosine}}; shares: {name: its coefficient in a sum of all, mean over
-    layers, as a share of the push's length}. read_bytes: of both checkpoints, of size_bytes in all.
+    layers, as a share of the push's length}. explained: the suspect's tensors that pushes and ablations
+    account for. rewritten_as: what the base was compared as, where that is another architecture. undone:
+    where the suspect was written without them. read_bytes: of both checkpoints, of size_bytes in all.
     """
 
     suspect: str
@@ -162,6 +164,9 @@ class Detection:
     lies: tuple[str, ...] = ()
     whose: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+    explained: tuple[str, ...] = ()
+    rewritten_as: str | None = None
+    undone: str | None = None
     read_bytes: int = 0
     size_bytes: int = 0
 
@@ -190,6 +195,8 @@ class Detection:
                 for name, row in self.whose.items()
             },
             "shares": dict(self.shares),
+            "tensors": list(self.explained),
+            "undone": self.undone,
             "read_bytes": self.read_bytes,
             "size_bytes": self.size_bytes,
         }
@@ -213,6 +220,8 @@ class Detection:
         lines += [f"differs: {each}" for each in self.others]
         lines += [f"bake.json lies: {each}" for each in self.lies]
         lines += [f"note: {each}" for each in self.notes]
+        if self.undone is not None:
+            lines.append(f"written to {self.undone} without it; nothing is found there any more")
         part = self.read_bytes / self.size_bytes if self.size_bytes else 0.0
         lines.append(f"{self.read_bytes / 1e6:.3g} MB read, {part:.2%} of the weights")
         return "\n".join(lines)

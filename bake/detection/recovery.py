@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 # Of an attention's or an MLP's output projection, where a bias is that no architecture reads.
-_LOOSE = re.compile(r"\.(\d+)\.[\w.]*?(attn|attention|mlp|feed_forward|ffn)[\w.]*\.bias$")
+_LOOSE = re.compile(
+    r"\.(\d+)\.(?:[\w.]+\.)?(?:(o_proj|out_proj|wo|attn\.c_proj|attention\.dense)|down_proj|mlp\.c_proj|"
+    r"dense_4h_to_h|fc2|fc_out|w2|linear_2)\.bias$"
+)
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,15 @@ class Slots:
             if delta is None:
                 return None
             deltas_of.append((slot, delta))
-        if not any(bool(delta.any()) for _, delta in deltas_of):
+        moved = [delta for _, delta in deltas_of if bool(delta.any())]
+        if not moved or not all(bool(delta.isfinite().all()) for delta in moved):
             return None  # Before a matrix is read for it.
         rows, wanted = [], []
         for slot, delta in deltas_of:
             if slot.axis is not None or slot.weight is None:
                 return _from_bias(slot, delta)
             matrix = self._matrix(slot)
-            if matrix is None:
+            if matrix is None or not bool(matrix.isfinite().all()):
                 return None
             if matrix.ndim == 1:
                 return _unless_zero(delta * matrix)
@@ -144,9 +148,9 @@ def find_loose(suspect: RangedTensors, anatomy: Anatomy) -> list[PushFound]:
         match = _LOOSE.search(name)
         if match is None or name in known or tuple(entry.shape) != (anatomy.hidden_size,):
             continue
-        site = "attn_out" if match[2].startswith("att") else "mlp_out"
+        site = "attn_out" if match[2] else "mlp_out"
         vector = suspect.read(name).double()
-        if vector.any():
+        if vector.any() and vector.isfinite().all():
             by_site.setdefault(site, {})[int(match[1])] = (name, vector)
     return [
         PushFound(
@@ -171,6 +175,17 @@ def _loaded_names(suspect: RangedTensors, anatomy: Anatomy) -> Iterator[str]:
             yield found
 
 
+def unusual_flags(anatomy: Anatomy) -> dict[str, bool]:
+    """Return the config keys that ask for biases that their class does not have, and its own values."""
+    text = anatomy.config.get_text_config()
+    usual = type(text)()
+    return {
+        name: False
+        for name, value in text.to_dict().items()
+        if value is True and "bias" in name and getattr(usual, name, None) is False
+    }
+
+
 def unusual_biases(anatomy: Anatomy) -> frozenset[str]:
     """Return the parameters that are there because the config asks for biases that its class does not have.
 
@@ -178,14 +193,7 @@ def unusual_biases(anatomy: Anatomy) -> frozenset[str]:
     """
     from bake.anatomy.flags import with_flags
 
-    config = anatomy.config
-    text = config.get_text_config()
-    usual = type(text)()
-    flags = {
-        name: False
-        for name, value in text.to_dict().items()
-        if value is True and "bias" in name and getattr(usual, name, None) is False
-    }
+    config, flags = anatomy.config, unusual_flags(anatomy)
     if not flags:
         return frozenset()
     own = {name for name, _ in build_on_meta(config).named_parameters()}

@@ -101,7 +101,7 @@ def _explain(
             continue
         part = moved.T @ moved / size
         total = part if total is None else total + part
-    if total is None:
+    if total is None or not bool(total.isfinite().all()):
         return None
     values, vectors = torch.linalg.eigh(total)
     held = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
@@ -166,7 +166,7 @@ def find_common_gap(
                 continue
             total += matrix.T @ matrix / (matrix**2).sum()
             columns += len(matrix)
-    if columns < LEAST_MATRICES * hidden_size:
+    if columns < LEAST_MATRICES * hidden_size or not bool(total.isfinite().all()):
         return None
     values, vectors = torch.linalg.eigh(total)
     gaps = [float(values[rank] / values[rank + 1].clamp(min=1e-300)) for rank in range(MOST_RANK)]

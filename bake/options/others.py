@@ -274,6 +274,11 @@ DETECT = Command(
             many="listed",
         ),
         Option("output", "where the direction that was found goes", metavar="FILE", short="-o"),
+        Option(
+            "undo",
+            "write the suspect without what was found: with its base's values, or without what was created",
+            metavar="DIR",
+        ),
         REVISION.but(help="of a suspect on the Hub"),
         Option("base_revision", "of a base on the Hub", metavar="REV"),
     ),

@@ -11,7 +11,7 @@ from conftest import TinyModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bake.api import ablate, detect, export
+from bake.api import ablate, detect, diff, export
 from bake.cli.main import main
 from bake.directions.direction_file import load_direction
 from bake.errors import BakeError, CheckpointError
@@ -372,3 +372,83 @@ def test_what_training_and_tools_leave_empty_is_no_ablation(change, make_model, 
                 module.weight.copy_(change(module.weight))
     model.save_pretrained(tmp_path / "out")
     assert detect(tmp_path / "out").verdict == "none"
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias"]
+)
+def test_what_is_no_number_is_a_difference_and_no_traceback(name, make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    bake_push(base, tmp_path / "out")
+    for shard in (tmp_path / "out").glob("model*.safetensors"):
+        tensors = load_file(shard)
+        for each in tensors:
+            if each.endswith(f".3.{name}"):
+                tensors[each][:] = float("nan")
+        save_file(tensors, shard, {"format": "pt"})
+    found = detect(tmp_path / "out", base=base)
+    assert found.verdict in ("push", "other")
+    assert all(3 not in push.vectors for push in found.pushes) or name.endswith("weight")
+    assert detect(tmp_path / "out").verdict in ("none", "push")
+    json.loads(json.dumps(found.to_dict(), allow_nan=False))
+
+
+class TestUndo:
+    """The suspect is written without what was found in it, and looked at again."""
+
+    @pytest.mark.parametrize(("architecture", "site"), [("llama", "mlp_out"), ("gpt2", "attn_out")])
+    def test_a_push_is_undone_beside_the_base(self, architecture, site, make_model, tmp_path):
+        base = make_model(TinyModel(architecture))
+        bake_push(base, tmp_path / "out", site)
+        found = detect(tmp_path / "out", base=base, undo=tmp_path / "back")
+        assert found.undone == str(tmp_path / "back")
+        difference = diff(base, tmp_path / "back")
+        assert difference.tensors == ()
+        assert difference.config == {}
+        assert not (tmp_path / "back" / "bake.json").exists()
+
+    def test_without_a_base_what_was_created_goes(self, make_model, tmp_path):
+        base = make_model(TinyModel("llama"))
+        bake_push(base, tmp_path / "out")
+        detect(tmp_path / "out", undo=tmp_path / "back")
+        assert diff(base, tmp_path / "back").tensors == ()
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.mlp_bias is False
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_an_ablation_and_a_push_are_undone(self, tied, make_model, tmp_path):
+        base = make_model(TinyModel("llama", "bfloat16", tied=tied))
+        options = {"direction": OTHER, "ablate": UNIT, "multiplier": 1.0}
+        export(base, **options, output=tmp_path / "out")
+        detect(tmp_path / "out", base=base, undo=tmp_path / "back")
+        difference = diff(base, tmp_path / "back")
+        assert difference.tensors == ()
+        assert difference.config == {}
+
+    @pytest.mark.parametrize(
+        ("made", "says"),
+        [
+            ("nothing", "nothing was found, so there is nothing to undo"),
+            ("ablated", "not in the weights any more: give the model that has it with --base"),
+        ],
+    )
+    def test_what_cannot_be_undone_is_told(self, made, says, make_model, tmp_path):
+        base = make_model(TinyModel("llama"))
+        suspect = base
+        if made == "ablated":
+            ablate(base, direction=UNIT, output=tmp_path / "out")
+            suspect = tmp_path / "out"
+        with pytest.raises(BakeError, match=says):
+            detect(suspect, undo=tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+    def test_another_form_is_the_base(self, make_model, tmp_path):
+        base = make_model(TinyModel("mistral"))
+        bake_push(base, tmp_path / "out")
+        with pytest.raises(BakeError, match=r"was written as \w+ before it was pushed"):
+            detect(tmp_path / "out", base=base, undo=tmp_path / "back")
+
+    def test_nothing_is_overwritten(self, make_model, tmp_path):
+        base = make_model(TinyModel("llama"))
+        bake_push(base, tmp_path / "out")
+        with pytest.raises(BakeError, match="out"):
+            detect(tmp_path / "out", base=base, undo=tmp_path / "out")
