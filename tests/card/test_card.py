@@ -317,8 +317,10 @@ def test_template_asks_for_nothing_else():
     source = (shipped("model_cards") / CARD_TEMPLATE).read_text(encoding="utf-8")
     assert meta.find_undeclared_variables(card_environment().parse(source)) <= {
         *CARD_VALUES,
+        "ablation",
         "directions",
         "orthogonalized",
+        "removed",
         "repo_id",
         "revision",
         "thin",
