@@ -56,9 +56,12 @@ def download_bake(model_id: str, revision: str | None = None) -> Path:
     return _fetch(model_id, revision)
 
 
-def download_record(model_id: str, revision: str | None = None) -> Path:
-    """Fetch a published bake's bake.json alone; returns the snapshot directory. Raises as above."""
-    return _fetch(model_id, revision, allow_patterns=["bake.json"])
+def download_record(model_id: str, revision: str | None = None, *more: str) -> Path:
+    """Fetch a published bake's bake.json, and `more` of its small files; returns the snapshot directory.
+
+    Raises as above.
+    """
+    return _fetch(model_id, revision, allow_patterns=["bake.json", *more])
 
 
 def download_config(model_id: str, revision: str | None = None) -> Path:

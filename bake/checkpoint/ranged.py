@@ -40,6 +40,10 @@ class RangedTensors:
         self.checkpoint = checkpoint
         self.read_bytes = 0
 
+    def is_here(self, name: str) -> bool:
+        """Tell whether the file that a tensor lies in is on disk."""
+        return (self.checkpoint.directory / self.checkpoint.entry(name).file).is_file()
+
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in its stored dtype; raise CheckpointError for one that is not there."""
         entry = self.checkpoint.entry(name)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Read = Callable[[int | None], "torch.Tensor"]
 _LAYER = re.compile(r"\.(\d+)\.")
-PROBED_ROWS = 4  # of every matrix, in which a change shows
+PROBED_ROWS = 4  # of every matrix on the Hub
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,11 @@ def find_inserted(own: RangedTensors, base: RangedTensors) -> list[int]:
 
     A layer of the suspect is the base's next one where a row of its largest matrix is.
     """
+    import torch
+
     mine, theirs = _by_layer(own), _by_layer(base)
+    if not mine or 0 not in theirs:
+        return []
     common = set.intersection(*(set(held) for held in (*mine.values(), *theirs.values())))
     sizes = {part: base.checkpoint.entry(name).size for part, name in theirs[0].items()}
     matrices = [part for part in common if len(base.checkpoint.entry(theirs[0][part]).shape) == 2]
@@ -98,10 +102,7 @@ def find_inserted(own: RangedTensors, base: RangedTensors) -> list[int]:
     found, following = [], 0
     for layer in sorted(mine):
         row = own.rows(mine[layer][key], 1).double()
-        same = following in theirs and bool(
-            (base.rows(theirs[following][key], 1).double() == row).all()
-        )
-        if same:
+        if following in theirs and torch.equal(base.rows(theirs[following][key], 1).double(), row):
             following += 1
         else:
             found.append(following - 1)
@@ -179,32 +180,36 @@ def middle(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 class Comparison:
     """Which of the suspect's tensors are not the base's. added: not in the base; gone: not in the suspect.
 
-    cast: whether what is the same is the base's values in another dtype.
+    cast: whether what is the same is the base's values in another dtype. probed: how many matrices were
+    compared in a few rows only, because the suspect is on the Hub.
     """
 
     changed: tuple[str, ...]
     added: tuple[str, ...]
     gone: tuple[str, ...]
     cast: bool
+    probed: int = 0
 
 
 def compare(
     suspect: RangedTensors, base: Aligned, same: frozenset[str] = frozenset()
 ) -> Comparison:
-    """Compare every vector whole and a few rows of every matrix, in the suspect's dtype.
+    """Compare every tensor, in the suspect's dtype; of matrices on the Hub a few rows.
 
     same: tensors that need not be read, because the files that they lie in are known to be the same.
     """
-    changed, cast = [], False
+    changed, cast, probed = [], False, 0
     names = suspect.checkpoint.tensors
     for name in names:
         if name not in base.readers or name in same:
             continue
-        own = suspect.rows(name, PROBED_ROWS)
         if base.shapes[name] != tuple(names[name].shape):
             changed.append(name)
             continue
-        other = base.readers[name](PROBED_ROWS)
+        few = None if suspect.is_here(name) else PROBED_ROWS
+        probed += few is not None and len(names[name].shape) > 1
+        own = suspect.read(name) if few is None else suspect.rows(name, few)
+        other = base.readers[name](few)
         if own.dtype != other.dtype:
             cast = True
         if not bool((other.to(own.dtype) == own).all()):
@@ -214,4 +219,5 @@ def compare(
         tuple(name for name in names if name not in base.readers),
         tuple(name for name in base.readers if name not in names),
         cast,
+        probed,
     )

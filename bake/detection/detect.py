@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from bake.anatomy import Anatomy
 from bake.anatomy.base import Base, open_base
 from bake.anatomy.flags import parameter_shapes
-from bake.card.ablation import is_ablation
 from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.quantization import quantization_method
 from bake.checkpoint.ranged import RangedTensors, equal_files
-from bake.detection.alignment import Comparison, align, compare
+from bake.detection.alignment import PROBED_ROWS, Aligned, Comparison, align, compare
+from bake.detection.claims import find_lies
 from bake.detection.findings import AblationFound, Detection, PushFound
 from bake.detection.recovery import (
     find_loose,
@@ -35,20 +35,17 @@ from bake.detection.whose import compare_with, read_known
 from bake.directions.direction_file import direction_bytes
 from bake.directions.formats.objects import with_lengths
 from bake.errors import BakeError, CheckpointError, EquivalenceError, UnsupportedError
-from bake.io.atomic import write_file
+from bake.io.atomic import check_file, write_file
 from bake.io.safetensors import torch_dtype
 from bake.io.staging import check_output
-from bake.pipeline.record import read_any_result, rebuild_push
-from bake.support.text import list_numbers
 from bake.writes import WriteMap
 
 if TYPE_CHECKING:
     import torch
 
-COHERENT = (
-    0.5  # mean cosine of neighbouring layers, above which biases are a push whatever else differs
-)
-LIE = 0.05  # of a push's length
+COHERENT = 0.5  # mean cosine of neighbouring layers, above which created biases are a push
+# What the input embedding is called, from the end of its name.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Of a bias's length, within which it is what an ablation left: a floor, and a part of the residual.
 KNOWN_TO, KNOWN_SHARE = 1e-4, 0.1
 
@@ -70,6 +67,8 @@ def detect(
     """
     if undo is not None:
         check_output(Path(undo), overwrite=False)
+    if output is not None:
+        check_file(Path(output))
     opened = _open(suspect, revision)
     tensors = RangedTensors(opened.checkpoint)
     anatomy = opened.anatomy
@@ -90,7 +89,7 @@ def detect(
         found = replace(found, whose=whose, shares=shares)
     found = replace(
         found,
-        lies=tuple(_find_lies(opened, found)),
+        lies=tuple(find_lies(opened, found)),
         read_bytes=read,
         size_bytes=size,
     )
@@ -101,10 +100,16 @@ def detect(
     if undo is None:
         return found
     flags = {} if other else unusual_flags(anatomy)
-    write_without(found, suspect, revision, Path(undo), other, flags)
-    again = detect(undo, base=base, base_revision=base_revision)
-    if again.pushes or again.ablations:
-        raise EquivalenceError(f"{undo} still holds what was found: {again.verdict}; do not use it")
+
+    def check(written: Path) -> None:
+        again = detect(str(written), base=base, base_revision=base_revision)
+        if again.pushes or again.ablations:
+            raise EquivalenceError(
+                f"without what was found there is still something in it ({again.verdict}), so {undo} is "
+                "not written"
+            )
+
+    write_without(found, suspect, revision, Path(undo), other, flags, check)
     return replace(found, undone=undo)
 
 
@@ -159,8 +164,11 @@ def _look_beside(
     def old(_parameter: str, name: str) -> torch.Tensor | None:
         import torch
 
+        shape = tuple(opened.checkpoint.entry(name).shape)
         if name not in aligned.readers:
-            return torch.zeros(tuple(opened.checkpoint.entry(name).shape), dtype=torch.float64)
+            return torch.zeros(shape, dtype=torch.float64)
+        if aligned.shapes[name] != shape:
+            return None
         dtype = torch_dtype(opened.checkpoint.entry(name).dtype)
         held = aligned.readers[name](None).double()
         if ablation is None or name not in changed:
@@ -175,17 +183,18 @@ def _look_beside(
         *find_loose(tensors, anatomy),
     ]
     pushes = [push for push in map(_without_rounding, pushes) if push.vectors and push.fits]
-    explained = {names.find(p) or p for push in pushes for p in push.parameters}
-    if ablation is not None:
-        explained |= {*ablation.strengths, *ablation.columns}
-        explained |= {
-            n for n in changed if len(opened.checkpoint.entry(n).shape) == 1 and n not in explained
-        }
-    left = sorted(changed - explained)
-    others = list(_describe_others(opened, compared, left))
+    lost = set() if ablation is None or writes is None else _lost(ablation, writes, names)
+    explained = {names.find(p) or p for push in pushes for p in push.parameters} | lost
+    strange = sorted(_find_strange(tensors, aligned, compared, explained))
+    others = list(_describe_others(opened, compared, sorted(changed - explained), strange))
     if others:  # Training moves the biases of all layers alike, but it makes none.
         pushes = [push for push in pushes if not {*push.parameters} & {*aligned.readers}]
     notes = []
+    if compared.probed:
+        notes.append(
+            f"of {compared.probed} matrices on the Hub {PROBED_ROWS} rows were compared: a change in "
+            "others is not seen; download the checkpoint to compare it whole"
+        )
     if compared.cast:
         notes.append("the values are the base's in another dtype, where nothing else is said")
     if aligned.rewritten_as:
@@ -200,13 +209,16 @@ def _look_beside(
         (ablation,) if ablation else (),
         tuple(others),
         tuple(notes),
-        explained=tuple(sorted(_explained(opened, names, pushes, ablation, compared))),
+        explained=tuple(sorted(_explained(names, pushes, lost, compared, strange))),
         rewritten_as=aligned.rewritten_as,
     )
 
 
 def _known_same(opened: Base, other: Base, equal: Set[tuple[str, str]]) -> frozenset[str]:
-    """Return the names of tensors that lie at the same place of files whose SHA-256 is the same."""
+    """Return the names of tensors that lie at the same place of files of one SHA-256, by the Hub's word.
+
+    Of files that are here a name is no proof of their content, so they are compared.
+    """
     theirs = other.checkpoint.tensors
     return frozenset(
         name
@@ -214,6 +226,7 @@ def _known_same(opened: Base, other: Base, equal: Set[tuple[str, str]]) -> froze
         if name in theirs
         and (theirs[name].file, entry.file) in equal
         and theirs[name].start == entry.start
+        and not (opened.checkpoint.directory / entry.file).is_file()
     )
 
 
@@ -277,27 +290,51 @@ def _created(
             yield from push.parameters
 
 
+def _lost(ablation: AblationFound, writes: WriteMap, names: DiskNames) -> set[str]:
+    """Return the tensors that an ablation changes: the matrices it was found in, and biases that write."""
+    found = (names.find(write.parameter) for write in writes.every)
+    biases = {name for name in found if name is not None and name.endswith(".bias")}
+    return {*ablation.strengths, *ablation.columns, *(biases if ablation.basis is not None else ())}
+
+
 def _explained(
-    opened: Base,
     names: DiskNames,
     pushes: Sequence[PushFound],
-    ablation: AblationFound | None,
+    lost: Set[str],
     compared: Comparison,
+    strange: Sequence[str],
 ) -> Iterator[str]:
     """Yield the tensors that are others than the base's because of what was found."""
-    changed = {*compared.changed}
-    for push in pushes:
-        for parameter in push.parameters:
-            name = names.find(parameter) or parameter
-            if name in changed:
-                yield name
+    pushed = {names.find(p) or p for push in pushes for p in push.parameters}
+    yield from (name for name in compared.changed if name in pushed or name in lost)
     if (
-        pushes or ablation
+        pushes or lost
     ):  # What was created comes with its flags: all of it, or a head that was untied.
-        yield from compared.added
-    if ablation is not None:
-        yield from {*ablation.strengths, *ablation.columns}
-        yield from (n for n in changed if len(opened.checkpoint.entry(n).shape) == 1)
+        yield from (name for name in compared.added if name not in strange)
+
+
+def _find_strange(
+    tensors: RangedTensors, aligned: Aligned, compared: Comparison, explained: Set[str]
+) -> Iterator[str]:
+    """Yield the suspect's tensors that the base has not, but biases of zeros and a head that was untied."""
+    for name in compared.added:
+        if name in explained:
+            continue
+        if name.endswith(".bias") and not tensors.read(name).any():
+            continue
+        tied = _find_tied(aligned, name)
+        own = tensors.rows(name, PROBED_ROWS)
+        if tied is None or not bool(
+            (aligned.readers[tied](PROBED_ROWS).to(own.dtype) == own).all()
+        ):
+            yield name
+
+
+def _find_tied(aligned: Aligned, name: str) -> str | None:
+    """Return the base's input embedding, where a tensor is the output head that may share it there."""
+    if not name.endswith(("lm_head.weight", "embed_out.weight")):
+        return None
+    return next((each for each in aligned.readers if each.endswith(EMBEDDINGS)), None)
 
 
 def _find_writes(anatomy: Anatomy) -> WriteMap | None:
@@ -318,7 +355,9 @@ def _without_rounding(push: PushFound) -> PushFound:
     )
 
 
-def _describe_others(opened: Base, compared: Comparison, left: Sequence[str]) -> Iterator[str]:
+def _describe_others(
+    opened: Base, compared: Comparison, left: Sequence[str], strange: Sequence[str]
+) -> Iterator[str]:
     total = len(opened.checkpoint.tensors)
     if left:
         matrices = [name for name in left if len(opened.checkpoint.entry(name).shape) > 1]
@@ -326,55 +365,10 @@ def _describe_others(opened: Base, compared: Comparison, left: Sequence[str]) ->
             f"{len(left)} of {total} tensors ({len(matrices)} matrices) have other values, {left[0]} "
             "the first"
         )
-    heads = {name for name in compared.added if name.endswith("lm_head.weight")}
-    strange = [name for name in compared.added if name not in heads and not name.endswith(".bias")]
     if strange:
         yield f"{len(strange)} tensors are not the base's, {strange[0]} the first"
     if compared.gone:
         yield f"{len(compared.gone)} of the base's tensors are not there, {compared.gone[0]} the first"
-
-
-def _find_lies(opened: Base, found: Detection) -> Iterator[str]:
-    """Yield what a bake.json beside the suspect says and its weights do not."""
-    directory = opened.checkpoint.directory
-    if not (directory / "bake.json").is_file():
-        return
-    try:
-        recorded = read_any_result(directory)
-        claimed = None if is_ablation(recorded) else rebuild_push(recorded, directory)
-    except BakeError as error:
-        yield f"it cannot be read ({error})"
-        return
-    if ("ablation" in recorded) != bool(found.ablations) and found.base is not None:
-        said = "something was taken out" if "ablation" in recorded else "nothing was taken out"
-        yield f"it says that {said}"
-    if claimed is None:
-        if found.pushes and "site" not in recorded:
-            yield "it names no push, and there is one"
-        return
-    push = next((each for each in found.pushes if each.site == recorded["site"]), None)
-    if push is None:
-        if found.base is not None:
-            yield f"it says m = {claimed.multiplier:g} at {recorded['site']}, and there is no such push"
-        return
-    layers = sorted(claimed.vectors)
-    if layers != sorted(push.vectors):
-        yield (
-            f"it names layers {list_numbers(layers)}, and layers {list_numbers(sorted(push.vectors))} are "
-            "pushed"
-        )
-    for layer in sorted({*layers} & {*push.vectors}):
-        wanted, own = claimed.vectors[layer].double(), push.vectors[layer]
-        if (wanted - own).norm() > LIE * wanted.norm():
-            yield (
-                f"in layer {layer} it names a push of length {float(wanted.norm()):.4g}, and the weights "
-                f"hold one of {float(own.norm()):.4g}, cosine {_cosine(wanted, own):.4f}"
-            )
-            return
-
-
-def _cosine(left: Any, right: Any) -> float:
-    return float(left @ right / (left.norm() * right.norm()))
 
 
 def _write_direction(found: Detection, path: Path) -> None:

@@ -14,7 +14,7 @@ from bake.writes import Write, WriteMap
 if TYPE_CHECKING:
     import torch
 
-SAMPLED_ROWS = 256  # of an embedding
+SAMPLED_ROWS = 256  # of an embedding, in which what it lost shows
 MOST_RANK, HELD = 8, 0.9  # of the changes' squares, in so many directions
 MOST_RESIDUAL = 0.35  # of a matrix's change: bfloat16 rounds the whole of it again
 LEAST_MATRICES = 2
@@ -39,6 +39,7 @@ def find_ablation(
         for write, layer in _with_layers(writes)
         for name in names.sources(write.parameter) or (names.find(write.parameter) or "",)
         if name in changed and len(base.shapes[name]) > 1
+        if base.shapes[name] == tuple(suspect.checkpoint.entry(name).shape)
     ]
     if not listed:
         return None
@@ -83,7 +84,11 @@ def _both(
     sampled = SAMPLED_ROWS if layer is None and write.axis == -1 else None
     own = suspect.read(name) if sampled is None else suspect.rows(name, sampled)
     old = base.readers[name](sampled).to(own.dtype)
-    return tuple(each.double().movedim(write.axis, -1).flatten(0, -2) for each in (own, old))  # type: ignore[return-value]
+
+    def along_the_stream(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.double().movedim(write.axis, -1).flatten(0, -2)
+
+    return along_the_stream(own), along_the_stream(old)
 
 
 def _explain(
@@ -168,9 +173,10 @@ def find_common_gap(
             columns += len(matrix)
     if columns < LEAST_MATRICES * hidden_size or not bool(total.isfinite().all()):
         return None
+    looked_at = min(MOST_RANK, hidden_size - 1)
     values, vectors = torch.linalg.eigh(total)
-    gaps = [float(values[rank] / values[rank + 1].clamp(min=1e-300)) for rank in range(MOST_RANK)]
-    rank = min(range(MOST_RANK), key=lambda place: gaps[place])
+    gaps = [float(values[rank] / values[rank + 1].clamp(min=1e-300)) for rank in range(looked_at)]
+    rank = min(range(looked_at), key=lambda place: gaps[place])
     basis = vectors[:, : rank + 1].T.contiguous()
     natural = (basis.abs().amax(dim=1) > NATURAL) | (
         basis.mean(dim=1).abs() * hidden_size**0.5 > NATURAL

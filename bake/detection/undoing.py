@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ def write_without(
     output: Path,
     base: Base | None,
     flags: Mapping[str, Any],
+    check: Callable[[Path], None],
 ) -> None:
     """Write the suspect without the tensors and values that the finding explains.
 
     base: whose values come back; without one the tensors were created and go. flags: config keys that
-    created them, with what they were. What else differs from the base is left as it is.
+    created them, with what they were. What else differs from the base is left as it is. check: raises for
+    what may not be written, before it is in its place.
     """
     opened = open_checkpoint(find_model(suspect), revision=revision)
     origin = None if base is None else RangedTensors(base.checkpoint)
@@ -67,3 +69,4 @@ def write_without(
         (staging / ORIGINALS_FILE).unlink(missing_ok=True)
         write_config(opened, changes, staging)
         copy_companions(opened, staging, drafts=True)
+        check(staging)

@@ -30,7 +30,7 @@ from bake.sweeps.measurements import (
     measure_neutral,
     measure_pairs,
 )
-from bake.sweeps.points import Interval, Point
+from bake.sweeps.points import Interval, Point, in_short
 from bake.sweeps.summary import count_repeats, summarise
 from bake.sweeps.window import Bounds, moves
 from bake.texts.pair_tokens import describe_template
@@ -340,13 +340,8 @@ class _Trial:
 def _in_short(point: Point) -> dict[str, float | None]:
     return {
         "multiplier": point.arm.multiplier,
-        "shift": _figure(point.shift),
-        "net_shift": _figure(point.net_shift),
-        "fluency_ratio": _figure(point.fluency_ratio),
-        "neutral_kl_p95": _figure(point.neutral_kl.get("p95")),
+        "shift": in_short(point.shift),
+        "net_shift": in_short(point.net_shift),
+        "fluency_ratio": in_short(point.fluency_ratio),
+        "neutral_kl_p95": in_short(point.neutral_kl.get("p95")),
     }
-
-
-def _figure(interval: Interval | None) -> float | None:
-    value = interval.to_dict()["value"] if interval else None
-    return None if value is None else float(f"{value:.4g}")

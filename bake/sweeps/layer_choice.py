@@ -26,7 +26,7 @@ from bake.sweeps.measurements import (
     measure_neutral,
     measure_pairs,
 )
-from bake.sweeps.points import Point
+from bake.sweeps.points import Point, in_short
 from bake.sweeps.summary import summarise
 from bake.sweeps.window import Bounds
 from bake.texts.pair_tokens import describe_template
@@ -35,8 +35,7 @@ from bake.writes import Ablation, MappedAblation, WriteMap
 if TYPE_CHECKING:
     from bake.models.forward import LanguageModel
 
-# The paper bounds the mean KL by 0.1 nats; on SmolLM2-135M that is a 95th percentile of
-# 0.2 to 0.35.
+# The paper bounds the mean KL by 0.1 nats; on SmolLM2-135M that is a 95th percentile of 0.2 to 0.35.
 BOUNDS = Bounds(kl=0.3)
 SHARE = 0.8  # of the depth: later layers' directions are not tried
 COARSE = 4  # pairs, on which all layers are tried
@@ -188,13 +187,9 @@ def _cost(point: Point) -> float:
 
 
 def _in_short(layer: int, point: Point) -> dict[str, float | None]:
-    def figure(value: float | None) -> float | None:
-        return None if value is None else float(f"{value:.4g}")
-
-    kl = point.neutral_kl.get("p95")
     return {
         "layer": layer,
-        "shift": figure(point.shift.value if point.shift else None),
-        "net_shift": figure(point.net_shift.value if point.net_shift else None),
-        "neutral_kl_p95": figure(kl.value if kl else None),
+        "shift": in_short(point.shift),
+        "net_shift": in_short(point.net_shift),
+        "neutral_kl_p95": in_short(point.neutral_kl.get("p95")),
     }

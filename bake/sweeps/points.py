@@ -24,6 +24,12 @@ class Interval:
         return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
+def in_short(interval: Interval | None) -> float | None:
+    """Return an interval's figure, four digits of it; None for none, and for what is no number."""
+    value = interval.to_dict()["value"] if interval else None
+    return None if value is None else float(f"{value:.4g}")
+
+
 @dataclass(frozen=True)
 class Point:
     """What one arm does. Ratios are to the unsteered base; nats are per token; None: not measured.
