@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bake
 from bake.directions.direction import Direction
 from bake.io.shipped import DEMO_MODEL
+from bake.sites import SITES
 from bake.texts.prompts import read_prompts
 
 STRENGTHS = (0.5, 0.1, 0.05, 0.01, 0.005, 0.001)
@@ -123,12 +124,15 @@ def main() -> None:
                         alarms.append(f"{name}, {what}, {'with' if base else 'without'} a base")
                         print(f"FALSE ALARM {alarms[-1]}: {found.describe()}")
             width = load(directory).config.hidden_size
+            routes = [each for each in bake.inspect(directory).routes if each.route != "insert"]
+            site = min((route.site for route in routes), key=SITES.index)
             unit = torch.nn.functional.normalize(torch.randn(width), dim=0)
             for strength in STRENGTHS:
                 row = [f"{name:10} m = {strength:<6g}"]
                 result = bake.export(
                     directory,
-                    direction=Direction({None: unit}, "mlp_out"),
+                    direction=Direction({None: unit}, site),
+                    site=site,
                     multiplier=strength,
                     output=Path(folder) / "baked",
                     overwrite=True,

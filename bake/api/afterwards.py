@@ -135,6 +135,7 @@ def detect(
     *,
     base: str | Path | None = None,
     against: Sequence[str | Path] = (),
+    measure: str | Path | None = None,
     output: str | Path | None = None,
     undo: str | Path | None = None,
     revision: str | None = None,
@@ -151,6 +152,7 @@ def detect(
         against=[str(path) for path in against],
         output=None if output is None else str(output),
         undo=None if undo is None else str(undo),
+        measures=None if measure is None else str(measure),
     )
 
 

@@ -66,7 +66,7 @@ def draw_norms(
     """Draw μ_l over depth, and |α_l| at m over the band, which is shaded. {layer: value} each."""
     alpha = "|α|" if min(coefficients.values()) < 0 else "α"
     alpha += f" at m = {_number(multiplier)}"
-    with _canvas(path, 1, HEIGHT + 0.2) as (axes,):
+    with canvas(path, 1, HEIGHT + 0.2) as (axes,):
         layers = sorted(norms)
         band = sorted(coefficients)
         axes.plot(
@@ -109,7 +109,7 @@ def draw_dose_response(path: Path, found: DoseResponse, *, narrow: bool = False)
     narrow: one below the other, for a screen that is not wide.
     """
     curve = found.curve()
-    with _canvas(path, 3, 7.2 if narrow else 3.1, stacked=narrow) as (shift, fluency, kl):
+    with canvas(path, 3, 7.2 if narrow else 3.1, stacked=narrow) as (shift, fluency, kl):
         for axes in (shift, fluency, kl):
             _shade_window(axes, found)
             axes.set_xlabel("multiplier m")
@@ -168,7 +168,7 @@ def draw_layers(path: Path, layers: Sequence[Mapping[str, Any]], title: str) -> 
 
     layers: [{"layer", "alone", "without"}], shifts in nats a token.
     """
-    with _canvas(path, 1, HEIGHT + 0.2) as (axes,):
+    with canvas(path, 1, HEIGHT + 0.2) as (axes,):
         places = [entry["layer"] for entry in layers]
         axes.bar(
             [place - 0.2 for place in places],
@@ -195,7 +195,7 @@ def draw_layers(path: Path, layers: Sequence[Mapping[str, Any]], title: str) -> 
 
 def draw_separation(path: Path, accuracy: Mapping[int, tuple[float, float, float]]) -> Path:
     """Draw how well each layer's direction separates held-out pairs: {layer: (share, low, high)}."""
-    with _canvas(path, 1, HEIGHT) as (axes,):
+    with canvas(path, 1, HEIGHT) as (axes,):
         layers = sorted(accuracy)
         shares = [accuracy[layer][0] for layer in layers]
         axes.fill_between(
@@ -219,7 +219,7 @@ def draw_separation(path: Path, accuracy: Mapping[int, tuple[float, float, float
 
 def draw_ranking(path: Path, judged: Sequence[Judged]) -> Path:
     """Draw what candidates move at one cost, the best on top, with 95 % intervals."""
-    with _canvas(path, 1, 1.1 + 0.34 * len(judged)) as (axes,):
+    with canvas(path, 1, 1.1 + 0.34 * len(judged)) as (axes,):
         for place, each in enumerate(reversed(judged)):
             found = each.point.net_shift
             assert found is not None
@@ -235,7 +235,7 @@ def draw_ranking(path: Path, judged: Sequence[Judged]) -> Path:
 
 def draw_layer_curve(path: Path, judged: Sequence[Judged], best: Judged) -> Path:
     """Draw what every layer moves by itself at one cost; the best candidate's layers are shaded."""
-    with _canvas(path, 1, HEIGHT) as (axes,):
+    with canvas(path, 1, HEIGHT) as (axes,):
         layers = best.candidate.layers
         axes.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color=GREEN, zorder=0, label="best")
         points = [each.point.net_shift for each in judged]
@@ -255,7 +255,7 @@ def alternative(path: str | Path) -> str:
 
 
 @contextmanager
-def _canvas(
+def canvas(
     path: Path, count: int, height: float, *, stacked: bool = False
 ) -> Iterator[Sequence[Axes]]:
     """Yield axes side by side, or stacked, on one figure, which is written when the block ends well."""

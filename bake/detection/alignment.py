@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bake.anatomy import SiteRoute
@@ -27,13 +27,20 @@ class Aligned:
 
     readers: {name: rows or None for all → the tensor}. shapes: of each. rewritten_as: the architecture
     that the base had to be written as, or "extra layers"; None where it is the suspect's own. inserted: the
-    route whose slots are in layers that the base does not have; None where there are none.
+    route whose slots are in layers that the base does not have; None where there are none. origin: the
+    base's own tensors.
     """
 
     readers: Mapping[str, Read]
     shapes: Mapping[str, tuple[int, ...]]
     rewritten_as: str | None = None
     inserted: SiteRoute | None = None
+    origin: RangedTensors | None = field(default=None, repr=False)
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Fetch the few rows of tensors that are compared, where they are the base's own."""
+        if self.origin is not None and self.rewritten_as is None:
+            self.origin.prefetch(names, PROBED_ROWS)
 
 
 def align(base: Base, tensors: RangedTensors, suspect: Base, own: RangedTensors) -> Aligned:
@@ -56,10 +63,10 @@ def align(base: Base, tensors: RangedTensors, suspect: Base, own: RangedTensors)
         None,
     )
     if model_type == anatomy.model_type or rewriter is None:
-        return Aligned(readers, shapes)
+        return Aligned(readers, shapes, origin=tensors)
     rewritten = rewriter.rewrite(checkpoint, anatomy.config, range(anatomy.layer_count))
     _apply(rewritten.edits, tensors, readers, shapes)
-    return Aligned(readers, shapes, model_type)
+    return Aligned(readers, shapes, model_type, origin=tensors)
 
 
 def _align_inserted(
@@ -76,11 +83,11 @@ def _align_inserted(
     except UnsupportedError:
         route = None
     if not layers or route is None or route.rewriter is None:
-        return Aligned(readers, shapes)
+        return Aligned(readers, shapes, origin=tensors)
     rewritten = route.rewriter.rewrite(base.checkpoint, base.anatomy.config, layers)
     _apply(rewritten.edits, tensors, readers, shapes)
     slots = replace(route, slots=rewritten.slots, layers=tuple(layers), rewriter=None)
-    return Aligned(readers, shapes, "extra layers", slots)
+    return Aligned(readers, shapes, "extra layers", slots, origin=tensors)
 
 
 def find_inserted(own: RangedTensors, base: RangedTensors) -> list[int]:
@@ -198,14 +205,14 @@ def compare(
 
     same: tensors that need not be read, because the files that they lie in are known to be the same.
     """
-    changed, cast, probed = [], False, 0
+    cast, probed = False, 0
     names = suspect.checkpoint.tensors
-    for name in names:
-        if name not in base.readers or name in same:
-            continue
-        if base.shapes[name] != tuple(names[name].shape):
-            changed.append(name)
-            continue
+    common = [name for name in names if name in base.readers and name not in same]
+    changed = [name for name in common if base.shapes[name] != tuple(names[name].shape)]
+    common = [name for name in common if base.shapes[name] == tuple(names[name].shape)]
+    suspect.prefetch(common, PROBED_ROWS)
+    base.prefetch(common)
+    for name in common:
         few = None if suspect.is_here(name) else PROBED_ROWS
         probed += few is not None and len(names[name].shape) > 1
         own = suspect.read(name) if few is None else suspect.rows(name, few)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from bake.detection.steps import Step
+from bake.detection.strength import Strength
 from bake.directions.direction import Direction
 from bake.support.tables import format_table
 from bake.support.text import list_numbers
@@ -14,6 +16,7 @@ from bake.support.text import list_numbers
 if TYPE_CHECKING:
     import torch
 
+LAYERS = "layers"  # the kind of a push by layers that only add a constant
 VERDICTS = ("none", "push", "ablation", "both", "other")
 _VERDICT_WORDS = {
     "none": "nothing was found",
@@ -30,7 +33,8 @@ class PushFound:
 
     vectors: {layer: (hidden_size,) float64, what is added at the site}. residuals: {layer: how far the
     biases are from any push, as a share of what was added}; 0 where every vector would do. loaded: whether
-    transformers loads these biases at all.
+    transformers loads these biases at all. strength: where the model was run. step: where the biases were
+    trained, and only a step and its return speak for a push; vectors then are along that step.
     """
 
     site: str
@@ -39,6 +43,8 @@ class PushFound:
     residuals: Mapping[int, float]
     parameters: tuple[str, ...]
     loaded: bool = True
+    strength: Strength | None = None
+    step: Step | None = None
 
     @property
     def lengths(self) -> dict[int, float]:
@@ -61,6 +67,20 @@ class PushFound:
         """Whether the biases are those of a push, to the rounding of their dtype."""
         return max(self.residuals.values()) < MOST_RESIDUAL
 
+    def table(self) -> str:
+        """Return a row a layer."""
+        measured = () if self.strength is None else ("relative influence",)
+        rows = [
+            (
+                str(layer),
+                f"{self.lengths[layer]:.4g}",
+                f"{self.residuals[layer]:.1e}",
+                *(() if self.strength is None else (f"{self.strength.influences[layer]:.4g}",)),
+            )
+            for layer in sorted(self.vectors)
+        ]
+        return format_table((f"{self.site}, layer", "length", "residual", *measured), rows)
+
     def direction(self) -> Direction:
         """Return it as unit vectors that know their lengths."""
         units: dict[int | None, Any] = {
@@ -80,12 +100,16 @@ class PushFound:
             "coherence": self.coherence,
             "loaded": self.loaded,
             "parameters": list(self.parameters),
+            "strength": None if self.strength is None else self.strength.to_dict(),
+            "step": None if self.step is None else self.step.to_dict(),
         }
 
     def describe(self) -> str:
         """Return the push in a sentence."""
         lengths = self.lengths.values()
         never = "" if self.loaded else ", in tensors that are present but never loaded"
+        if self.step is not None:
+            return self.step.describe(self.site)
         return (
             f"a push at {self.site} in layers {list_numbers(sorted(self.vectors))} (length "
             f"{min(lengths):.3g} to {max(lengths):.3g}, neighbouring layers' cosine "
@@ -208,11 +232,9 @@ class Detection:
         lines += [ablation.describe() for ablation in self.ablations]
         lines += [push.describe() for push in self.pushes]
         for push in self.pushes:
-            rows = [
-                (str(layer), f"{push.lengths[layer]:.4g}", f"{push.residuals[layer]:.1e}")
-                for layer in sorted(push.vectors)
-            ]
-            lines += ["", format_table((f"{push.site}, layer", "length", "residual"), rows)]
+            lines += ["", push.table()]
+            if push.strength is not None:
+                lines.append(push.strength.describe())
         for name, row in self.whose.items():
             best = max(row, key=lambda layer: abs(row[layer]))
             share = f", {self.shares[name]:+.3g} × the push's length" if name in self.shares else ""

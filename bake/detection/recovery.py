@@ -54,7 +54,7 @@ class Slots:
 
         deltas_of: list[tuple[Slot, torch.Tensor]] = []
         for slot in slots:
-            delta = self._moved(slot)
+            delta = self.moved(slot)
             if delta is None:
                 return None
             deltas_of.append((slot, delta))
@@ -83,7 +83,7 @@ class Slots:
         vector = torch.linalg.lstsq(stacked, deltas[:, None], driver="gelsd").solution[:, 0]
         return vector, float((stacked @ vector - deltas).norm() / deltas.norm())
 
-    def _moved(self, slot: Slot) -> torch.Tensor | None:
+    def moved(self, slot: Slot) -> torch.Tensor | None:
         """Return what a slot holds beyond what it held; None where there is none, or nobody knows."""
         name = self.names.find(slot.bias)
         old = None if name is None else self.old(slot.bias, name)
@@ -130,11 +130,49 @@ def recover_pushes(
     routes = [route for route in anatomy.routes if route.rewriter is None]
     routes = routes if inserted is None else [inserted]
     found = [push for push in map(slots.recover, routes) if push is not None]
+    values = recover_values(slots, anatomy) if inserted is None else None
+    found += [values] if values is not None else []
     kept: list[PushFound] = []
     for push in sorted(found, key=lambda each: (max(each.residuals.values()), each.kind != "norm")):
         if not any(set(push.parameters) & set(other.parameters) for other in kept):
             kept.append(push)
     return sorted(kept, key=lambda each: each.site)
+
+
+def recover_values(slots: Slots, anatomy: Anatomy) -> PushFound | None:
+    """Return the push at attn_out that value biases make alone: W_o · b, as softmax's weights sum to 1.
+
+    Where q's or k's bias moved too it is a push into attention's input, or none at all.
+    """
+    config = anatomy.config.get_text_config(decoder=True)
+    vectors, parameters = {}, []
+    for route in anatomy.routes:
+        if route.site != "attn_in":
+            continue
+        for layer in route.layers:
+            biases = {slot.bias.rpartition(".")[0]: slot for slot in route.slots_of(layer)}
+            value = next((each for path, each in biases.items() if path.endswith(".v_proj")), None)
+            if value is None or not value.bias.endswith(".bias"):
+                continue
+            moved = {path: slots.moved(slot) for path, slot in biases.items()}
+            path = value.bias.removesuffix(".v_proj.bias")
+            own = moved.pop(f"{path}.v_proj")
+            others = [delta for delta in moved.values() if delta is not None and bool(delta.any())]
+            name = slots.names.find(f"{path}.o_proj.weight")
+            if own is None or others or name is None or not own.any() or not own.isfinite().all():
+                continue
+            output = slots.suspect.read(name).double()
+            heads = int(config.num_attention_heads)
+            shared = output.shape[1] // len(own)
+            if output.ndim != 2 or shared * len(own) != output.shape[1] or heads % shared:
+                continue
+            spread = own.view(heads // shared, -1).repeat_interleave(shared, dim=0).flatten()
+            vectors[layer] = output @ spread * anatomy.structure.at(layer).attention_scale
+            parameters.append(value.bias)
+        break
+    if not vectors:
+        return None
+    return PushFound("attn_out", "value", vectors, dict.fromkeys(vectors, 0.0), tuple(parameters))
 
 
 def find_loose(suspect: RangedTensors, anatomy: Anatomy) -> list[PushFound]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from bake.anatomy import Anatomy
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.ranged import RangedTensors
 from bake.detection.alignment import Aligned
 from bake.detection.findings import AblationFound
+from bake.errors import UnsupportedError
 from bake.writes import Write, WriteMap
 
 if TYPE_CHECKING:
@@ -21,6 +23,14 @@ LEAST_MATRICES = 2
 # Of the next smallest eigenvalue, below which what is left of a direction is rounding.
 GAP = 0.02
 NATURAL = 0.99  # cosine with a channel or with the mean
+
+
+def find_writes(anatomy: Anatomy) -> WriteMap | None:
+    """Return what writes to the residual stream; None where that is not known to be exact."""
+    try:
+        return anatomy.ablation.choose(None, anatomy.model_type)
+    except UnsupportedError:
+        return None
 
 
 def find_ablation(

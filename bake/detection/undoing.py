@@ -11,7 +11,7 @@ from bake.checkpoint.checkpoint import open_checkpoint
 from bake.checkpoint.edits import REMOVED, Drop, Edit, Patch
 from bake.checkpoint.ranged import RangedTensors
 from bake.checkpoint.writer import copy_companions, write_config, write_weights
-from bake.detection.findings import Detection
+from bake.detection.findings import LAYERS, Detection
 from bake.errors import BakeError, UnsupportedError
 from bake.io.output_files import ORIGINALS_FILE
 from bake.io.safetensors import torch_dtype
@@ -28,6 +28,10 @@ def check_undoable(found: Detection) -> None:
         raise UnsupportedError(
             f"the base was written as {found.rewritten_as} before it was pushed: without the push it is "
             f"the base, so take {found.base} itself"
+        )
+    if found.base is None and any(push.step or push.kind == LAYERS for push in found.pushes):
+        raise UnsupportedError(
+            "what was there before the push is not known without the base: give it with --base"
         )
     if found.ablations and found.base is None:
         raise UnsupportedError(

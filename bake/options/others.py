@@ -273,6 +273,13 @@ DETECT = Command(
             metavar="FILE",
             many="listed",
         ),
+        Option(
+            "measure",
+            "run the base (else the suspect, without the push) over PROMPTS, or the neutral set: relative "
+            "influence, the law and m that fit, and tokens; the weights are downloaded",
+            bare="neutral",
+            metavar="PROMPTS",
+        ),
         Option("output", "where the direction that was found goes", metavar="FILE", short="-o"),
         Option(
             "undo",

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TinyModel
+from conftest import CONFIGS, TinyModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +15,7 @@ from bake.api import ablate, detect, diff, export
 from bake.cli.main import main
 from bake.directions.direction_file import load_direction
 from bake.errors import BakeError, CheckpointError
+from bake.io.shipped import DEMO_MODEL
 
 WIDTH, LAYERS = 32, 6
 DRAWN = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9))
@@ -57,9 +58,23 @@ CELLS = [
     ("llama", "mlp_out", {"route": "insert"}),
     ("qwen3", "mlp_out", {"route": "insert"}),
     ("gemma2", "mlp_out", {"route": "insert"}),
+    ("gpt_oss", "mlp_out", {}),
+    ("qwen2", "mlp_out", {}),
+    ("mixtral", "mlp_out", {}),
 ]
 
 
+@pytest.fixture(autouse=True)
+def more_families(monkeypatch):
+    """Families of hosts and of experts with biases, which no other test builds."""
+    common = CONFIGS["llama"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    monkeypatch.setitem(CONFIGS, "qwen2", common)
+    monkeypatch.setitem(CONFIGS, "gemma", {**common, "head_dim": 8})
+    monkeypatch.setitem(CONFIGS, "gpt_oss", {**common, **experts, "sliding_window": 8})
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("multiplier", [0.5, 0.05])
 @pytest.mark.parametrize(("architecture", "site", "options"), CELLS)
 def test_a_push_is_read_out(architecture, site, options, multiplier, make_model, tmp_path):
@@ -188,11 +203,147 @@ def test_without_a_base(make_model, tmp_path):
     found = detect(tmp_path / "ablated")
     assert found.verdict == "ablation"
     assert abs(float(found.ablations[0].basis[0].float() @ UNIT)) > 0.999
-    biased = make_model(TinyModel("gpt2"))
-    bake_push(biased, tmp_path / "hidden")
-    found = detect(tmp_path / "hidden")
-    assert found.verdict == "none"
-    assert any("cannot be told from training without the base" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_layers_that_only_add_a_constant_are_found_without_a_base(
+    architecture, make_model, tmp_path
+):
+    base = make_model(TinyModel(architecture))
+    result = bake_push(base, tmp_path / "out", route="insert")
+    found = detect(tmp_path / "out")
+    check_push(found, result, "mlp_out")
+    with pytest.raises(BakeError, match="not known without the base"):
+        detect(tmp_path / "out", undo=tmp_path / "back")
+
+
+def test_a_layer_that_was_emptied_is_no_push(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if ".layers.2." in name and name.endswith("proj.weight"):
+                tensor.zero_()
+            if ".layers.4." in name and name.endswith("o_proj.weight"):
+                tensor.zero_()
+
+    rewrite(base, tmp_path / "out", change)
+    assert detect(tmp_path / "out").verdict == "none"
+
+
+def drifting(base, output):
+    """Biases as training leaves them: nearly parallel from layer to layer, a little further each."""
+    generator = torch.Generator().manual_seed(4)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    biases = torch.randn(2, WIDTH, generator=generator)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            biases += 0.3 * torch.randn(2, WIDTH, generator=generator)
+            block.mlp.c_proj.bias.copy_(biases[0])
+            block.attn.c_proj.bias.copy_(biases[1])
+    shutil.copytree(base, output)
+    model.save_pretrained(output)
+
+
+def test_a_step_in_trained_biases_is_found_without_a_base(make_model, tmp_path):
+    drifting(make_model(TinyModel("gpt2")), tmp_path / "base")
+    clean = detect(tmp_path / "base")
+    assert clean.verdict == "none"
+    assert any("cannot be told from training without the base" in note for note in clean.notes)
+    result = bake_push(tmp_path / "base", tmp_path / "out", multiplier=20.0)
+    found = detect(tmp_path / "out")
+    assert found.verdict == "push"
+    (push,) = found.pushes
+    assert push.site == "mlp_out"
+    assert sorted(push.vectors) == sorted(result.push.vectors)
+    for layer, vector in result.push.vectors.items():
+        own = push.vectors[layer]
+        assert torch.cosine_similarity(own, vector.double(), dim=0) > 0.9
+        assert float(own.norm()) == pytest.approx(float(vector.norm()), rel=0.2)
+    assert "most likely a push at mlp_out in layers 2-4" in found.describe()
+    assert found.to_dict()["pushes"][0]["step"]["score"] > 0.9
+    with pytest.raises(BakeError, match="not known without the base"):
+        detect(tmp_path / "out", undo=tmp_path / "back")
+
+
+@pytest.mark.parametrize("given_base", [True, False])
+def test_value_biases_alone_are_a_push_after_attention(given_base, make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    bake_push(base, tmp_path / "baked", "attn_in")
+    shared = torch.randn(16, generator=torch.Generator().manual_seed(2))
+    wanted = {}
+
+    def change(tensors):
+        for name in list(tensors):
+            if name.endswith((".q_proj.bias", ".k_proj.bias", ".v_proj.bias")):
+                tensors[name].zero_()
+        for layer in (2, 3):
+            tensors[f"model.layers.{layer}.self_attn.v_proj.bias"].copy_(shared)
+            output = tensors[f"model.layers.{layer}.self_attn.o_proj.weight"]
+            heads = shared.view(2, 8).repeat_interleave(2, dim=0).flatten()
+            wanted[layer] = (output @ heads).double()
+
+    rewrite(tmp_path / "baked", tmp_path / "out", change)
+    (tmp_path / "out" / "bake.json").unlink()
+    found = detect(tmp_path / "out", base=base if given_base else None)
+    if not given_base:  # W_o differs by layer, so that the vectors are not alike.
+        assert found.verdict == "none"
+        return
+    (push,) = found.pushes
+    assert (push.site, sorted(push.vectors)) == ("attn_out", [2, 3])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    seen = []
+    for each in (model, plain):
+        module = each.model.layers[2].self_attn
+        module.register_forward_hook(lambda _m, _a, output: seen.append(output[0].double()))
+        each(torch.arange(3, 12)[None])
+    for layer, vector in wanted.items():
+        torch.testing.assert_close(push.vectors[layer], vector, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        seen[0] - seen[1], push.vectors[2].expand_as(seen[0]), rtol=1e-3, atol=1e-5
+    )
+
+
+class TestStrength:
+    """--measure: relative influence, the law and m that fit, and what the push says."""
+
+    @pytest.mark.parametrize("given_base", [True, False])
+    def test_m_and_the_law_are_read_back(self, given_base, tmp_path):
+        result = export(
+            "bake-demo", direction=bake_demo_direction(), multiplier=0.8, output=tmp_path / "out"
+        )
+        given = {"base": "bake-demo"} if given_base else {}
+        found = detect(tmp_path / "out", measure="neutral", **given)
+        strength = found.pushes[0].strength
+        assert strength.law == "inverse-sqrt-d"
+        assert strength.laws["inverse-sqrt-d"][0] == pytest.approx(0.8, rel=0.01)
+        for entry in result.push.layers:
+            assert strength.influences[entry.layer] == pytest.approx(
+                entry.relative_influence, rel=0.01
+            )
+        assert len(strength.tokens.raised) == 8
+        text = found.describe()
+        assert "law inverse-sqrt-d with m = 0.8 fits its lengths" in text
+        assert "raises '" in text
+        json.loads(json.dumps(found.to_dict(), allow_nan=False))
+
+    def test_a_flat_push_is_called_so(self, tmp_path):
+        export("bake-demo", direction=bake_demo_direction(), law="flat", output=tmp_path / "flat")
+        found = detect(tmp_path / "flat", base="bake-demo", measure="neutral")
+        assert found.pushes[0].strength.law == "flat"
+
+    def test_lengths_of_no_law_are_said(self, tmp_path):
+        explicit = {2: 0.1, 3: 5.0, 4: 0.1}
+        export(
+            "bake-demo",
+            direction=bake_demo_direction(),
+            coefficients=explicit,
+            output=tmp_path / "odd",
+        )
+        found = detect(tmp_path / "odd", base="bake-demo", measure="neutral")
+        assert found.pushes[0].strength.law is None
+        assert "no law fits its lengths" in found.describe()
 
 
 def test_what_was_found_can_be_used(make_model, tmp_path):
@@ -258,6 +409,10 @@ class TestLies:
         found = detect(output, base=base)
         assert found.verdict == "push"
         assert "it cannot be read" in found.lies[0]
+
+
+def bake_demo_direction():
+    return load_direction(DEMO_MODEL.parent / "direction.safetensors")
 
 
 def trained(base, output, steps=3):
@@ -550,3 +705,62 @@ def test_a_link_that_is_called_like_the_base_s_file_is_read(make_model, tmp_path
         shard.symlink_to("a" * 64)
         copies[name] = folder
     assert detect(copies["out"], base=copies["base"]).verdict == "push"
+
+
+def pruned(base, output):
+    """Half of every matrix is zero."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(weight.abs() > weight.abs().median())
+    model.save_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (trained, "as further training, merging or rounding leaves it"),
+        (merged, "as a merged low-rank adapter leaves it"),
+        (pruned, "is zero now, as pruning leaves it"),
+    ],
+)
+def test_what_other_differences_look_like(made, says, make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+    made(base, tmp_path / "out")
+    found = detect(tmp_path / "out", base=base)
+    assert found.verdict == "other"
+    assert any(says in each for each in found.others), found.others
+
+
+def test_four_bits_are_recognised(make_model, tmp_path):
+    base = make_model(TinyModel("llama"))
+
+    def change(tensors):
+        for tensor in tensors.values():
+            if tensor.ndim == 2:
+                scale = tensor.abs().amax(dim=1, keepdim=True) / 7
+                tensor.copy_((tensor / scale).round() * scale)
+
+    rewrite(base, tmp_path / "out", change)
+    found = detect(tmp_path / "out", base=base)
+    assert any("as quantising and turning back leaves it" in each for each in found.others)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "says"),
+    [
+        ("mistral", None),
+        ("gemma", "it is a Gemma"),
+        ("qwen3", "none of its layers has experts"),
+        ("qwen2", "all biases of its attention's output are zero"),
+    ],
+)
+def test_a_family_that_is_worn_for_its_biases_is_said(architecture, says, make_model, tmp_path):
+    base = make_model(TinyModel(architecture))
+    assert not any("for no reason of its own" in note for note in detect(base).notes)
+    bake_push(base, tmp_path / "out")
+    found = detect(tmp_path / "out")
+    assert found.verdict == "push"
+    if says is not None:
+        assert any(says in note for note in found.notes), found.notes

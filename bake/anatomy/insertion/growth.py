@@ -119,11 +119,16 @@ def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterato
         yield nearest
 
 
-def _build(config_text: str) -> nn.Module:
-    """Build the model that a config.json describes, on the meta device, as transformers reads it."""
+def config_from_text(config_text: str) -> PreTrainedConfig:
+    """Return the config that a config.json describes, as transformers reads it."""
     with temporary_directory("bake-twin-") as directory:
         (directory / "config.json").write_text(config_text, encoding="utf-8")
-        return build_on_meta(load_config(directory))
+        return load_config(directory)
+
+
+def _build(config_text: str) -> nn.Module:
+    """Build the model that a config.json describes, on the meta device."""
+    return build_on_meta(config_from_text(config_text))
 
 
 def _as_spelled(key: str, values: Mapping[str, Any]) -> str:
@@ -142,11 +147,16 @@ def arrange(count: int, donors: Mapping[int, int]) -> tuple[Place, ...]:
     return tuple(places)
 
 
-def grow_config(config: PreTrainedConfig, places: Sequence[Place]) -> dict[str, Any]:
-    """Return the config keys that have to change, {dotted key: value}."""
+def grow_config(
+    config: PreTrainedConfig, places: Sequence[Place], count: int | None = None
+) -> dict[str, Any]:
+    """Return the config keys that have to change, {dotted key: value}.
+
+    count: how many layers the config has, where not all of them are among the places.
+    """
     text = config.get_text_config(decoder=True)
     prefix = _nesting(config, text)
-    count = sum(not place.inserted for place in places)
+    count = sum(not place.inserted for place in places) if count is None else count
     changes: dict[str, Any] = {}
     for key, value in vars(text).items():
         grown = _grow(key, value, count, places)
