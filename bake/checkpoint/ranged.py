@@ -57,7 +57,7 @@ class RangedTensors:
         return (self.checkpoint.directory / self.checkpoint.entry(name).file).is_file()
 
     def prefetch(self, names: Iterable[str], rows: int | None = None) -> None:
-        """Fetch tensors from the Hub, or so many rows of each, for `read` and `rows`; once each.
+        """Fetch tensors from the Hub, or so many rows of each, for `read` and `rows`, and keep them.
 
         What lies on disk is left to be read when it is asked for.
         """
@@ -112,7 +112,7 @@ class RangedTensors:
 
     def _decode(self, entry: TensorEntry, count: int | None) -> torch.Tensor:
         start, stop, shape = self._span(entry, count)
-        held = self._ahead.pop((entry.file, entry.start + start, entry.start + stop), None)
+        held = self._ahead.get((entry.file, entry.start + start, entry.start + stop))
         if held is None:
             self.read_bytes += stop - start
             held = read_part(self.checkpoint, entry, start, stop)

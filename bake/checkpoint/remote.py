@@ -11,6 +11,7 @@ ranges, looks at no overlap or gap, and does not try again.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from bake.io.safetensors import PREFIX_BYTES, Header, header_length, parse_heade
 # Most headers fit, so that one request is enough.
 _FIRST_BYTES = 128 * 1024
 _CONNECTIONS = 8
+# Where the Hub sent us for a file, by an address that is signed for an hour: asked for once, not for each
+# range. It goes without the user's token.
+_STORAGE: dict[tuple[str, str | None], tuple[str, float]] = {}
+_REMEMBERED = 300.0  # seconds
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
 
 
@@ -94,21 +99,25 @@ def _opened(model_id: str, revision: str | None, file: str, start: int, stop: in
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-    headers = {
-        **build_hf_headers(library_name="bake-steering"),
-        "Range": f"bytes={start}-{stop - 1}",
-        "Accept-Encoding": "identity",
-    }
+    own = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(library_name="bake-steering"), **own}
+    place = (hf_hub_url(model_id, file, revision=revision), headers.get("authorization"))
+    told, at = _STORAGE.get(place, ("", 0.0))
+    if told and time.monotonic() - at < _REMEMBERED:
+        with (
+            hub_errors_named(model_id, revision),
+            http_stream_backoff("GET", told, headers=own, follow_redirects=True) as response,
+        ):
+            if response.status_code == 206:
+                yield response
+                return
     with (
         hub_errors_named(model_id, revision),
-        http_stream_backoff(
-            "GET",
-            hf_hub_url(model_id, file, revision=revision),
-            headers=headers,
-            follow_redirects=True,
-        ) as response,
+        http_stream_backoff("GET", place[0], headers=headers, follow_redirects=True) as response,
     ):
         hf_raise_for_status(response)
+        if response.status_code == 206 and response.history:
+            _STORAGE[place] = str(response.url), time.monotonic()
         yield response
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ from bake.detection.constant_layers import find_constant_layers
 from bake.detection.disguise import find_disguise
 from bake.detection.findings import Detection, PushFound
 from bake.detection.recovery import Slots, find_loose, recover_pushes, unusual_biases
-from bake.detection.removal import find_common_gap, find_writes
+from bake.detection.removal import find_common_gap, find_writes, gap_matrices
 from bake.detection.steps import LEAST, find_step, list_scores, read_step
 
 if TYPE_CHECKING:
     import torch
 
+CHEAP = 0.01  # of a checkpoint on the Hub
 COHERENT = 0.5  # mean cosine of neighbouring layers, above which created biases are a push
 
 
@@ -53,10 +54,14 @@ def look_alone(opened: Base, tensors: RangedTensors, names: DiskNames) -> Detect
     pushes = [push for push in pushes if not in_layers & {*push.parameters}] + layers
     writes = find_writes(anatomy)
     width = anatomy.hidden_size
+    notes = [*find_disguise(opened, tensors)]
     ablation = None
     if writes is not None and not layers:  # Emptied layers write next to nothing.
-        ablation = find_common_gap(tensors, names, writes, width)
-    notes = [*find_disguise(opened, tensors)]
+        matrices = [name for name, _ in gap_matrices(tensors, names, writes)]
+        if is_cheap(tensors, matrices):
+            ablation = find_common_gap(tensors, names, writes, width)
+        else:
+            notes.append(_too_much(tensors, matrices, "an ablation"))
     unsure = [(push.site, push.step) for push in scored if push.step and not push.step.is_found]
     if unsure:
         notes.append(
@@ -75,6 +80,21 @@ def look_alone(opened: Base, tensors: RangedTensors, names: DiskNames) -> Detect
         (ablation,) if ablation else (),
         notes=tuple(notes),
         explained=tuple(sorted(_created(opened, names, pushes, unusual))),
+    )
+
+
+def is_cheap(tensors: RangedTensors, names: Iterable[str | None]) -> bool:
+    """Tell whether matrices may be read whole: they are here, or little of what lies on the Hub."""
+    away = [name for name in names if name is not None and not tensors.is_here(name)]
+    size = sum(tensors.checkpoint.entry(name).size for name in away)
+    return size <= CHEAP * tensors.checkpoint.size
+
+
+def _too_much(tensors: RangedTensors, names: Sequence[str], what: str) -> str:
+    size = sum(tensors.checkpoint.entry(name).size for name in names)
+    return (
+        f"{what} was not looked for: it takes {size / 1e9:.3g} GB from the Hub; download the checkpoint "
+        "and give its directory"
     )
 
 
@@ -109,10 +129,13 @@ def score_trained(
     for route in opened.anatomy.routes:
         if route.route != "native" or route.rewriter is not None:
             continue
+        slots_of = [slot for layer in route.layers for slot in route.slots_of(layer)]
+        weights = {names.find(slot.weight) for slot in slots_of if slot.weight}
+        if not is_cheap(tensors, weights - {None}):
+            continue
         tensors.prefetch(
             name
-            for layer in route.layers
-            for slot in route.slots_of(layer)
+            for slot in slots_of
             if slot.bias not in unlike and (name := names.find(slot.bias)) is not None
         )
         push = slots.recover(route)

@@ -155,6 +155,21 @@ def _find_silenced(suspect: RangedTensors, base: Aligned, listed: Listed) -> Abl
     return AblationFound("parts", tuple(sorted(layers)), columns=columns) if columns else None
 
 
+def gap_matrices(
+    suspect: RangedTensors, names: DiskNames, writes: WriteMap
+) -> list[tuple[str, int]]:
+    """Return the output projections of four layers, (name on disk, axis along the stream)."""
+    layers = sorted(writes.by_layer)
+    chosen = layers[:: max(1, len(layers) // 4)][:4]
+    return [
+        (name, write.axis)
+        for layer in chosen
+        for write in writes.by_layer[layer].writes
+        if (name := names.find(write.parameter)) is not None
+        and len(suspect.checkpoint.entry(name).shape) == 2
+    ]
+
+
 def find_common_gap(
     suspect: RangedTensors, names: DiskNames, writes: WriteMap, hidden_size: int
 ) -> AblationFound | None:
@@ -168,19 +183,14 @@ def find_common_gap(
     import torch
 
     layers = sorted(writes.by_layer)
-    chosen = layers[:: max(1, len(layers) // 4)][:4]
     total = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
     columns = 0
-    for layer in chosen:
-        for write in writes.by_layer[layer].writes:
-            name = names.find(write.parameter)
-            if name is None or len(suspect.checkpoint.entry(name).shape) != 2:
-                continue
-            matrix = suspect.read(name).double().movedim(write.axis, -1)
-            if matrix.shape[-1] != hidden_size or not matrix.any():
-                continue
-            total += matrix.T @ matrix / (matrix**2).sum()
-            columns += len(matrix)
+    for name, axis in gap_matrices(suspect, names, writes):
+        matrix = suspect.read(name).double().movedim(axis, -1)
+        if matrix.shape[-1] != hidden_size or not matrix.any():
+            continue
+        total += matrix.T @ matrix / (matrix**2).sum()
+        columns += len(matrix)
     if columns < LEAST_MATRICES * hidden_size or not bool(total.isfinite().all()):
         return None
     looked_at = min(MOST_RANK, hidden_size - 1)

@@ -16,10 +16,10 @@ from bake.support.text import list_numbers
 if TYPE_CHECKING:
     import torch
 
-# The highest score of models without a push, and how many were scored (benchmarks/detection.py --trained):
+# The highest score of models without a push, and how many were scored (benchmarks/detection_alone.py):
 # of bands of two layers and more, and of single layers, which step up and down by themselves.
-NATURAL, NATURAL_SINGLE, SCORED = 0.45, 0.70, 88
-LEAST, LEAST_SINGLE = 0.7, 0.9
+NATURAL, NATURAL_SINGLE, SCORED = 0.45, 0.89, 36
+LEAST, LEAST_SINGLE = 0.7, 0.95
 FEWEST_LAYERS = 4
 
 
