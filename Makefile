@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test test-architectures test-real test-browser architectures docs lint bench bench-real format wheel clean
+.PHONY: setup demo test test-architectures test-real test-browser test-engines architectures docs lint bench bench-real format wheel clean
 
 setup: $(READY)
 
@@ -72,3 +72,20 @@ wheel: $(READY)
 
 clean:
 	rm -rf $(VENV) dist build
+
+# Bakes in other inference engines for real, each compiled or installed into build/engines: half an hour the first time.
+LLAMA_CPP_PYTHON = 0.3.36
+LLAMA_CPP = build/engines/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
+test-engines: $(READY) $(LLAMA_CPP)/build/bin/llama-server
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[engines,gguf]"
+	$(BIN)/python benchmarks/real_models.py build/real-models
+	BAKE_LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m engines
+
+$(LLAMA_CPP)/build/bin/llama-server:
+	mkdir -p build/engines
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest build/engines llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar xzf build/engines/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C build/engines
+	cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF
+	cmake --build $(LLAMA_CPP)/build --parallel 2 --target llama-server llama-quantize

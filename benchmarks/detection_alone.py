@@ -37,8 +37,8 @@ from bake.io.shipped import DEMO_MODEL
 
 FAMILIES = ("gpt2", "qwen2", "opt", "neox")
 WIDTH, LAYERS, STEPS = 64, 8, 300
-STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
-SITES = ("mlp_out", "attn_out", "attn_in")
+STRENGTHS = (0.25, 0.5, 1.0, 2.0)
+SITES = ("mlp_out", "attn_in")
 
 
 def config(family: str, vocabulary: int) -> PreTrainedConfig:
@@ -96,7 +96,7 @@ def scores(directory: Path) -> dict[str, Step]:
     found: dict[str, Step] = {}
     for push in score_trained(opened, tensors, names, frozenset()):
         step = push.step
-        if step is not None and (push.site not in found or step.score > found[push.site].score):
+        if step is not None and (push.site not in found or step.margin > found[push.site].margin):
             found[push.site] = step
     return found
 
@@ -106,9 +106,9 @@ def draw(path: Path, clean: list[Step], baked: dict[float, list[Step]]) -> None:
         axes.set_title("Found without the base, in trained biases")
         lines = ("-", "--", "-.", ":", (0, (1, 3)))
         for line, (strength, found) in zip(lines, baked.items(), strict=False):
-            every = sorted({step.score for step in (*clean, *found)}, reverse=True)
-            alarms = [0.0, *(sum(s.score >= t for s in clean) / len(clean) for t in every)]
-            hits = [0.0, *(sum(s.score >= t for s in found) / len(found) for t in every)]
+            every = sorted({step.margin for step in (*clean, *found)}, reverse=True)
+            alarms = [0.0, *(sum(s.margin >= t for s in clean) / len(clean) for t in every)]
+            hits = [0.0, *(sum(s.margin >= t for s in found) / len(found) for t in every)]
             axes.plot(alarms, hits, linestyle=line, color=figures.BLUE, label=f"m = {strength:g}")
         axes.set(xlabel="share of models without a push above the score", ylabel="pushes above it")
         axes.legend(loc="lower right")

@@ -373,7 +373,7 @@ class _Examination:
             twin=self.twin.prove_rewriting(self.twin_structure, site, host, layers),
             layers=tuple(range(self.layer_count)),
             rewriter=host,
-            rewritten=Outline(host.model_type(self.config), pushed, tuple(created), tuple(flags)),
+            rewritten=Outline(host.model_type(self.config), pushed, tuple(created), dict(flags)),
         )
 
     def _created_by(self, flags: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

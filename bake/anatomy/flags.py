@@ -96,3 +96,28 @@ def _switched_off(config: Any, prefix: str = "") -> Iterator[str]:
             yield from _switched_off(value, f"{prefix}{name}.")
         elif "bias" in name.lower() and (value is False or value is None):
             yield f"{prefix}{name}"
+
+
+def unusual_flags(config: PreTrainedConfig) -> dict[str, bool]:
+    """Return the config keys that ask for biases that their class does not have, and its own values."""
+    text = config.get_text_config()
+    usual = type(text)()
+    return {
+        name: False
+        for name, value in text.to_dict().items()
+        if value is True and "bias" in name and getattr(usual, name, None) is False
+    }
+
+
+def unusual_biases(config: PreTrainedConfig) -> frozenset[str]:
+    """Return the parameters that are there because the config asks for biases that its class does not have.
+
+    A model of such a family that was trained without them has none, so they held nothing before a push.
+    """
+    flags = unusual_flags(config)
+    if not flags:
+        return frozenset()
+    own, plain = (
+        set(parameter_shapes(build_on_meta(each))) for each in (config, with_flags(config, flags))
+    )
+    return frozenset(own - plain)

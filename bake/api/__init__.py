@@ -4,6 +4,7 @@ from bake.api.ablating import ablate
 from bake.api.afterwards import (
     detect,
     diff,
+    gguf,
     publish,
     reproduce,
     rescale,
@@ -27,6 +28,7 @@ __all__ = [
     "estimate",
     "export",
     "extract_direction",
+    "gguf",
     "hear",
     "inspect",
     "inspect_all",

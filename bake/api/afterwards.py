@@ -12,7 +12,7 @@ from bake.lifecycle.verify import Verification
 from bake.lifecycle.verify import verify as verify_directory
 from bake.models.streaming import choose_placement
 from bake.options.documentation import documented
-from bake.options.others import DETECT, DIFF, PUBLISH, REPRODUCE, RESCALE, UNDO, VERIFY
+from bake.options.others import DETECT, DIFF, GGUF, PUBLISH, REPRODUCE, RESCALE, UNDO, VERIFY
 
 if TYPE_CHECKING:
     from bake.detection.findings import Detection
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bake.lifecycle.diff import Difference
     from bake.lifecycle.reproduce import Reproduction
     from bake.lifecycle.rescale import Rescaled, Undone
+    from bake.llama_cpp.make import Gguf
 
 
 @documented(VERIFY)
@@ -55,14 +56,14 @@ def verify_endpoint(
     """
     from bake.checkpoint.download import download_record
     from bake.engines.endpoint import check_endpoint
-    from bake.pipeline.record import read_canary
+    from bake.pipeline.record import read_canary, read_forks
 
     if not model:
         raise UsageError("--endpoint needs --model NAME, what the server calls the model")
     path = Path(directory)
     if not path.is_dir() and not is_path(str(directory)):
         path = download_record(str(directory), revision)
-    return check_endpoint(url, model, read_canary(path))
+    return check_endpoint(url, model, read_canary(path), read_forks(path))
 
 
 @documented(PUBLISH)
@@ -153,6 +154,33 @@ def detect(
         output=None if output is None else str(output),
         undo=None if undo is None else str(undo),
         measures=None if measure is None else str(measure),
+    )
+
+
+@documented(GGUF)
+def gguf(
+    model: str | Path,
+    *,
+    output: str | Path,
+    quantize: str | None = None,
+    llama_cpp: str | Path | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    base_revision: str | None = None,
+) -> Gguf:
+    """Write a bake as a GGUF file that was run in llama.cpp, and what Ollama and LM Studio want."""
+    from bake.llama_cpp.make import make_gguf
+
+    return make_gguf(
+        str(model),
+        Path(output),
+        quantise=quantize,
+        base=None if base is None else str(base),
+        revision=revision,
+        base_revision=base_revision,
+        llama_cpp=None if llama_cpp is None else str(llama_cpp),
+        overwrite=overwrite,
     )
 
 

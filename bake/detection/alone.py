@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bake.anatomy.base import Base
+from bake.anatomy.flags import unusual_biases
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.ranged import RangedTensors
 from bake.detection.constant_layers import find_constant_layers
 from bake.detection.disguise import find_disguise
 from bake.detection.findings import Detection, PushFound
-from bake.detection.recovery import Slots, find_loose, recover_pushes, unusual_biases
+from bake.detection.recovery import Slots, find_loose, recover_pushes
 from bake.detection.removal import find_common_gap, find_writes, gap_matrices
 from bake.detection.steps import LEAST, find_step, list_scores, read_step
 
@@ -26,7 +27,7 @@ COHERENT = 0.5  # mean cosine of neighbouring layers, above which created biases
 def look_alone(opened: Base, tensors: RangedTensors, names: DiskNames) -> Detection:
     """Return what a suspect shows by itself. tensors, names: its own."""
     anatomy = opened.anatomy
-    unusual = unusual_biases(anatomy)
+    unusual = unusual_biases(anatomy.config)
     tensors.prefetch(name for each in unusual if (name := names.find(each)) is not None)
 
     def old(parameter: str, name: str) -> torch.Tensor | None:
@@ -156,6 +157,6 @@ def score_trained(
         # Two routes may read one bias: what steps most is kept.
         key = frozenset(push.parameters)
         other = found.get(key)
-        if other is None or (other.step is not None and other.step.score < step.score):
+        if other is None or (other.step is not None and other.step.margin < step.margin):
             found[key] = push
     yield from found.values()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.base import Base, open_base
-from bake.anatomy.flags import parameter_shapes
+from bake.anatomy.flags import parameter_shapes, unusual_flags
 from bake.checkpoint.loading import build_on_meta
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.quantization import quantization_method
@@ -24,9 +24,6 @@ from bake.detection.beside import look_beside
 from bake.detection.claims import find_lies
 from bake.detection.findings import LAYERS, AblationFound, Detection
 from bake.detection.measuring import measure
-from bake.detection.recovery import (
-    unusual_flags,
-)
 from bake.detection.undoing import check_undoable, write_without
 from bake.detection.whose import compare_with, read_known
 from bake.directions.direction_file import direction_bytes
@@ -90,7 +87,7 @@ def detect(
         _write_direction(found, Path(output))
     if undo is None:
         return found
-    flags = {} if other else unusual_flags(anatomy)
+    flags = {} if other else unusual_flags(anatomy.config)
 
     def check(written: Path) -> None:
         again = detect(str(written), base=base, base_revision=base_revision)

@@ -211,29 +211,3 @@ def _loaded_names(suspect: RangedTensors, anatomy: Anatomy) -> Iterator[str]:
         found = names.find(parameter)
         if found is not None:
             yield found
-
-
-def unusual_flags(anatomy: Anatomy) -> dict[str, bool]:
-    """Return the config keys that ask for biases that their class does not have, and its own values."""
-    text = anatomy.config.get_text_config()
-    usual = type(text)()
-    return {
-        name: False
-        for name, value in text.to_dict().items()
-        if value is True and "bias" in name and getattr(usual, name, None) is False
-    }
-
-
-def unusual_biases(anatomy: Anatomy) -> frozenset[str]:
-    """Return the parameters that are there because the config asks for biases that its class does not have.
-
-    A model of such a family that was trained without them has none, so they held nothing before a push.
-    """
-    from bake.anatomy.flags import with_flags
-
-    config, flags = anatomy.config, unusual_flags(anatomy)
-    if not flags:
-        return frozenset()
-    own = {name for name, _ in build_on_meta(config).named_parameters()}
-    plain = {name for name, _ in build_on_meta(with_flags(config, flags)).named_parameters()}
-    return frozenset(own - plain)

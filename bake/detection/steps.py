@@ -32,9 +32,14 @@ class Step:
     stop: int
 
     @property
+    def margin(self) -> float:
+        """How far the score is above what is called a push."""
+        return self.score - (LEAST_SINGLE if self.stop - self.first == 1 else LEAST)
+
+    @property
     def is_found(self) -> bool:
         """Whether the score is above what is natural."""
-        return self.score >= (LEAST_SINGLE if self.stop - self.first == 1 else LEAST)
+        return self.margin >= 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -72,8 +77,7 @@ def find_step(vectors: Mapping[int, torch.Tensor]) -> Step | None:
         for up in range(len(changes))
         for down in range(up + 1, len(changes))
     ]
-    found = [step for step in steps if step.is_found]
-    return max(found or steps, key=lambda step: step.score)
+    return max(steps, key=lambda step: step.margin)
 
 
 def read_step(vectors: Mapping[int, torch.Tensor], step: Step) -> dict[int, torch.Tensor]:

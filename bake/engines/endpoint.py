@@ -2,16 +2,16 @@
 
 An engine that has no place for a bake's biases serves the base model, often without a word. The canary
 is a prompt whose greedy continuations by base and bake are recorded in `bake.json`; what the server
-writes is compared with both. Where the server gives log-probabilities, they tell how sure it was of
-the tokens, which separates a near-tie from another model.
+writes is compared with both. A quantised model soon writes another text, so that forks decide where the
+bake has them: texts after which base and bake go on with different words, the surest first, one vote each.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bake.engines.server import RefusedError, Server, first_choice
@@ -22,13 +22,15 @@ DEADLINE = 120.0  # seconds for all of it; a server on a CPU may load the model 
 MAX_TOKENS = 48
 LEAST = 10_000  # nats, beyond which a number is no log-probability
 MARGIN = 8  # characters beyond where base and bake part
+FORK_TOKENS, FEWEST_FORKS = 4, 3
 
 
 @dataclass(frozen=True)
 class EndpointCheck:
     """What a server continued the canary with, and which model that makes it.
 
-    agreement: {"baked" | "base": characters that the text shares with each from its start}.
+    agreement: {"baked" | "base": characters that the text shares with each from its start}. votes:
+    {"baked" | "base" | "other": forks at which the server went on so}; empty for a bake without forks.
     log_probability: mean of the server's tokens in nats, None where it gives none.
     """
 
@@ -40,10 +42,25 @@ class EndpointCheck:
     base: str
     agreement: dict[str, int]
     log_probability: float | None
+    votes: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
         return asdict(self)
+
+    def _describe_votes(self) -> str:
+        """Return how the forks were answered, and what that says of the weights."""
+        total = sum(self.votes.values())
+        counted = ", ".join(f"{count} as {name}" for name, count in self.votes.items() if count)
+        said = f"of {total} places where base and bake part: {counted}"
+        expected = {"baked": self.baked, "base": self.base}.get(self.verdict)
+        if self.verdict == "neither":
+            return f"{said}; perhaps quantised so far that the two cannot be told apart"
+        if self.votes[self.verdict] < total or not self.text.strip().startswith(
+            (expected or "").strip()
+        ):
+            return f"{said}; not word for word: perhaps quantised"
+        return said
 
     def describe(self) -> str:
         """Return the verdict, and the three continuations it rests on."""
@@ -53,6 +70,8 @@ class EndpointCheck:
             "neither": "neither: the text is not the bake's nor the base's; another model, a chat "
             "template in between, or sampling that is not greedy",
         }[self.verdict]
+        if self.votes:
+            meaning = f"{meaning}\n  {self._describe_votes()}"
         sure = (
             "the server gives no log-probabilities: judged by the text alone"
             if self.log_probability is None
@@ -70,26 +89,51 @@ class EndpointCheck:
         )
 
 
-def check_endpoint(url: str, model: str, canary: Mapping[str, str]) -> EndpointCheck:
-    """Ask a server for a bake's canary: {"prompt", "baked", "base"}. url: with or without `/v1`.
+def check_endpoint(
+    url: str, model: str, canary: Mapping[str, str], forks: Sequence[Mapping[str, str]] = ()
+) -> EndpointCheck:
+    """Ask a server for a bake's canary and forks: {"prompt", "baked", "base"}. url: with or without `/v1`.
 
     Raises EndpointError for a server that is not there, does not know the model or does not complete
     text; CheckpointError for a directory without bake.json.
     """
     server = Server(url, model, "--endpoint")
-    text, log_probability = _complete(server, canary["prompt"], time.monotonic() + DEADLINE)
+    until = time.monotonic() + DEADLINE
+    text, log_probability = _complete(server, canary["prompt"], until)
     baked, base = canary["baked"], canary["base"]
     agreement = {"baked": _shared(text, baked), "base": _shared(text, base)}
+    votes = dict.fromkeys(("baked", "base", "other"), 0) if len(forks) >= FEWEST_FORKS else {}
+    for fork in forks if votes else ():
+        said, _ = _complete(server, fork["prompt"], until, FORK_TOKENS)
+        votes[_vote(said, fork)] += 1
     return EndpointCheck(
         server.name,
         model,
-        _judge(text, baked, base),
+        _count(votes) if votes else _judge(text, baked, base),
         text,
         baked,
         base,
         agreement,
         log_probability,
+        votes,
     )
+
+
+def _vote(said: str, fork: Mapping[str, str]) -> str:
+    """Return whose word a server went on with."""
+    said = said.lstrip()
+    return next(
+        (each for each in ("baked", "base") if said.startswith(fork[each].strip())), "other"
+    )
+
+
+def _count(votes: Mapping[str, int]) -> Verdict:
+    """Return whose the votes are: at least half of all, and more than twice the other's."""
+    total = sum(votes.values())
+    for own, other in (("baked", "base"), ("base", "baked")):
+        if 2 * votes[own] >= total and votes[own] > 2 * votes[other]:
+            return "baked" if own == "baked" else "base"
+    return "neither"
 
 
 def _judge(text: str, baked: str, base: str) -> Verdict:
@@ -115,13 +159,15 @@ def _shared(left: str, right: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
-def _complete(server: Server, prompt: str, until: float) -> tuple[str, float | None]:
+def _complete(
+    server: Server, prompt: str, until: float, max_tokens: int = MAX_TOKENS
+) -> tuple[str, float | None]:
     """Return the greedy continuation and its tokens' mean log-probability, where there is one.
 
     OpenAI counts log-probabilities, other servers switch them, and some refuse either. Some, vLLM among
     them, penalise repetition where the model's generation_config.json says so, unless they are told not to.
     """
-    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     wishes: dict[str, list[Any]] = {"logprobs": [1, True], "repetition_penalty": [1.0]}
     while True:
         asked = {name: values[0] for name, values in wishes.items() if values}

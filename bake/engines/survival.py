@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -36,13 +36,14 @@ class Outline:
 
     model_type: the output's, which is a host's where one is used. pushed: names of the parameters that
     hold the push. created: all that the bake creates; what no push goes to is zero. Names may be whole
-    or begin inside the decoder layer. settings: the config keys by which a host computes what the base did.
+    or begin inside the decoder layer. settings: the config keys by which a host computes what the base did,
+    and their values.
     """
 
     model_type: str
     pushed: tuple[str, ...]
     created: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,14 @@ class Survival:
 
 @cache
 def read_facts() -> Mapping[str, Mapping[str, Any]]:
-    """Return `facts.toml`: {engine: its facts}."""
-    return tomllib.loads(_FACTS.read_text(encoding="utf-8"))
+    """Return `facts.toml`: {engine: its facts}; one that runs another's models has that one's."""
+    found = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
+    return {
+        name: {**found[facts["runs"]], **facts, "version": f"on {found[facts['runs']]['version']}"}
+        if "runs" in facts
+        else facts
+        for name, facts in found.items()
+    }
 
 
 def engine_names() -> tuple[str, ...]:
@@ -106,7 +113,7 @@ def survival(
     model_type: str,
     slots: Iterable[str],
     new_parameters: Iterable[str] = (),
-    settings: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> Survival:
     """Say what an engine does with a checkpoint of `model_type`.
 
@@ -119,12 +126,8 @@ def survival(
     facts = read_facts()[engine]
     verdict, reason = _judge(facts, model_type, _in_layer(slots), _in_layer(new_parameters))
     family = facts["reads"].get(model_type)
-    lost = sorted({*settings} & {*family.get("loses", ())}) if family else []
-    if verdict == "kept" and lost:
-        verdict, reason = (
-            "dropped",
-            f"does not read {', '.join(lost)}, without which it is another model",
-        )
+    if verdict == "kept" and family is not None:
+        verdict, reason = _judge_settings(family, settings or {}) or (verdict, reason)
     seen = f"read: {facts['source']}" if verdict != "unknown" else "not checked"
     if family is not None:
         seen = f"{family.get('checked', facts['checked'])}: {family['file']}"
@@ -132,8 +135,13 @@ def survival(
 
 
 def survivals(outline: Outline | None) -> tuple[Survival, ...]:
-    """Say what every engine does with a checkpoint; None: not known before the base is rewritten."""
-    return tuple(survival_of(engine, outline) for engine in engine_names())
+    """Say what every engine does with a checkpoint; None: not known before the base is rewritten.
+
+    Those that run another's code are left out, because they do what it does.
+    """
+    facts = read_facts()
+    own = [name for name in engine_names() if "runs" not in facts.get(name, {})]
+    return tuple(survival_of(engine, outline) for engine in own)
 
 
 def survival_of(engine: str, outline: Outline | None) -> Survival:
@@ -175,6 +183,26 @@ def describe_survivals(found: Sequence[Survival], *, brief: bool = False) -> str
     return "; ".join(parts)
 
 
+def _judge_settings(
+    family: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[Verdict, str] | None:
+    """Return verdict and reason where a host's settings are more than the engine's code computes."""
+    lost = sorted({*settings} & {*family.get("loses", ())})
+    if lost:
+        return "dropped", f"does not read {', '.join(lost)}, without which it is another model"
+    for key, known in family.get("only", {}).items():
+        if key in settings and settings[key] not in known:
+            reason = (
+                f"computes {' or '.join(known)} whatever {key} says, and it is {settings[key]} here"
+            )
+            return family.get("otherwise", "dropped"), reason
+    for key, value in family.get("never", {}).items():
+        given = settings.get(key)
+        if isinstance(given, list | tuple) and given and set(given) == {value}:
+            return "error", f"cannot load it where every entry of {key} is {value}"
+    return None
+
+
 def _judge(
     facts: Mapping[str, Any], model_type: str, pushed: Sequence[str], created: Sequence[str]
 ) -> tuple[Verdict, str]:
@@ -192,6 +220,8 @@ def _judge(
     unread = [slot for slot in pushed if not _reads(family, slot)]
     beside = [other for other in created if other not in pushed and not _reads(family, other)]
     verdict: Verdict = family.get("unread", facts["unread"])
+    if beside and not unread and facts.get("zeros"):
+        return "kept", f"reads {', '.join(pushed)}; {facts['zeros']}"
     if unread or (beside and verdict == "error"):
         how = family.get("how", facts["how"])
         return verdict, f"no slot for {', '.join(unread or beside)}, {how}"

@@ -295,6 +295,55 @@ DETECT = Command(
     ),
 )
 
+QUANTISATIONS = (
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q4_K_M",
+    "Q4_K_S",
+    "Q4_0",
+    "IQ4_XS",
+    "Q3_K_M",
+    "Q3_K_S",
+    "Q2_K",
+)
+GGUF = Command(
+    "gguf",
+    "a bake as a file for llama.cpp, Ollama and LM Studio",
+    "Write a bake as a GGUF file by llama.cpp's own converter and quantiser, and run base and bake in "
+    "llama.cpp beside transformers: the file is written where the push is in it. Beside it go an Ollama "
+    "Modelfile and LM Studio's folders. Exit code 3 where it does not steer as the bake does.",
+    (
+        BAKE,
+        OUTPUT.but(help="GGUF file", metavar="FILE"),
+        Option(
+            "quantize",
+            "one of llama-quantize's kinds: " + ", ".join(QUANTISATIONS),
+            shown="as the weights",
+            choices=QUANTISATIONS,
+            metavar="KIND",
+        ),
+        Option(
+            "llama_cpp",
+            "llama.cpp's checkout, in which it was built, or llama-cpp-python's unpacked source",
+            shown="what is on PATH",
+            metavar="DIR",
+        ),
+        Option("base", "what it was made of, where the bake alone cannot tell", metavar="BASE"),
+        OVERWRITE.but(help="replace FILE"),
+        ON_THE_HUB,
+        Option("base_revision", "of a base on the Hub", metavar="REV"),
+    ),
+    heading=AFTERWARDS,
+    examples=(
+        "bake gguf SmolLM2-135M-Instruct-formal -o formal.gguf --llama-cpp llama.cpp",
+        "bake gguf SmolLM2-135M-Instruct-formal -o formal-q4.gguf --quantize Q4_K_M --llama-cpp llama.cpp",
+    ),
+)
+
 REPRODUCE = Command(
     "reproduce",
     "build a bake again from its bake.json and compare every file",

@@ -11,7 +11,7 @@ AFTERWARDS, HELP = "check, publish, change", "try and set up"
 SITES = ("auto", "mlp_out", "attn_out", "attn_in", "mlp_in")
 ROUTES = ("auto", "native", "flag", "host", "insert")
 LAWS = ("inverse-sqrt-d", "sqrt-d", "norm", "flat")
-ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "ollama", "lm-studio", "mlx")
 
 MODEL = Option("model", "path, Hub id, or bake-demo", metavar="MODEL", positional=True)
 BAKE = Option(

@@ -231,3 +231,9 @@ def read_canary(directory: Path) -> dict[str, str]:
             f"is thin and not yet verified"
         )
     return {key: str(canary[key]) for key in ("prompt", "baked", "base")}
+
+
+def read_forks(directory: Path) -> list[dict[str, str]]:
+    """Return the bake's forks, {"prompt", "baked", "base"} each; none of bakes older than these."""
+    forks = read_part(directory, "equivalence").get("forks") or []
+    return [{key: str(fork[key]) for key in ("prompt", "baked", "base")} for fork in forks]

@@ -281,6 +281,9 @@ _RECORD: dict[str, Check] = {
             "rounding_allowed": _flag,
             "remainder": _or_null(_fields(dict.fromkeys(("base", "baked", "plain"), _number))),
             "canary": _or_null(_fields(dict.fromkeys(("prompt", "baked", "base"), _text))),
+            "forks": _each(
+                _fields({**dict.fromkeys(("prompt", "baked", "base"), _text), "margin": _number})
+            ),
             "samples": _each(_fields(dict.fromkeys(("opening", "base", "baked"), _text))),
             "cost": _or_null(
                 _fields(

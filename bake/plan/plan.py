@@ -91,7 +91,7 @@ class Plan:
             self.config_changes.get("model_type", model_type),
             pushed=tuple(edit.parameter for edit in self.slot_edits),
             created=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
-            settings=tuple(self.route.flags),
+            settings=dict(self.route.flags),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The canary: a prompt by which anyone sees whether an engine dropped the biases."""
+"""The canary: prompts by which anyone sees whether an engine dropped the biases."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bake.proof.observation import (
     PlainRun,
     ProofSetup,
+    Reference,
     StoredBase,
 )
 from bake.proof.samples import decode_written
@@ -33,3 +34,66 @@ def find_canary(
             asked = tokenizer.decode(list(prompt), skip_special_tokens=True)
             return Canary(asked, base, baked)
     return None
+
+
+FORKS, FORKS_A_TEXT, FIRST = 12, 3, 4  # how many, of one text, and from which token on
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A text after which base and bake go on with different tokens.
+
+    margin: nats by which either prefers its own to the other's, of both the smaller: what quantisation
+    has to move before the answer is another.
+    """
+
+    prompt: str
+    base: str
+    baked: str
+    margin: float
+
+
+def find_forks(tokenizer: Tokenizer, setup: ProofSetup, reference: Reference) -> tuple[Fork, ...]:
+    """Return the surest places of the proof's texts at which base and bake part, by their margin.
+
+    Only places whose text comes back as the same tokens, and tokens of which neither begins the other: a
+    server is given text and gives text.
+    """
+    places: list[tuple[float, int, int, int, int]] = []
+    runs = zip(setup.encoded, reference.base, reference.hooked, strict=True)
+    for number, (text, base, hooked) in enumerate(runs):
+        if len(base) != len(text.ids):
+            continue
+        old, new = base.float().argmax(-1), hooked.float().argmax(-1)
+        for place in (old != new).nonzero()[:, 0].tolist():
+            own, other = int(new[place]), int(old[place])
+            margin = min(
+                float(hooked[place, own] - hooked[place, other]),
+                float(base[place, other] - base[place, own]),
+            )
+            places.append((margin, number, place, other, own))
+    found: list[Fork] = []
+    taken: dict[int, int] = {}
+    for margin, number, place, other, own in sorted(places, reverse=True):
+        if len(found) == FORKS:
+            break
+        if place < FIRST or taken.get(number, 0) == FORKS_A_TEXT:
+            continue
+        fork = _as_text(tokenizer, setup.encoded[number].ids[: place + 1], other, own, margin)
+        if fork is not None:
+            found.append(fork)
+            taken[number] = taken.get(number, 0) + 1
+    return tuple(found)
+
+
+def _as_text(
+    tokenizer: Tokenizer, ids: tuple[int, ...], base: int, baked: int, margin: float
+) -> Fork | None:
+    prompt = tokenizer.decode(list(ids), skip_special_tokens=True)
+    old, new = (tokenizer.decode([each], skip_special_tokens=True) for each in (base, baked))
+    plain = [text.strip() for text in (old, new)]
+    if not all(plain) or plain[0].startswith(plain[1]) or plain[1].startswith(plain[0]):
+        return None
+    if not (old + new).isprintable() or tuple(tokenizer(prompt)["input_ids"]) != tuple(ids):
+        return None
+    return Fork(prompt, old, new, round(margin, 3))

@@ -20,7 +20,7 @@ from bake.models.forward import LoadedModel, SpareModel
 from bake.models.padding import CAUSE, PaddingError, farthest
 from bake.plan.ablation import AblationPlan
 from bake.plan.plan import Plan
-from bake.proof.canary import Canary, find_canary
+from bake.proof.canary import Canary, Fork, find_canary, find_forks
 from bake.proof.cost import Cost, measure_cost
 from bake.proof.matrices import TOLERANCES as MATRICES
 from bake.proof.matrices import HookedAblation, Weights, hold_exact
@@ -109,6 +109,7 @@ class Equivalence:
     prompts: int
     stored_dtype: str
     canary: Canary | None
+    forks: tuple[Fork, ...] = ()
     cost: Cost | None = None
     samples: tuple[Sample, ...] = ()
     rounding_allowed: bool = False
@@ -282,6 +283,7 @@ def compare_runs(
         prompts=len(setup.encoded),
         stored_dtype=stored.dtype,
         canary=find_canary(tokenizer, setup, stored_base, plain),
+        forks=find_forks(tokenizer, setup, reference),
         cost=stored.cost,
         experts_flipped=run.flipped,
         same_experts_error=None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlamaTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
 )
@@ -247,6 +248,7 @@ CASES = [
             "embedding_multiplier": HIDDEN**0.5,
             "attention_multiplier": 0.25,
             "head_dim": 16,
+            "hidden_act": "gelu_pytorch_tanh",
         },
         frozenset({"use_bidirectional_attention"}),
         computed=("norm.weight",),
@@ -400,6 +402,24 @@ def test_config_is_the_bases_but_for_what_the_host_needs(setting):
     architecture = type(load(directory)).__name__
     wanted = {"model_type": case.host, "architectures": [architecture]}
     wanted |= {**case.changes, **case.stated}
+    # For other engines: every key that the host declares, and rotary positions as it was spelled before.
+    plain_keys = {entry.name for entry in fields(PreTrainedConfig)}
+    declared = {entry.name for entry in fields(type(read_config(directory)))} - plain_keys
+    spelled = {"rope_theta", "rope_scaling"} if "rope_parameters" in after else set()
+    new = set(after) - set(before) - wanted.keys()
+    assert new <= declared | spelled
+    host = read_config(directory)
+    simple = {key for key in declared if isinstance(getattr(host, key), bool | int | float | str)}
+    assert simple <= after.keys(), "an engine's default may be another"
+    if spelled:
+        assert after["rope_theta"] == after["rope_parameters"]["rope_theta"]
+        plain = dict(after)
+        del plain["rope_parameters"]
+        (directory / "config.json").write_text(json.dumps(plain))
+        older = read_config(directory).rope_parameters
+        (directory / "config.json").write_text(json.dumps(after))
+        assert older == read_config(directory).rope_parameters
+    after = {key: value for key, value in after.items() if key not in new}
     expected = {key: value for key, value in wanted.items() if before.get(key) != value}
     assert {key: after[key] for key in after if after[key] != before.get(key)} == expected
     assert before.keys() - after.keys() == case.removed & before.keys()
@@ -529,10 +549,12 @@ def test_defaults_of_the_base_are_stated_where_the_host_has_others(bases, tmp_pa
     (rewriter,) = find_hosts(config)[0]
     rewritten = rewriter.rewrite(open_checkpoint(str(tmp_path)), config, [1])
     written = {k: v for k, v in rewritten.config_changes.items() if v is not REMOVED}
-    assert written == {
+    defaults = AutoConfig.for_model("llama").to_dict()
+    differ = {key: value for key, value in written.items() if defaults.get(key, ()) != value}
+    assert differ == {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         **BOTH,
+        "head_dim": HIDDEN // 4,
         "bos_token_id": None,  # Llama's class would say 1, and 2 for the end,
         "eos_token_id": None,
         "max_position_embeddings": 32768,  # and 2048.

@@ -55,7 +55,18 @@ def test_facts_are_well_formed(engine):
     assert len(set(families)) == len(families), "an architecture is listed once"
     assert set(families) <= set(CONFIG_MAPPING), "named as transformers names it"
     for family in facts["reads"].values():
-        assert set(family) <= {"reads", "file", "checked", "unread", "how", "broken", "loses"}
+        assert set(family) <= {
+            "reads",
+            "file",
+            "checked",
+            "unread",
+            "how",
+            "broken",
+            "loses",
+            "only",
+            "otherwise",
+            "never",
+        }
         assert family["file"]
         assert all(glob.endswith("bias") for glob in family["reads"])
         assert family.get("checked", "read") in CHECKED
@@ -67,7 +78,8 @@ def test_command_line_offers_every_engine():
 
 
 def test_llama_survives_everywhere_but_for_the_mlp_biases_in_sglang():
-    kept = dict.fromkeys(ENGINES, "kept")
+    kept = dict.fromkeys(verdicts("llama", [OUT]), "kept")
+    assert {*kept} == {*ENGINES} - {"ollama", "lm-studio"}
     assert verdicts("llama", [OUT]) == kept
     assert verdicts("llama", [DOWN]) == {**kept, "sglang": "dropped"}
 
@@ -83,13 +95,45 @@ def test_a_star_does_not_reach_into_another_module():
     assert survival("vllm", "llama", [shared]).verdict == "dropped"
 
 
-def test_zero_biases_that_are_dropped_do_no_harm_but_a_strict_engine_stumbles_over_them():
+def test_zero_biases_that_are_dropped_do_no_harm():
     pushed, created = [QUERY], [QUERY, OUT]
     assert survival("llama.cpp", "qwen3", pushed).verdict == "kept"
     found = verdicts("qwen3", pushed, created)
     assert found["vllm"] == "kept"
-    assert found["llama.cpp"] == "error"
+    # llama.cpp would stumble over them, so that they are left out of the file.
+    kept = survival("llama.cpp", "qwen3", pushed, created)
+    assert (kept.verdict, "bake gguf leaves out" in kept.reason) == ("kept", True)
+    assert survival("llama.cpp", "qwen3", [OUT], created).verdict == "error"
+    assert survival("mlx", "qwen3", pushed, created).verdict == "error"
     assert verdicts("qwen3", [OUT], created)["vllm"] == "dropped"
+
+
+def test_what_runs_anothers_code_has_its_facts_and_is_not_listed():
+    assert "ollama" not in verdicts("llama", [DOWN])
+    for engine in ("ollama", "lm-studio"):
+        found = survival(engine, "llama", [DOWN])
+        assert (found.verdict, found.version) == (
+            "kept",
+            f"on {read_facts()['llama.cpp']['version']}",
+        )
+        assert anatomy("qwen3").choose("auto", target=engine).site == "attn_in"
+
+
+def test_a_setting_that_an_engine_does_not_compute_is_another_model():
+    """Gemma as Granite: its GELU is told by the config, and engines take a Granite's to be SiLU."""
+    found = examine(CONFIG_MAPPING["gemma"](num_hidden_layers=4))
+    route = found.choose("mlp_out")
+    assert route.rewriter.name == "granite"
+    told = {entry.engine: entry for entry in found.survivals(route)}
+    assert {engine: told[engine].verdict for engine in ("vllm", "llama.cpp", "mlx")} == {
+        "vllm": "error",
+        "llama.cpp": "dropped",
+        "mlx": "dropped",
+    }
+    assert "whatever hidden_act says, and it is gelu" in told["llama.cpp"].reason
+    assert verdicts("granite", [DOWN])["llama.cpp"] == "kept"
+    with pytest.raises(UnsupportedError, match="mlp_out is dropped"):
+        found.choose("mlp_out", target="ollama")
 
 
 def test_one_slot_of_several_that_is_dropped_is_a_loss():
@@ -122,7 +166,7 @@ def test_a_stock_weight_is_read_wherever_the_architecture_is():
 
 def test_what_was_not_checked_is_unknown_and_transformers_is_proven():
     assert verdicts("zamba2", [DOWN]) == {
-        **dict.fromkeys(ENGINES, "unknown"),
+        **dict.fromkeys({*ENGINES} - {"ollama", "lm-studio"}, "unknown"),
         "transformers": "kept",
     }
     assert survival("vllm", "zamba2", [DOWN]).seen == "not checked"
@@ -140,6 +184,8 @@ def test_what_was_not_checked_is_unknown_and_transformers_is_proven():
         ("qwen3", "transformers", "attn_out"),
         ("qwen3", "sglang", "attn_out"),
         ("qwen3", "vllm", "attn_in"),
+        ("qwen3", "llama.cpp", "attn_in"),
+        ("gemma3_text", "ollama", "attn_in"),
         ("gpt2", "vllm", "mlp_out"),
         ("gpt2", "llama.cpp", "mlp_out"),
         ("gpt2", "mlx", "mlp_out"),
@@ -160,10 +206,9 @@ def test_refused_target_says_why_what_survives_there_and_where_this_survives():
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("target", ["mlx", "llama.cpp"])
-def test_target_in_which_no_route_survives_is_refused(target):
+def test_target_in_which_no_route_survives_is_refused():
     with pytest.raises(UnsupportedError, match=r"attn_out does not load .*no route that is known"):
-        anatomy("qwen3").choose("auto", target=target)
+        anatomy("qwen3").choose("auto", target="mlx")
 
 
 def test_a_target_of_which_nothing_is_known_is_refused_with_what_is():
@@ -198,7 +243,7 @@ def test_a_rewritten_base_is_judged_by_the_architecture_that_it_becomes():
     with pytest.raises(UnsupportedError, match=r"not known .*only when it is planned"):
         silent.choose("mlp_out", target="vllm")
     assert silent.choose("mlp_out", target="transformers") is route
-    with pytest.raises(UnsupportedError, match="is dropped"):
+    with pytest.raises(UnsupportedError, match="does not load"):
         found.choose("mlp_out", target="vllm")  # Qwen 3's own host
     host = replace(route, rewritten=Outline("llama", ("mlp.down_proj.bias",)))
     in_place = [entry for entry in found.routes if entry.rewriter is None]
@@ -276,16 +321,16 @@ def test_added_layers_are_not_promised_to_an_engine():
 
 
 def test_an_engine_that_loses_the_window_of_a_host_is_no_target():
-    """MLX reads every bias of SmolLM 3 and no window, which Mistral is re-expressed as it to keep."""
+    """MLX loads no SmolLM 3 in which every layer slides, which is what such a Mistral becomes."""
     config = CONFIG_MAPPING["mistral"](num_hidden_layers=4, sliding_window=4096)
     found = examine(config)
     route = found.choose("mlp_out")
     assert route.rewriter.name == "smollm3"
     told = {entry.engine: entry for entry in found.survivals(route)}
-    assert told["mlx"].verdict == "dropped"
-    assert "does not read sliding_window" in told["mlx"].reason
+    assert told["mlx"].verdict == "error"
+    assert "every entry of layer_types is sliding_attention" in told["mlx"].reason
     assert told["vllm"].verdict == "kept"
-    with pytest.raises(UnsupportedError, match="does not read sliding_window"):
+    with pytest.raises(UnsupportedError, match="every entry of layer_types"):
         found.choose("auto", target="mlx")
     # A SmolLM 3 that is the base itself is not re-expressed, so nothing is lost by the bake.
     assert verdicts("smollm3", [DOWN])["mlx"] == "kept"

@@ -30,6 +30,7 @@ def _refuse(config: PreTrainedConfig) -> str | None:
 def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "mlp_bias": True,
+        "hidden_act": config.hidden_act,  # Engines may take a Granite's to be SiLU.
         "embedding_multiplier": float(config.hidden_size) ** 0.5,
         "attention_multiplier": float(head_size(config)) ** -0.5,
         **stated_head_size(config),

@@ -308,7 +308,38 @@ class HostRewriter:
                 raise UnsupportedError(
                     f"{self.name} cannot be given {key} = {_value(config, key)!r} of the base"
                 )
+        stated = _for_engines(host, values, changes)
+        again = _build(host_class, values, {**changes, **stated})
+        if all(_value(again, key) == _value(host, key) for key in wanted):
+            changes |= stated  # Nothing that transformers would read otherwise.
         return changes, host
+
+
+def _for_engines(
+    host: PreTrainedConfig, values: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return keys that transformers does not need and other engines do.
+
+    Every key that the host's own class declares, because their defaults are others (MLX's Granite has none
+    for `logits_scaling`); rotary positions in the spelling before `rope_parameters`, which older versions
+    and MLX alone read. Missing they cost RoPE without a word.
+    """
+    from transformers import PreTrainedConfig as Plain
+
+    edited = {k: v for k, v in {**values, **changes}.items() if v is not REMOVED}
+    own = _keys(type(host)) - _keys(Plain) - {"rope_parameters"}
+    found: dict[str, Any] = {
+        key: value
+        for key in sorted(own - edited.keys())
+        if isinstance(value := getattr(host, key, None), bool | int | float | str)
+    }
+    rope = getattr(host, "rope_parameters", None)
+    if "rope_parameters" in edited and isinstance(rope, dict) and "rope_theta" in rope:
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        plain = scaling.get("rope_type", "default") == "default" and len(scaling) <= 1
+        found["rope_theta"] = rope["rope_theta"]
+        found["rope_scaling"] = None if plain else scaling
+    return found
 
 
 def _edit(
