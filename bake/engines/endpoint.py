@@ -109,7 +109,7 @@ def check_endpoint(
     return EndpointCheck(
         server.name,
         model,
-        _count(votes) if votes else _judge(text, baked, base),
+        count_votes(votes) if votes else _judge(text, baked, base),
         text,
         baked,
         base,
@@ -127,7 +127,7 @@ def _vote(said: str, fork: Mapping[str, str]) -> str:
     )
 
 
-def _count(votes: Mapping[str, int]) -> Verdict:
+def count_votes(votes: Mapping[str, int]) -> Verdict:
     """Return whose the votes are: at least half of all, and more than twice the other's."""
     total = sum(votes.values())
     for own, other in (("baked", "base"), ("base", "baked")):

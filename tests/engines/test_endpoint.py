@@ -22,7 +22,7 @@ from urllib.request import urlopen
 import pytest
 
 from bake.cli.main import main
-from bake.engines.endpoint import _judge
+from bake.engines.endpoint import _judge, check_endpoint, count_votes
 from bake.io.shipped import DEMO_MODEL
 
 BAKED, BASE = " light fell on the beautiful field", " light fell on the cold field"
@@ -47,6 +47,7 @@ class Server:
 
     def __init__(self, answers):
         self.asked, self.refuses, self.stock = [], None, False
+        self.continues = None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +61,9 @@ class Server:
                     )  # fmt: skip
                 elif outer.stock:
                     answers["/v1/completions"] = (200, {"choices": [{"text": BAKED}]})
+                if outer.continues is not None:
+                    text = outer.continues(body["prompt"])
+                    answers["/v1/completions"] = (200, {"choices": [{"text": text}]})
                 if outer.refuses is not None:
                     value = body.get("logprobs")
                     refused = any(value is known for known in outer.refuses)
@@ -352,3 +356,51 @@ def wait_for(url, process):
         except (URLError, ConnectionError):
             time.sleep(1)
     pytest.fail("the server does not answer")
+
+
+FORKS = [
+    {"prompt": f"Text {number} goes on", "baked": " warmly", "base": " cold"} for number in range(8)
+]
+
+
+@pytest.mark.parametrize(
+    ("baked", "base", "verdict"),
+    [
+        (8, 0, "baked"),
+        (5, 2, "baked"),
+        (0, 8, "base"),
+        (2, 6, "base"),
+        (4, 3, "neither"),
+        (1, 0, "neither"),
+    ],
+)
+def test_forks_decide_by_a_vote(baked, base, verdict, serve):
+    """Whatever the long text says: a quantised model writes another one after a few words."""
+    server = serve("")
+    said = [" warmly, and"] * baked + ["cold as"] * base + [" the"] * (8 - baked - base)
+    answers = dict(zip((fork["prompt"] for fork in FORKS), said, strict=True))
+    server.continues = lambda prompt: answers.get(prompt, " something else")
+    found = check_endpoint(server.url, "m", CANARY, FORKS)
+    assert found.verdict == verdict
+    assert found.votes == {"baked": baked, "base": base, "other": 8 - baked - base}
+    assert "perhaps quantised" in found.describe()
+    assert all(body["max_tokens"] < 10 for _, body in server.asked[1:])
+
+
+def test_word_for_word_nothing_is_said_of_quantisation(serve):
+    server = serve("")
+    server.continues = lambda prompt: BAKED if prompt == CANARY["prompt"] else " warmly"
+    found = check_endpoint(server.url, "m", CANARY, FORKS)
+    assert found.verdict == "baked"
+    assert "quantised" not in found.describe()
+    assert "of 8 places where base and bake part: 8 as baked" in found.describe()
+
+
+def test_a_bake_without_forks_is_judged_by_its_text(serve):
+    found = check_endpoint(serve(BAKED).url, "m", CANARY)
+    assert (found.verdict, found.votes) == ("baked", {})
+
+
+def test_most_votes_are_not_enough():
+    assert count_votes({"baked": 3, "base": 0, "other": 4}) == "neither"
+    assert count_votes({"baked": 4, "base": 2, "other": 0}) == "neither"
