@@ -10,7 +10,7 @@ from typing import Any
 from bake.anatomy import Anatomy, examine
 from bake.anatomy.base import load_base, open_any
 from bake.api.given import GivenPairs, GivenTexts, Model, as_files
-from bake.checkpoint.checkpoint import open_description
+from bake.checkpoint.checkpoint import find_bake, open_description
 from bake.directions.direction import Direction
 from bake.directions.direction_file import direction_bytes
 from bake.directions.extract import OPTIMIZE, ExtractionOptions, check_layers, extract
@@ -27,6 +27,7 @@ from bake.models.streaming import choose_placement
 from bake.options.documentation import documented
 from bake.options.others import CONVERT, DIRECTION, SHOW
 from bake.pipeline.recipe import DEFAULT_BAND
+from bake.pipeline.record import read_any_result, rebuild_push
 from bake.plan.destination import site_to_read
 from bake.sites import check_site, layers_with
 from bake.strength.coefficients import band_layers, parse_band
@@ -126,6 +127,7 @@ def convert_direction(
     output: str | Path,
     layer_offset: int | None = None,
     site: str | None = None,
+    push: bool = False,
     model_hint: str | None = None,
     layers: int | None = None,
     model: str | None = None,
@@ -134,6 +136,8 @@ def convert_direction(
 
     A direction can be whatever `export` takes. A GGUF control vector has layers 1 and on, as llama.cpp's.
     """
+    if push:
+        direction, site = _push_of(direction, site)
     described = None if model is None else open_description(find_model(model))
     anatomy = None if described is None else examine(read_config(described))
     converted = conversion.convert(
@@ -150,6 +154,21 @@ def convert_direction(
         announce(sentence)
     write_file(converted.output, converted.content)
     return converted
+
+
+def _push_of(bake: Any, site: str | None) -> tuple[dict[int, Any], str]:
+    """Return what a bake adds, {layer: α·û}, and its site; raise DirectionError for anything else."""
+    if not isinstance(bake, str | Path) or site is not None:
+        raise DirectionError(
+            "--push takes a bake's directory or Hub id, which says the site itself"
+        )
+    directory = find_bake(find_model(str(bake)))
+    recorded = read_any_result(directory)
+    if "site" not in recorded:
+        raise DirectionError(
+            f"{bake} has no push: something was taken out of it, which no vector adds"
+        )
+    return dict(rebuild_push(recorded, directory).vectors), str(recorded["site"])
 
 
 @documented(SHOW, file="direction", direction_site="site")

@@ -37,6 +37,7 @@ def run_convert(parsed: argparse.Namespace) -> int:
         output=parsed.output,
         layer_offset=parsed.layer_offset,
         site=parsed.direction_site,
+        push=parsed.push,
         model_hint=parsed.model_hint,
         layers=parsed.layers,
         model=parsed.model,

@@ -92,12 +92,21 @@ CONVERT = Command(
         OUTPUT.but(help="its suffix names the format", metavar="FILE"),
         LAYER_OFFSET,
         DIRECTION_SITE,
+        Option(
+            "push",
+            "FILE is a bake, a directory or Hub id: its push α·û of every layer, which steers as the bake "
+            "does at scale 1",
+            bool,
+        ),
         Option("model_hint", "GGUF: the architecture, such as llama", metavar="NAME"),
         Option("layers", "how many the model has", int, metavar="N", excludes="size"),
         Option("model", "the model, whose config says how many", metavar="MODEL", excludes="size"),
     ),
     heading=DIRECTIONS,
-    examples=("bake direction convert formal.safetensors -o formal.gguf --layers 30",),
+    examples=(
+        "bake direction convert formal.safetensors -o formal.gguf --layers 30",
+        "bake direction convert SmolLM2-135M-Instruct-formal -o formal.gguf --push",
+    ),
 )
 
 SHOW = Command(

@@ -219,6 +219,9 @@ def stored_dtype(recorded: Mapping[str, Any]) -> str | None:
     return None if stored_as == "as the base" else stored_as
 
 
+SURE_MARGIN, FEW_FORKS = 0.5, 5  # nats; how many are kept whatever their margin
+
+
 def read_canary(directory: Path) -> dict[str, str]:
     """Return {"prompt", "baked", "base"}; raise EndpointError where the bake has no canary.
 
@@ -234,6 +237,12 @@ def read_canary(directory: Path) -> dict[str, str]:
 
 
 def read_forks(directory: Path) -> list[dict[str, str]]:
-    """Return the bake's forks, {"prompt", "baked", "base"} each; none of bakes older than these."""
+    """Return the bake's forks, {"prompt", "baked", "base"} each; none of bakes older than these.
+
+    Those whose margin quantisation moves as well are left out, as long as enough are left.
+    """
     forks = read_part(directory, "equivalence").get("forks") or []
-    return [{key: str(fork[key]) for key in ("prompt", "baked", "base")} for fork in forks]
+    forks = sorted(forks, key=lambda fork: -fork["margin"])
+    sure = [fork for fork in forks if fork["margin"] >= SURE_MARGIN]
+    kept = sure if len(sure) >= FEW_FORKS else forks[:FEW_FORKS]
+    return [{key: str(fork[key]) for key in ("prompt", "baked", "base")} for fork in kept]

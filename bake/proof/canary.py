@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bake.proof.observation import (
     PlainRun,
@@ -12,6 +13,9 @@ from bake.proof.observation import (
 )
 from bake.proof.samples import decode_written
 from bake.texts.protocols import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ FORKS, FORKS_A_TEXT, FIRST = 12, 3, 4  # how many, of one text, and from which t
 class Fork:
     """A text after which base and bake go on with different tokens.
 
-    margin: nats by which either prefers its own to the other's, of both the smaller: what quantisation
-    has to move before the answer is another.
+    margin: nats by which either prefers its token to every other, of both the smaller: what quantisation has
+    to move before the answer is another.
     """
 
     prompt: str
@@ -67,10 +71,7 @@ def find_forks(tokenizer: Tokenizer, setup: ProofSetup, reference: Reference) ->
         old, new = base.float().argmax(-1), hooked.float().argmax(-1)
         for place in (old != new).nonzero()[:, 0].tolist():
             own, other = int(new[place]), int(old[place])
-            margin = min(
-                float(hooked[place, own] - hooked[place, other]),
-                float(base[place, other] - base[place, own]),
-            )
+            margin = min(_lead(hooked[place]), _lead(base[place]))
             places.append((margin, number, place, other, own))
     found: list[Fork] = []
     taken: dict[int, int] = {}
@@ -84,6 +85,12 @@ def find_forks(tokenizer: Tokenizer, setup: ProofSetup, reference: Reference) ->
             found.append(fork)
             taken[number] = taken.get(number, 0) + 1
     return tuple(found)
+
+
+def _lead(logits: torch.Tensor) -> float:
+    """Return how far the most likely token is before the next, in nats."""
+    first, second = logits.float().topk(2).values.tolist()
+    return float(first - second)
 
 
 def _as_text(

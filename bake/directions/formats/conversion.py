@@ -118,6 +118,11 @@ def _for_llama_cpp(
             "--layers N or --model MODEL"
         )
     spread = _spread(vectors, range(1, layer_count or 1))
+    if None in vectors:
+        notes.append(
+            f"the one vector is for layers 1 to {(layer_count or 1) - 1}, not for the band that a bake "
+            "pushes: take the bake itself with --push for that"
+        )
     if 0 in spread:
         del spread[0]
         notes.append("layer 0 is left out: llama.cpp takes no control vector there")

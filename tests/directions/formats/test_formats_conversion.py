@@ -9,13 +9,14 @@ import torch
 from conftest import HIDDEN, LAYERS
 
 from bake import api
+from bake.api import ablate, convert_direction, export
 from bake.cli.main import main
 from bake.directions.direction import SCALE_KEY, Direction
 from bake.directions.direction_file import direction_bytes, load_direction
 from bake.directions.formats import read_direction, read_given
 from bake.directions.formats.conversion import convert
 from bake.directions.formats.gguf_writer import write_gguf
-from bake.errors import DirectionError
+from bake.errors import BakeError, DirectionError
 
 
 def rows(layers, width=HIDDEN):
@@ -172,3 +173,33 @@ def test_model_named_like_a_command_is_given_as_a_path(capsys):
         assert caught.value.code == 2
         usage = capsys.readouterr().err
         assert ("bake direction convert FILE" in usage) == (words[1:] == ["convert"])
+
+
+class TestPush:
+    """--push: what a bake adds, so that scale 1 steers as the bake does."""
+
+    def test_vectors_are_the_bakes(self, make_model, tmp_path):
+        base = make_model()
+        vector = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1))
+        result = export(base, direction=vector, site="mlp_out", output=tmp_path / "out")
+        found = convert_direction(tmp_path / "out", output=tmp_path / "x.gguf", push=True)
+        assert found.layers == "layers 2 to 4"
+        read = read_direction(tmp_path / "x.gguf")
+        for layer, wanted in result.push.vectors.items():
+            own = read.layer(layer) * read.lengths[layer]
+            torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6)
+
+    def test_what_is_no_push_is_told(self, make_model, tmp_path):
+        base = make_model()
+        vector = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1))
+        with pytest.raises(BakeError, match=r"bake\.json"):
+            convert_direction(base, output=tmp_path / "x.gguf", push=True)
+        ablate(base, direction=vector, output=tmp_path / "ablated")
+        with pytest.raises(DirectionError, match="no push: something was taken out"):
+            convert_direction(tmp_path / "ablated", output=tmp_path / "x.gguf", push=True)
+        with pytest.raises(DirectionError, match="says the site itself"):
+            convert_direction(vector, output=tmp_path / "x.gguf", push=True)
+        export(base, direction=vector, site="attn_in", convert_site=True, output=tmp_path / "in")
+        with pytest.raises(DirectionError, match="attn_in"):
+            convert_direction(tmp_path / "in", output=tmp_path / "x.gguf", push=True)
+        assert not (tmp_path / "x.gguf").exists()
