@@ -47,8 +47,8 @@ FORKS, FORKS_A_TEXT, FIRST = 12, 3, 4  # how many, of one text, and from which t
 class Fork:
     """A text after which base and bake go on with different tokens.
 
-    margin: nats by which either prefers its token to every other, of both the smaller: what quantisation has
-    to move before the answer is another.
+    margin: nats by which either prefers its token to every other, of both the smaller: what quantisation
+    has to move before the answer is another.
     """
 
     prompt: str
