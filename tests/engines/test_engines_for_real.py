@@ -17,7 +17,10 @@ from bake.anatomy import examine
 from bake.anatomy.flags import with_flags
 from bake.anatomy.twin import build_random, fold
 from bake.api import export
+from bake.checkpoint.checkpoint import open_checkpoint
+from bake.checkpoint.writer import write_config, write_weights
 from bake.engines.survival import read_facts, survival
+from bake.models.forward import read_config
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("default")]
 
@@ -196,3 +199,36 @@ def test_mlx_does_with_every_route_what_the_facts_say(model_type, tmp_path, load
         assert effect > 0.01
         bound = 3e-3 if model_type in COARSE else 1e-3
         assert np.abs(logits - expected).max() < bound * effect, route.site
+
+
+HOSTED = {
+    "qwen2": {**COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "mistral": {
+        **COMMON,
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["rope_parameters", "rope_theta"])
+@pytest.mark.parametrize("model_type", HOSTED)
+def test_a_host_keeps_rotary_positions_in_either_spelling(
+    model_type, published, tmp_path, load_in_mlx
+):
+    """MLX knows `rope_theta` alone: a host that has only `rope_parameters` is another model there."""
+    base = tmp_path / "base"
+    model = build_random(CONFIG_MAPPING[model_type](**HOSTED[model_type]), 0)
+    (write_as_published if published else type(model).save_pretrained)(model, base)
+    anatomy = examine(CONFIG_MAPPING[model_type](**HOSTED[model_type]))
+    route = anatomy.choose("mlp_out")
+    assert route.rewriter.name == "llama"
+    opened = open_checkpoint(str(base))
+    rewritten = route.rewriter.rewrite(opened, read_config(base), list(route.layers))
+    output = tmp_path / "hosted"
+    output.mkdir()
+    write_weights(opened, rewritten.edits, output)
+    write_config(opened, rewritten.config_changes, output)
+    expected = transformers_logits(output)
+    assert np.abs(expected - transformers_logits(base)).max() < 1e-4
+    assert np.abs(load_in_mlx(output) - expected).max() < 1e-3 * np.abs(expected).max()
