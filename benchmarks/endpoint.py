@@ -10,16 +10,18 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import bake
 from bake.checkpoint.checkpoint import open_checkpoint
-from bake.engines.endpoint import check_endpoint, count_votes
+from bake.engines.endpoint import ask_forks, count_votes
+from bake.engines.server import Server
 from bake.llama_cpp.running import serving
 from bake.llama_cpp.source import write_metadata, write_source
 from bake.llama_cpp.tools import find_llama_cpp
-from bake.pipeline.record import read_canary, read_forks
+from bake.pipeline.record import read_forks
 
 KINDS = ("F16", "Q8_0", "Q4_K_M", "Q2_K")
 BAKES = (
@@ -60,12 +62,9 @@ def main() -> None:
             with serving(tools.server, files[name, kind]) as url:
                 for pairs in [name] if name != "base" else list(dict(BAKES)):
                     forks = read_forks(directories[pairs])
-                    canary = read_canary(directories[pairs])
                     truth = "base" if name == "base" else "baked"
-                    votes = []
-                    for fork in forks:
-                        found = check_endpoint(url, "m", canary, [fork] * 3)
-                        votes.append(max(found.votes, key=lambda each: found.votes[each]))
+                    server = Server(url, "m", "--endpoint")
+                    votes = ask_forks(server, forks, time.monotonic() + 300)
                     told[truth].update(votes)
                     draw = random.Random(f"{pairs} {kind}")
                     for _ in range(TRIALS):

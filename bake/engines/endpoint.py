@@ -102,10 +102,10 @@ def check_endpoint(
     text, log_probability = _complete(server, canary["prompt"], until)
     baked, base = canary["baked"], canary["base"]
     agreement = {"baked": _shared(text, baked), "base": _shared(text, base)}
-    votes = dict.fromkeys(("baked", "base", "other"), 0) if len(forks) >= FEWEST_FORKS else {}
-    for fork in forks if votes else ():
-        said, _ = _complete(server, fork["prompt"], until, FORK_TOKENS)
-        votes[_vote(said, fork)] += 1
+    votes: dict[str, int] = {}
+    if len(forks) >= FEWEST_FORKS:
+        answers = ask_forks(server, forks, until)
+        votes = {each: answers.count(each) for each in ("baked", "base", "other")}
     return EndpointCheck(
         server.name,
         model,
@@ -119,12 +119,14 @@ def check_endpoint(
     )
 
 
-def _vote(said: str, fork: Mapping[str, str]) -> str:
-    """Return whose word a server went on with."""
-    said = said.lstrip()
-    return next(
-        (each for each in ("baked", "base") if said.startswith(fork[each].strip())), "other"
-    )
+def ask_forks(server: Server, forks: Sequence[Mapping[str, str]], until: float) -> list[str]:
+    """Return whose word a server goes on with after each fork: "baked", "base" or "other"."""
+    answers = []
+    for fork in forks:
+        said = _complete(server, fork["prompt"], until, FORK_TOKENS)[0].lstrip()
+        own = (each for each in ("baked", "base") if said.startswith(fork[each].strip()))
+        answers.append(next(own, "other"))
+    return answers
 
 
 def count_votes(votes: Mapping[str, int]) -> Verdict:
