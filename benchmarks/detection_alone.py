@@ -64,7 +64,9 @@ def config(family: str, vocabulary: int) -> PreTrainedConfig:
 def train(family: str, seed: int, output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL, trust_remote_code=False)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(
+        config(family, len(tokenizer)), trust_remote_code=False
+    )
     documents = iterate_documents(1000 + 100 * FAMILIES.index(family) + seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01 if seed else 0.1)
     for step in range(STEPS):

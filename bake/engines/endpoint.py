@@ -109,7 +109,7 @@ def check_endpoint(
     return EndpointCheck(
         server.name,
         model,
-        count_votes(votes) if votes else _judge(text, baked, base),
+        _decide(votes, _judge(text, baked, base)),
         text,
         baked,
         base,
@@ -127,6 +127,12 @@ def ask_forks(server: Server, forks: Sequence[Mapping[str, str]], until: float) 
         own = (each for each in ("baked", "base") if said.startswith(fork[each].strip()))
         answers.append(next(own, "other"))
     return answers
+
+
+def _decide(votes: Mapping[str, int], told: Verdict) -> Verdict:
+    """Return what the forks say; where they are undecided, or none are there, what the long text tells."""
+    counted = count_votes(votes) if votes else "neither"
+    return told if counted == "neither" else counted
 
 
 def count_votes(votes: Mapping[str, int]) -> Verdict:

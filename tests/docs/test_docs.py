@@ -37,8 +37,15 @@ FASTER = {
     "sweep --html": f"sweep --html {FEW}",
     'moon."': 'moon." --new-tokens 4',
 }
-# tests/demo runs the first, and judges what it shows; tests/play serves the page.
-ELSEWHERE = {"bake demo", f"bake play {MODEL} --pairs formal-casual"}
+# tests/demo runs the first, and judges what it shows; tests/play serves the page; llama.cpp's programs are
+# stand-ins in tests/llama_cpp, and run for real by `make test-engines`.
+BAKED = "SmolLM2-135M-Instruct-formal"
+ELSEWHERE = {
+    "bake demo",
+    f"bake play {MODEL} --pairs formal-casual",
+    f"bake gguf {BAKED} -o formal.gguf --llama-cpp llama.cpp",
+    f"bake gguf {BAKED} -o formal-q4.gguf --quantize Q4_K_M --llama-cpp llama.cpp",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
