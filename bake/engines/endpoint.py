@@ -136,12 +136,16 @@ def _decide(votes: Mapping[str, int], told: Verdict) -> Verdict:
 
 
 def count_votes(votes: Mapping[str, int]) -> Verdict:
-    """Return whose the votes are: at least half of all, and more than twice the other's."""
+    """Return whose the votes are: more than twice the other's; for the bake half, for the base a third.
+
+    To call a base baked is the worse mistake.
+    """
     total = sum(votes.values())
-    for own, other in (("baked", "base"), ("base", "baked")):
-        if 2 * votes[own] >= total and votes[own] > 2 * votes[other]:
-            return "baked" if own == "baked" else "base"
-    return "neither"
+    if 2 * votes["baked"] >= total and votes["baked"] > 2 * votes["base"]:
+        return "baked"
+    return (
+        "base" if 3 * votes["base"] >= total and votes["base"] > 2 * votes["baked"] else "neither"
+    )
 
 
 def _judge(text: str, baked: str, base: str) -> Verdict:

@@ -404,3 +404,5 @@ def test_a_bake_without_forks_is_judged_by_its_text(serve):
 def test_most_votes_are_not_enough():
     assert count_votes({"baked": 3, "base": 0, "other": 4}) == "neither"
     assert count_votes({"baked": 4, "base": 2, "other": 0}) == "neither"
+    assert count_votes({"baked": 0, "base": 2, "other": 4}) == "base"
+    assert count_votes({"baked": 0, "base": 1, "other": 5}) == "neither"
