@@ -269,3 +269,20 @@ class TestComparison:
         partly = base.clone()
         partly[1, 7] = float("nan")
         assert compare("x", "F16", (partly, bake), (base, bake)).holds
+
+
+def test_the_converter_gets_no_code_of_strangers(programs, baked, tmp_path):
+    """llama.cpp's converter trusts remote code, so that nothing it is given may name any."""
+    directory = baked()
+    evil = "from pathlib import Path\nPath('ran').write_text('')\n"
+    (directory / "evil.py").write_text(evil)
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((directory / name).read_text())
+        values["auto_map"] = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", None]}
+        (directory / name).write_text(json.dumps(values))
+    gguf(directory, output=tmp_path / "x.gguf", llama_cpp=programs())
+    for given in ("base.gguf", "bake.gguf"):
+        folder = tmp_path / "store" / given
+        assert not list(folder.rglob("*.py"))
+        for path in folder.glob("*.json"):
+            assert "auto_map" not in path.read_text(), path.name
