@@ -21,6 +21,10 @@ RESIDUAL_SITES = ("mlp_out", "attn_out")
 INPUT_SITES = ("attn_in", "mlp_in")
 SITES = RESIDUAL_SITES + INPUT_SITES
 
+UNREACHED = (
+    1e-6  # of a push, that a solved slot may leave out; float64 solves to 1e-10 where it can
+)
+
 DESCRIPTIONS = {
     "mlp_out": "the residual stream after the MLP's add (the decoder layer's output)",
     "attn_out": "the residual stream after attention's add",
@@ -80,7 +84,9 @@ class Slot:
     depends on: a key bias without rotary positions cancels in the softmax. `axis` is for slots that
     are matrices: v lies along that axis, in each of the rows or columns `span` [start, stop) of the
     other one (None: in all of them, as experts' biases do). `part` is for a parameter that is merged on
-    loading of several tensors on disk, experts: the slot is this one of them.
+    loading of several tensors on disk, experts: the slot is this one of them. `solved` is for a bias that
+    stands before the matrix instead of behind it: it receives the x of W·x = v / scale, as a value bias
+    does, which every attended position has alike, so that the softmax's weights, of sum one, leave it be.
     """
 
     bias: str
@@ -91,6 +97,7 @@ class Slot:
     axis: int | None = None
     span: tuple[int, int] | None = None
     part: int | None = None
+    solved: bool = False
 
     @property
     def key(self) -> str:
@@ -117,9 +124,25 @@ class Slot:
         if weight is None:
             raise UnsupportedError(f"slot {self.bias} needs the matrix {self.weight} to fold W·v")
         matrix = weight.double()
+        if self.solved:
+            return self._solve(vector / self.scale, matrix.T if self.transposed else matrix)
         if matrix.ndim == 1:
             return vector / matrix
         return vector @ matrix if self.transposed else matrix @ vector
+
+    def _solve(self, vector: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the smallest x of matrix · x = vector; raise UnsupportedError where there is none."""
+        import torch
+
+        solved = torch.linalg.lstsq(matrix, vector[:, None], driver="gelsd").solution
+        found: torch.Tensor = solved[:, 0]
+        off = float((matrix @ found - vector).norm() / vector.norm().clamp(min=1e-300))
+        if not off <= UNREACHED:
+            raise UnsupportedError(
+                f"{self.bias} reaches only a part of the push: {off:.1%} of it is outside of what "
+                f"{self.weight} writes; another site has no such limit"
+            )
+        return found
 
     def _spread(self, vector: torch.Tensor, axis: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Lay the vector along `axis` of a zero matrix, in the rows or columns of the span."""

@@ -145,3 +145,18 @@ def test_input_direction_elsewhere_is_always_refused(found_at, site, convert):
     with pytest.raises(DirectionError, match=f"found at {found_at} and cannot be used at {site}"):
         check_direction_site(found_at, site, convert=convert)
     assert not is_usable_at(found_at, site)
+
+
+def test_a_solved_slot_receives_what_its_matrix_makes_the_push_of():
+    """A value bias b: attention adds W_o · b, as the softmax's weights sum to one."""
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).double()
+    push = torch.arange(1.0, 7.0)
+    slot = Slot("v", "o", solved=True, scale=0.5)
+    assert torch.allclose(matrix @ slot.delta(push, matrix), push.double() / 0.5)
+    turned = Slot("v", "o", solved=True, transposed=True)
+    assert torch.allclose(matrix @ turned.delta(push, matrix.T), push.double())
+    flat = torch.cat([matrix[:5], matrix[:1]])  # The last channel writes what the first does.
+    with pytest.raises(
+        UnsupportedError, match=r"v reaches only a part of the push: \d+\.\d% of it"
+    ):
+        slot.delta(push, flat)

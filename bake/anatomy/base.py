@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from bake.anatomy import Anatomy, examine
 from bake.checkpoint.checkpoint import Checkpoint, is_path, open_checkpoint
 from bake.checkpoint.licences import read_licence
 from bake.checkpoint.quantization import check_quantization
+from bake.engines.survival import find_rotation
 from bake.errors import CheckpointError, UnsupportedError
 from bake.io.shipped import DEMO_MODEL, DEMO_NAME, find_model
 from bake.models.forward import LanguageModel, load_model, read_config
@@ -209,7 +210,7 @@ def open_base(
         check_quantization(checkpoint.config, checkpoint.model_id, checkpoint.directory)
     with clock.stage("anatomy"):
         anatomy = examine(read_config(checkpoint.directory), briefly=briefly)
-    return Base(checkpoint, anatomy)
+    return Base(checkpoint, replace(anatomy, rotation=find_rotation(checkpoint.config)))
 
 
 def load_base(base: AnyBase, placement: Placement | None = None) -> LanguageModel:

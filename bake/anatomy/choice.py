@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What bake knows of an architecture: its layers, the exact routes, and the refusals."""
+    """What bake knows of an architecture: its layers, the exact routes, and the refusals.
+
+    rotation: of the checkpoint's config.json, see `bake.engines.survival.Outline`.
+    """
 
     architecture: str
     model_type: str
@@ -50,6 +53,7 @@ class Anatomy:
     config: PreTrainedConfig = field(repr=False, compare=False)
     prove_insertion: Callable[[], SiteRoute] = field(repr=False, compare=False)
     prove_ablation: Callable[[], Ablatable] = field(repr=False, compare=False)
+    rotation: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def choose(
         self,
@@ -63,7 +67,8 @@ class Anatomy:
     ) -> SiteRoute:
         """Return the route for a site, or for `auto` the first exact site in the order of preference.
 
-        kind: "norm" or "projection" where a site has both. found_at: the site of a given direction;
+        kind: "norm" or "projection" where a site has both, "value" for what only this takes. found_at: the
+        site of a given direction;
         `auto` considers only sites that suit it. target: only routes that are known to survive in that
         engine. route: `native`, `flag`, `host` or `insert`; with `auto` the base is not given extra
         layers. host: the name of one rewriter. Raises UnsupportedError with the reason and what works
@@ -88,7 +93,8 @@ class Anatomy:
             if site in ("auto", entry.site)
             and (kind is None or entry.kind == kind)
             and (site != "auto" or found_at is None or is_usable_at(found_at, entry.site))
-            and (entry.route != "insert" if route == "auto" else entry.route == route)
+            and (not entry.on_request or route != "auto" or host is not None or kind == "value")
+            and (route in ("auto", entry.route))
             and (host is None or (entry.rewriter is not None and entry.rewriter.name == host))
         ]
         if candidates:
@@ -102,6 +108,9 @@ class Anatomy:
         # Where the site was left open, the reason that counts is the first choice's.
         asked = "mlp_out" if site == "auto" else site
         reason = self.refusals.get(asked, f"no {kind or 'such'} slot suits")
+        limited = (entry for entry in self.routes if entry.on_request and entry.site == asked)
+        if route == "auto" and (held := next(limited, None)) is not None:
+            reason = f"it is {held.describe()}, which is done on request only"
         remedy = self._remedy(found_at) if site == "auto" and route == "auto" else ""
         raise UnsupportedError(
             f"{self.model_type} cannot take {wanted} exactly: {reason}; exact here: {instead}{remedy}"
@@ -127,12 +136,13 @@ class Anatomy:
 
     def survivals(self, route: SiteRoute) -> tuple[Survival, ...]:
         """Say what every engine does with a bake by one of the routes."""
-        return survivals(route.outline(self.model_type))
+        return survivals(route.outline(self.model_type, self.rotation))
 
     def _surviving(self, candidates: list[SiteRoute], target: str) -> list[SiteRoute]:
         """Keep the routes that survive in an engine; raise UnsupportedError where none is known to."""
         judged = [
-            (route, survival_of(target, route.outline(self.model_type))) for route in self.routes
+            (route, survival_of(target, route.outline(self.model_type, self.rotation)))
+            for route in self.routes
         ]
         kept = [route for route, found in judged if found.verdict == "kept"]
         asked = [(route, found) for route, found in judged if route in candidates]
@@ -232,4 +242,6 @@ def _preference(entry: SiteRoute) -> int:
 
 def _spell(entry: SiteRoute) -> str:
     """Name a route as the options that ask for it."""
+    if entry.kind == "value":
+        return f"{entry.site} (--slot value)"
     return entry.site if entry.rewriter is None else f"{entry.site} (--route {entry.route})"

@@ -317,6 +317,8 @@ class _Examination:
             absent = [name for name in names if name not in present]
             if absent:
                 lacking = lacking or absent[0]
+            elif any(slot.solved and not self._is_reached(slot, created) for slot in wanted):
+                lacking = lacking or f"a value for every head in {wanted[0].bias}"
             else:
                 slots[layer] = tuple(
                     replace(slot, scale=self._real_scale(slot.scale, layer)) for slot in wanted
@@ -336,6 +338,12 @@ class _Examination:
             ),
             lacking,
         )
+
+    def _is_reached(self, slot: Slot, created: Mapping[str, tuple[int, ...]]) -> bool:
+        """Tell whether a solved slot has a value for each that its matrix reads, and enough."""
+        rows, columns = self._shapes[str(slot.weight)]
+        shape = created.get(slot.bias) or self._shapes[slot.bias]
+        return shape == (columns,) and rows <= columns
 
     @cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -359,7 +367,7 @@ class _Examination:
 
     def _prove_host(self, site: str, host: HostRewriter) -> SiteRoute:
         layers = range(len(self.twin.model.get_submodule(self.layers)))  # type: ignore[arg-type]
-        slots = {layer: host.slots_of(layer) for layer in range(self.layer_count)}
+        slots = {layer: host.slots_of(layer, self.config) for layer in range(self.layer_count)}
         created = host.new_parameters(self.config)
         flags = host.flags(self.config)
         pushed = tuple(slot.bias for parts in slots.values() for slot in parts)
@@ -373,7 +381,9 @@ class _Examination:
             twin=self.twin.prove_rewriting(self.twin_structure, site, host, layers),
             layers=tuple(range(self.layer_count)),
             rewriter=host,
-            rewritten=Outline(host.model_type(self.config), pushed, tuple(created), dict(flags)),
+            rewritten=Outline(
+                host.model_type(self.config), pushed, tuple(created), host.settings(self.config)
+            ),
         )
 
     def _created_by(self, flags: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

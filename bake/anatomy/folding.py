@@ -5,7 +5,7 @@ Plans are made of it, and so is the twin's proof that a rewritten base takes a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ class SlotEdit:
             "old": first if uniform else None,
             "scale": self.slot.scale,
             "transposed": self.slot.transposed,
+            **({"solved": True} if self.slot.solved else {}),
             "axis": self.slot.axis,
             "span": list(self.slot.span) if self.slot.span else None,
         }
@@ -70,17 +71,26 @@ class SlotEdit:
         return float(error / norm) if norm > 0 else 0.0
 
 
-def fold_push(rewritten: Rewritten, vectors: Mapping[int, torch.Tensor]) -> tuple[SlotEdit, ...]:
-    """Return what the slots of a rewritten base hold with a push {layer: (hidden_size,)}."""
+def fold_push(
+    rewritten: Rewritten,
+    vectors: Mapping[int, torch.Tensor],
+    read: Callable[[str], torch.Tensor],
+) -> tuple[SlotEdit, ...]:
+    """Return what the slots of a rewritten base hold with a push {layer: (hidden_size,)}.
+
+    read: returns a tensor of the base by its name on disk, for slots behind a factor.
+    """
     added = {edit.name: edit.tensor for edit in rewritten.edits if isinstance(edit, Add)}
     found = []
     for layer in sorted(vectors):
         for slot in rewritten.slots[layer]:
             name = rewritten.names.get(slot.key, slot.bias)
             old = _widen(added[name])
-            delta = slot.delta(vectors[layer], shape=tuple(old.shape))
+            factor = rewritten.names[slot.weight] if slot.weight is not None else None
+            weight = read(factor) if factor is not None else None
+            delta = slot.delta(vectors[layer], weight, tuple(old.shape))
             stored = (old + delta).to(added[name].dtype)
-            found.append(SlotEdit(layer, slot, slot.bias, name, True, old, delta, stored))
+            found.append(SlotEdit(layer, slot, slot.bias, name, True, old, delta, stored, factor))
     return tuple(found)
 
 

@@ -27,7 +27,7 @@ class Rewritten:
     edits: on names on disk; what none names is kept. config_changes: {dotted key: value or REMOVED}.
     slots: {decoder layer of the base: slots}, in parameter names of the new form; each is an `Add`
     among the edits, whose tensor is what the slot holds without a push. names: {a slot's key: name on
-    disk} of slots that are called otherwise there.
+    disk} of slots that are called otherwise there, and of the factors behind slots that have one.
     """
 
     edits: tuple[Edit, ...]

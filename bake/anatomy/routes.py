@@ -44,12 +44,12 @@ class SiteRoute:
         """Return the slots of decoder layer `layer` of the base."""
         return self.slots[layer]
 
-    def outline(self, model_type: str) -> Outline | None:
-        """Return what an engine will see of the output; model_type: the base's."""
+    def outline(self, model_type: str, rotation: Mapping[str, Any] | None = None) -> Outline | None:
+        """Return what an engine will see of the output; model_type, rotation: the base's."""
         if self.rewriter is not None:
             return self.rewritten
         pushed = (slot.bias for slots in self.slots.values() for slot in slots)
-        return Outline(model_type, tuple(pushed), tuple(self.new_parameters))
+        return Outline(model_type, tuple(pushed), tuple(self.new_parameters), rotation=rotation)
 
     @property
     def added_values(self) -> int:
@@ -67,11 +67,24 @@ class SiteRoute:
         """Why the real model may show an error that the twin did not; None where it cannot."""
         return self.rewriter.caveat if isinstance(self.rewriter, Insertion) else None
 
+    @property
+    def on_request(self) -> bool:
+        """Whether `auto` leaves the route out: it has a price, or a limit that its host states."""
+        return (
+            self.route == "insert"
+            or self.kind == "value"
+            or bool(getattr(self.rewriter, "limit", ""))
+        )
+
     def describe(self) -> str:
         """Say in a phrase how the route works, for `bake inspect` and announcements."""
         if self.rewriter is not None:
             return self.rewriter.describe()
-        names = dict.fromkeys(slot.bias.partition("{layer}.")[2] for slot in self._templates())
+        templates = self._templates()
+        names = dict.fromkeys(slot.bias.partition("{layer}.")[2] for slot in templates)
+        if self.kind == "value":
+            weights = {str(slot.weight).partition("{layer}.")[2] for slot in templates}
+            names = dict.fromkeys(f"{name} through {', '.join(weights)}" for name in names)
         how = "already there" if self.route == "native" else f"created by {' + '.join(self.flags)}"
         return f"{', '.join(names)} ({how})"
 

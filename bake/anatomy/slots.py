@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from bake.anatomy.probing import probe_vector, read_activation, uniform_ratio
+from bake.errors import UnsupportedError
 from bake.hooks import submodule
 from bake.sites import INPUT_SITES, LayerStructure, Slot, capture_location
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 # write: a bias of the projection that writes to the residual stream, or whatever acts as one.
 # norm: the bias of the norm before the block. projection: W·v into the block's input projections.
-SlotKind = Literal["write", "norm", "projection"]
+# value: a bias before the projection that writes, so that what it writes is the push.
+SlotKind = Literal["write", "norm", "projection", "value"]
 PROBED_LAYER = 1
 _LAYER = "{layer}"
 _WAY_BACK = re.compile(r"down|out|w2")
@@ -81,6 +83,8 @@ def propose_slots(
     ]
     if site in INPUT_SITES:
         proposals += search.projection_slots()
+    elif site == "attn_out" and not proposals:
+        proposals += search.value_slots()
     return proposals
 
 
@@ -189,6 +193,35 @@ class _Search:
         home = f"{self.prefix}{self._home}."
         found.sort(key=lambda entry: (entry[0] not in native, not entry[0].startswith(home)))
         return found
+
+    def value_slots(self) -> Iterator[Proposal]:
+        """Yield biases that attention's output projection turns into the push, where it can be solved.
+
+        As many values as the projection reads: with fewer, shared by several heads, most of the residual
+        stream is out of reach.
+        """
+        home = f"{self.prefix}{self._home}."
+        inside = {n: p for n, p in self.flagged.named_parameters() if n.startswith(home)}
+        push = probe_vector(self.twin)
+        before = self._activation()
+        writers = [n for n, p in inside.items() if p.ndim == 2 and p.shape[0] == len(push)]
+        for weight in reversed(writers):  # What comes last writes to the residual stream.
+            width = inside[weight].shape[1]
+            for bias in (
+                n for n, p in inside.items() if n.endswith("bias") and p.shape == (width,)
+            ):
+                slot = Slot(bias, weight, solved=True)
+                try:
+                    delta = slot.delta(push, inside[weight].detach())
+                except UnsupportedError:
+                    break
+                with _moved(inside[bias], delta.to(push.dtype)):
+                    after = self._activation()
+                scale = uniform_ratio(after - before, push)
+                if scale is not None:
+                    named = replace(slot, bias=self.template(bias), weight=self.template(weight))
+                    yield Proposal("value", (replace(named, scale=scale),))
+                    return
 
     def projection_slots(self) -> Iterator[Proposal]:
         """Yield the biases of all the matrices that read the site's activation, as one proposal."""

@@ -183,6 +183,8 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "num_experts_per_tok": 6,
         "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
     },
     **{
         name: {"residual_multiplier": 0.22}

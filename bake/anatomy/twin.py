@@ -397,7 +397,7 @@ def _write_rewritten(
     from bake.checkpoint.writer import write_config, write_weights
 
     target.mkdir()
-    edits = tuple(place_push(rewritten, fold_push(rewritten, push)))
+    edits = tuple(place_push(rewritten, fold_push(rewritten, push, checkpoint.read)))
     write_weights(checkpoint, edits, target)
     write_config(checkpoint, rewritten.config_changes, target)
 

@@ -62,11 +62,20 @@ def align(base: Base, tensors: RangedTensors, suspect: Base, own: RangedTensors)
         ),
         None,
     )
-    if model_type == anatomy.model_type or rewriter is None:
+    if rewriter is None:
         return Aligned(readers, shapes, origin=tensors)
     rewritten = rewriter.rewrite(checkpoint, anatomy.config, range(anatomy.layer_count))
+    if model_type != anatomy.model_type:
+        _apply(rewritten.edits, tensors, readers, shapes)
+        return Aligned(readers, shapes, model_type, origin=tensors)
+    slots = {slot.bias for parts in rewritten.slots.values() for slot in parts}
+    if not {rewritten.names.get(name, name) for name in slots} <= own.checkpoint.tensors.keys():
+        return Aligned(readers, shapes, origin=tensors)
+    # A family that hosts itself: the suspect has slots where the base has nothing.
     _apply(rewritten.edits, tensors, readers, shapes)
-    return Aligned(readers, shapes, model_type, origin=tensors)
+    route = next(entry for entry in anatomy.routes if entry.rewriter is rewriter)
+    slots_only = replace(route, slots=rewritten.slots, rewriter=None)
+    return Aligned(readers, shapes, f"{model_type} with more inputs", slots_only, origin=tensors)
 
 
 def _align_inserted(

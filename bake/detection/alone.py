@@ -10,6 +10,7 @@ from bake.anatomy.base import Base
 from bake.anatomy.flags import unusual_biases
 from bake.checkpoint.names import DiskNames
 from bake.checkpoint.ranged import RangedTensors
+from bake.detection.constant_inputs import find_constant_inputs
 from bake.detection.constant_layers import find_constant_layers
 from bake.detection.disguise import find_disguise
 from bake.detection.findings import Detection, PushFound
@@ -51,6 +52,7 @@ def look_alone(opened: Base, tensors: RangedTensors, names: DiskNames) -> Detect
     scored = list(score_trained(opened, tensors, names, unusual | taken))
     pushes += [push for push in scored if push.step and push.step.is_found]
     layers = find_constant_layers(opened, tensors)
+    pushes += find_constant_inputs(tensors)
     in_layers = {parameter for push in layers for parameter in push.parameters}
     pushes = [push for push in pushes if not in_layers & {*push.parameters}] + layers
     writes = find_writes(anatomy)
@@ -128,7 +130,7 @@ def score_trained(
     slots = Slots(tensors, names, old)
     found: dict[frozenset[str], PushFound] = {}
     for route in opened.anatomy.routes:
-        if route.route != "native" or route.rewriter is not None:
+        if route.route != "native" or route.rewriter is not None or route.kind == "value":
             continue
         slots_of = [slot for layer in route.layers for slot in route.slots_of(layer)]
         weights = {names.find(slot.weight) for slot in slots_of if slot.weight}

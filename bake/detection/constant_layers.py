@@ -95,7 +95,9 @@ def without_layers(opened: Base, disk: LayersOnDisk, dropped: Sequence[int]) -> 
             new = disk.name(number[place[0]], place[1])
             tensors[new] = replace(entry, name=new)
     places = [Place(layer) for layer in kept]
-    changes = grow_config(opened.anatomy.config, places, opened.anatomy.layer_count)
+    changes = grow_config(
+        opened.anatomy.config, places, opened.checkpoint.config, opened.anatomy.layer_count
+    )
     text = edit_json(checkpoint.config_text, changes)
     smaller: Checkpoint = replace(
         checkpoint, tensors=tensors, config=json.loads(text), config_text=text

@@ -127,7 +127,8 @@ def recover_pushes(
     on disk) → what it held; None where that is not known.
     """
     slots = Slots(suspect, names, old)
-    routes = [route for route in anatomy.routes if route.rewriter is None]
+    # Value biases are looked at by themselves, whatever shares them.
+    routes = [r for r in anatomy.routes if r.rewriter is None and r.kind != "value"]
     routes = routes if inserted is None else [inserted]
     found = [push for push in map(slots.recover, routes) if push is not None]
     values = recover_values(slots, anatomy) if inserted is None else None
@@ -147,7 +148,7 @@ def recover_values(slots: Slots, anatomy: Anatomy) -> PushFound | None:
     config = anatomy.config.get_text_config(decoder=True)
     vectors, parameters = {}, []
     for route in anatomy.routes:
-        if route.site != "attn_in":
+        if (route.site, route.kind) != ("attn_in", "projection"):
             continue
         for layer in route.layers:
             biases = {slot.bias.rpartition(".")[0]: slot for slot in route.slots_of(layer)}

@@ -22,6 +22,7 @@ Verdict = Literal["kept", "dropped", "error", "unknown"]
 
 _FACTS = Path(__file__).with_name("facts.toml")
 _PROVEN_IN = "transformers"
+_USUAL_THETA = 10000.0  # what engines take where a config does not say
 _PHRASES = {
     "kept": "survives",
     "dropped": "is dropped",
@@ -37,13 +38,25 @@ class Outline:
     model_type: the output's, which is a host's where one is used. pushed: names of the parameters that
     hold the push. created: all that the bake creates; what no push goes to is zero. Names may be whole
     or begin inside the decoder layer. settings: the config keys by which a host computes what the base did,
-    and their values.
+    and their values. rotation: the rotary positions of a config.json that has them as transformers 5 spells
+    them (`rope_parameters`) and not as before; None where it has both, the older, or none.
     """
 
     model_type: str
     pushed: tuple[str, ...]
     created: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rotation: Mapping[str, Any] | None = None
+
+
+def find_rotation(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return an Outline's `rotation` of what config.json says, of a wrapper's decoder where it is one."""
+    nested = values.get("text_config")
+    decoder = nested if isinstance(nested, Mapping) and "rope_parameters" in nested else values
+    found = decoder.get("rope_parameters")
+    if not isinstance(found, Mapping) or {"rope_theta", "rope_scaling"} & decoder.keys():
+        return None
+    return found
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,13 @@ def survival(
     slots: Iterable[str],
     new_parameters: Iterable[str] = (),
     settings: Mapping[str, Any] | None = None,
+    rotation: Mapping[str, Any] | None = None,
 ) -> Survival:
     """Say what an engine does with a checkpoint of `model_type`.
 
     slots: names of the parameters that hold the push. new_parameters: names of all parameters that the
-    bake creates; those that are no slot are zero, so it does no harm where an engine drops them. settings:
-    see Outline. Raises KeyError for an engine that is not in `engine_names()`.
+    bake creates; those that are no slot are zero, so it does no harm where an engine drops them. settings,
+    rotation: see Outline. Raises KeyError for an engine that is not in `engine_names()`.
     """
     if engine == _PROVEN_IN:
         return Survival(engine, engine, version(engine), "kept", "proven by loading it", "run")
@@ -128,6 +142,8 @@ def survival(
     family = facts["reads"].get(model_type)
     if verdict == "kept" and family is not None:
         verdict, reason = _judge_settings(family, settings or {}) or (verdict, reason)
+    if verdict == "kept" and rotation is not None and "spelling" in facts:
+        verdict, reason = _judge_rotation(facts, family or {}, rotation) or (verdict, reason)
     seen = f"read: {facts['source']}" if verdict != "unknown" else "not checked"
     if family is not None:
         seen = f"{family.get('checked', facts['checked'])}: {family['file']}"
@@ -148,7 +164,12 @@ def survival_of(engine: str, outline: Outline | None) -> Survival:
     """Say what one engine does with a checkpoint; None: not known before the base is rewritten."""
     if outline is not None:
         return survival(
-            engine, outline.model_type, outline.pushed, outline.created, outline.settings
+            engine,
+            outline.model_type,
+            outline.pushed,
+            outline.created,
+            outline.settings,
+            outline.rotation,
         )
     if engine == _PROVEN_IN:
         return survival(engine, "", ())
@@ -191,16 +212,36 @@ def _judge_settings(
     if lost:
         return "dropped", f"does not read {', '.join(lost)}, without which it is another model"
     for key, known in family.get("only", {}).items():
-        if key in settings and settings[key] not in known:
-            reason = (
-                f"computes {' or '.join(known)} whatever {key} says, and it is {settings[key]} here"
-            )
+        given = _look_up(settings, key)
+        if given is not None and given not in known:
+            reason = f"computes {' or '.join(known)} whatever {key} says, and it is {given} here"
             return family.get("otherwise", "dropped"), reason
     for key, value in family.get("never", {}).items():
         given = settings.get(key)
         if isinstance(given, list | tuple) and given and set(given) == {value}:
             return "error", f"cannot load it where every entry of {key} is {value}"
     return None
+
+
+def _look_up(settings: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a dotted key; None where it is not there."""
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _judge_rotation(
+    facts: Mapping[str, Any], family: Mapping[str, Any], rotation: Mapping[str, Any]
+) -> tuple[Verdict, str] | None:
+    """Return verdict and reason where config.json says the rotation in a spelling that is not read."""
+    told = f"reads {facts['spelling']}, and config.json has rope_parameters alone"
+    if "respelled" in family:
+        return family["respelled"], f"{told}: already the base goes wrong there"
+    kind = (rotation.get("rope_type", "default"), rotation.get("partial_rotary_factor", 1.0))
+    if kind == ("default", 1.0) and rotation.get("rope_theta") == _USUAL_THETA:
+        return None
+    return "unknown", f"{told}: it takes its own defaults, for the base too"
 
 
 def _judge(
@@ -220,6 +261,9 @@ def _judge(
     unread = [slot for slot in pushed if not _reads(family, slot)]
     beside = [other for other in created if other not in pushed and not _reads(family, other)]
     verdict: Verdict = family.get("unread", facts["unread"])
+    misread = [slot for slot in pushed if any(_matches(slot, g) for g in family.get("misread", ()))]
+    if misread and not unread:
+        return "dropped", f"takes {', '.join(misread)} for something else: {family['file']}"
     if beside and not unread and facts.get("zeros"):
         return "kept", f"reads {', '.join(pushed)}; {facts['zeros']}"
     if unread or (beside and verdict == "error"):

@@ -301,6 +301,7 @@ def plan_strength(
             entry["weight"],
             entry["transposed"],
             entry["scale"],
+            solved=entry.get("solved", False),
             axis=entry["axis"],
             span=tuple(entry["span"]) if entry["span"] else None,
         )

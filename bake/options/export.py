@@ -138,7 +138,11 @@ EXPORT = Command(
                 default="auto",
                 choices=ROUTES,
             ),
-            Option("slot", "which bias takes it where both can", choices=("norm", "projection")),
+            Option(
+                "slot",
+                "which bias takes it where both can, or attention's value biases, which only float32 holds",
+                choices=("norm", "projection", "value"),
+            ),
             Option(
                 "target",
                 "only a route that is known to survive in this engine",

@@ -84,7 +84,9 @@ def describe_bake(base: Base, plan: Plan, decision: Decision) -> dict[str, Any]:
         **({"directions": [part.to_dict() for part in direction.parts]} if direction.parts else {}),
         "plan": plan.to_dict(),
         **({"left_out": [entry.to_dict() for entry in left_out]} if left_out else {}),
-        "survives": to_values(survivals(plan.outline(base.anatomy.model_type))),
+        "survives": to_values(
+            survivals(plan.outline(base.anatomy.model_type, base.anatomy.rotation))
+        ),
     }
 
 
@@ -236,8 +238,8 @@ def read_canary(directory: Path) -> dict[str, str]:
     return {key: str(canary[key]) for key in ("prompt", "baked", "base")}
 
 
-def read_forks(directory: Path) -> list[dict[str, str]]:
-    """Return the bake's forks, {"prompt", "baked", "base"} each; none of bakes older than these.
+def read_forks(directory: Path) -> list[dict[str, Any]]:
+    """Return the bake's forks, see `bake.proof.canary.Fork`; none of bakes older than these.
 
     Those whose margin quantisation moves as well are left out, as long as enough are left.
     """
@@ -245,4 +247,4 @@ def read_forks(directory: Path) -> list[dict[str, str]]:
     forks = sorted(forks, key=lambda fork: -fork["margin"])
     sure = [fork for fork in forks if fork["margin"] >= SURE_MARGIN]
     kept = sure if len(sure) >= FEW_FORKS else forks[:FEW_FORKS]
-    return [{key: str(fork[key]) for key in ("prompt", "baked", "base")} for fork in kept]
+    return [dict(fork) for fork in kept]

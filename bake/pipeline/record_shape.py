@@ -196,7 +196,8 @@ _SLOT = _fields(
         "transposed": _flag,
         "axis": _or_null(_count(-8, 8)),
         "span": _or_null(_each(_size, least=2, most=2)),
-    }
+    },
+    {"solved": _flag},
 )
 
 _RECORD: dict[str, Check] = {
@@ -282,7 +283,10 @@ _RECORD: dict[str, Check] = {
             "remainder": _or_null(_fields(dict.fromkeys(("base", "baked", "plain"), _number))),
             "canary": _or_null(_fields(dict.fromkeys(("prompt", "baked", "base"), _text))),
             "forks": _each(
-                _fields({**dict.fromkeys(("prompt", "baked", "base"), _text), "margin": _number})
+                _fields(
+                    {**dict.fromkeys(("prompt", "baked", "base"), _text), "margin": _number},
+                    dict.fromkeys(("tilt_base", "tilt_baked"), _number),
+                )
             ),
             "samples": _each(_fields(dict.fromkeys(("opening", "base", "baked"), _text))),
             "cost": _or_null(

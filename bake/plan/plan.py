@@ -85,13 +85,16 @@ class Plan:
         """Whether every slot is created by the bake, so that it holds the push and nothing else."""
         return all(edit.is_new for edit in self.slot_edits)
 
-    def outline(self, model_type: str) -> Outline:
-        """Return what an engine sees of the output; model_type: the base's."""
+    def outline(self, model_type: str, rotation: Mapping[str, Any] | None) -> Outline:
+        """Return what an engine sees of the output; model_type, rotation: the base's."""
+        outlined = self.route.rewritten
         return Outline(
             self.config_changes.get("model_type", model_type),
             pushed=tuple(edit.parameter for edit in self.slot_edits),
             created=tuple(edit.name for edit in self.edits if isinstance(edit, Add)),
-            settings=dict(self.route.flags),
+            settings=dict(outlined.settings if outlined else self.route.flags),
+            # A host's config.json has both spellings.
+            rotation=rotation if self.route.rewriter is None else None,
         )
 
     @property
@@ -147,10 +150,15 @@ def make_plan(
 
     _check_request(checkpoint, route, dtype)
     check_ablated_route(route, ablation)
+    if route.kind == "value" and dtype not in (None, "float32"):
+        raise UnsupportedError(
+            f"value biases are solved for the matrices as they are, and {dtype} would change both: leave "
+            f"--dtype out, or --dtype float32"
+        )
     if route.rewriter is not None:
         code = FLOAT_DTYPES[dtype] if dtype else None
         rewritten = route.rewriter.rewrite(checkpoint, anatomy.config, sorted(push.vectors), code)
-        folded = fold_push(rewritten, push.vectors)
+        folded = fold_push(rewritten, push.vectors, checkpoint.read)
         _check_finite(push, folded)
         edits = tuple(place_push(rewritten, folded))
         changes = _effective(

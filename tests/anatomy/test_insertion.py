@@ -47,6 +47,7 @@ COMMON = {
     "eos_token_id": 2,
 }
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
+SHARING = ("sliding", "sliding", "full", "sliding", "full", "sliding", "sliding", "full")
 # What the slot is, and what a configuration needs beyond the sizes.
 FAMILIES = {
     "llama": ("self_attn.o_proj.bias", {}),
@@ -54,6 +55,16 @@ FAMILIES = {
     "gemma": ("self_attn.o_proj.bias", {"head_dim": 8}),
     "gemma2": ("self_attn.o_proj.bias", {"head_dim": 8, **MIXED}),
     "gemma3_text": ("self_attn.o_proj.bias", {"head_dim": 8, **MIXED}),
+    # Its last three layers take keys and values from two before, and it has inputs of each layer.
+    "gemma4_text": (
+        "post_attention_layernorm.weight",
+        {
+            **{"num_hidden_layers": 8, "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+            "layer_types": [f"{kind}_attention" for kind in SHARING],
+            **{"sliding_window": 5, "head_dim": 8, "global_head_dim": 16},
+            **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96},
+        },
+    ),
     "olmo2": ("post_attention_layernorm.weight", {}),
     "qwen2": (
         "self_attn.o_proj.weight",
@@ -69,7 +80,7 @@ SQUARES = ("mistral", "phi3", "mixtral")
 
 @cache
 def config_of(family: str):
-    return AutoConfig.for_model(family, **COMMON, **FAMILIES[family][1])
+    return AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family][1]})
 
 
 @cache
@@ -144,7 +155,7 @@ def test_an_inserted_layer_does_what_the_hook_does(family, tmp_path):
     assert (logits_of(baked.eval(), ids) - hooked).abs().max() < 1e-4 * effect
     assert torch.equal(greedily(baked, ids), wanted)
     assert FAMILIES[family][0] in plan.slot_edits[0].parameter
-    assert baked.config.num_hidden_layers == LAYERS + len(PUSHED)
+    assert baked.config.num_hidden_layers == config_of(family).num_hidden_layers + len(PUSHED)
 
 
 def test_old_layers_keep_their_bytes_and_their_kind(tmp_path):
@@ -262,7 +273,7 @@ def test_the_config_grows_in_every_form_that_it_has():
     config.max_window_layers = 2
     config.no_rope_layers = [1, 0, 1, 0]
     config.eos_token_id = [2, 3, 4, 5]
-    changes = grow_config(config, places)
+    changes = grow_config(config, places, config.to_dict())
     assert changes["num_hidden_layers"] == 6
     assert changes["mlp_only_layers"] == [0, 4, 5]
     assert changes["layer_types"] == ["full_attention"] * 6

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.architectures
 SOURCES = {
     "bias": """
         afmoe apertus axk1 axk2 bitnet deepseek_v3 deepseek_v32 dots1 flex_olmo flint
-        gemma gemma2 gemma3 gemma3_text glm4_moe_lite glm_moe_dsa granitemoe
+        gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified gemma4_unified_text
+        glm4_moe_lite glm_moe_dsa granitemoe
         granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_dense hunyuan_v1_moe
         hy_v4 hyperclovax kimi_linear laguna lfm2_moe lfm3 llama4 llama4_text
         longcat_flash mellum moss_transcribe_diarize nanochat nemotron_h olmo olmo2 olmo3

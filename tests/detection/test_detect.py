@@ -11,10 +11,10 @@ from conftest import CONFIGS, TinyModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bake.api import ablate, detect, diff, export
+from bake.api import ablate, detect, diff, export, rescale, undo, verify
 from bake.cli.main import main
 from bake.directions.direction_file import load_direction
-from bake.errors import BakeError, CheckpointError
+from bake.errors import BakeError, CheckpointError, UnsupportedError
 from bake.io.shipped import DEMO_MODEL
 
 WIDTH, LAYERS = 32, 6
@@ -61,6 +61,8 @@ CELLS = [
     ("gpt_oss", "mlp_out", {}),
     ("qwen2", "mlp_out", {}),
     ("mixtral", "mlp_out", {}),
+    ("dots1", "mlp_out", {}),
+    ("gemma4_text", "mlp_out", {}),
 ]
 
 
@@ -70,6 +72,13 @@ def more_families(monkeypatch):
     common = CONFIGS["llama"]
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     monkeypatch.setitem(CONFIGS, "qwen2", common)
+    heads_of_their_own = {"num_key_value_heads": common["num_attention_heads"]}
+    monkeypatch.setitem(CONFIGS, "stablelm", {**common, **heads_of_their_own})
+    shared = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    norm = {"norm_topk_prob": True, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    monkeypatch.setitem(CONFIGS, "dots1", {**common, **shared, **norm})
+    heads = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    monkeypatch.setitem(CONFIGS, "gemma4_text", {**common, **heads})
     monkeypatch.setitem(CONFIGS, "gemma", {**common, "head_dim": 8})
     monkeypatch.setitem(CONFIGS, "gpt_oss", {**common, **experts, "sliding_window": 8})
 
@@ -217,6 +226,16 @@ def test_layers_that_only_add_a_constant_are_found_without_a_base(
         detect(tmp_path / "out", undo=tmp_path / "back")
 
 
+def test_inputs_that_only_add_a_constant_are_found_without_a_base(make_model, tmp_path):
+    """Gemma 4 with per-layer inputs that say nothing: one that uses them is no push."""
+    base = make_model(TinyModel("gemma4_text"))
+    assert detect(base).verdict == "none"
+    result = bake_push(base, tmp_path / "out")
+    check_push(detect(tmp_path / "out"), result, "mlp_out")
+    used = TinyModel("gemma4_text", config=(("hidden_size_per_layer_input", 8),))
+    assert detect(make_model(used)).verdict == "none"
+
+
 def test_a_layer_that_was_emptied_is_no_push(make_model, tmp_path):
     base = make_model(TinyModel("llama"))
 
@@ -344,6 +363,32 @@ class TestStrength:
         found = detect(tmp_path / "odd", base="bake-demo", measure="neutral")
         assert found.pushes[0].strength.law is None
         assert "no law fits its lengths" in found.describe()
+
+
+def test_a_push_through_value_biases_is_exact_and_read_out(make_model, tmp_path):
+    """StableLM has no output bias: at another strength, undone, and refused where it would round."""
+    base = make_model(TinyModel("stablelm"))
+    result = bake_push(base, tmp_path / "out", "attn_out", slot="value", allow_rounding=False)
+    assert result.equivalence.passed
+    check_push(detect(tmp_path / "out", base=base), result, "attn_out")
+    rescale(tmp_path / "out", multiplier=0.25)
+    assert verify(tmp_path / "out", base=base).equivalence.passed
+    again = detect(tmp_path / "out", base=base).pushes[0]
+    for layer, vector in result.push.vectors.items():
+        assert torch.allclose(again.vectors[layer], vector.double() / 2, rtol=1e-3, atol=1e-5)
+    undo(tmp_path / "out", output=tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        base / "model.safetensors"
+    ).read_bytes()
+    with pytest.raises(
+        UnsupportedError, match=r"done on request only; exact here: attn_out \(--slot value"
+    ):
+        bake_push(base, tmp_path / "no", "attn_out")
+    with pytest.raises(UnsupportedError, match="bfloat16 would change both: leave --dtype out"):
+        bake_push(base, tmp_path / "no", "attn_out", slot="value", dtype="bfloat16")
+    shared = make_model(TinyModel("stablelm", config=(("num_key_value_heads", 2),)))
+    with pytest.raises(UnsupportedError, match="cannot take attn_out exactly"):
+        bake_push(shared, tmp_path / "no", "attn_out", slot="value")
 
 
 def test_what_was_found_can_be_used(make_model, tmp_path):

@@ -13,11 +13,13 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from bake.anatomy import examine
+from bake.anatomy.base import open_base
 from bake.api import calibrate, export
 from bake.engines.survival import (
     Outline,
     describe_survivals,
     engine_names,
+    find_rotation,
     read_facts,
     survival,
     survivals,
@@ -65,6 +67,8 @@ def test_facts_are_well_formed(engine):
             "loses",
             "only",
             "otherwise",
+            "misread",
+            "respelled",
             "never",
         }
         assert family["file"]
@@ -146,7 +150,7 @@ def test_an_architecture_may_differ_from_its_engine():
     assert survival("sglang", "olmo", extra).verdict == "dropped"
     warned = survival("sglang", "arcee", [DOWN])
     assert warned.reason.endswith(", told by a warning")
-    assert survival("llama.cpp", "qwen2", [QUERY]).seen == "read: qwen2.cpp"
+    assert survival("llama.cpp", "qwen2", [QUERY]).seen == "run: qwen2.cpp"
     assert survival("llama.cpp", "llama", [QUERY]).seen == "run: llama.cpp"
 
 
@@ -334,3 +338,47 @@ def test_an_engine_that_loses_the_window_of_a_host_is_no_target():
         found.choose("auto", target="mlx")
     # A SmolLM 3 that is the base itself is not re-expressed, so nothing is lost by the bake.
     assert verdicts("smollm3", [DOWN])["mlx"] == "kept"
+
+
+def test_a_base_in_a_spelling_that_an_engine_does_not_read_is_not_promised(tmp_path, llama):
+    """MLX reads rope_theta; what transformers 5 saves has rope_parameters instead."""
+    usual = {"rope_type": "default", "rope_theta": 10000.0}
+    assert survival("mlx", "llama", [DOWN], rotation=usual).verdict == "kept"
+    found = survival("mlx", "llama", [DOWN], rotation={**usual, "rope_theta": 5e5})
+    assert (found.verdict, "reads rope_theta" in found.reason) == ("unknown", True)
+    assert survival("mlx", "granite", [DOWN], rotation=usual).verdict == "error"
+    assert survival("mlx", "starcoder2", ["mlp.c_proj.bias"], rotation=usual).verdict == "dropped"
+    assert (
+        survival("vllm", "llama", [DOWN], rotation={**usual, "rope_theta": 5e5}).verdict == "kept"
+    )
+    values = {"rope_parameters": usual}
+    assert find_rotation(values) == usual
+    assert find_rotation({"text_config": values}) == usual
+    assert find_rotation({**values, "rope_theta": 10000.0}) is None
+    assert find_rotation({"rope_theta": 10000.0}) is None
+    respelled = open_base(str(llama))
+    assert respelled.anatomy.rotation is not None
+    route = respelled.anatomy.choose("mlp_out")
+    assert route.outline("llama", respelled.anatomy.rotation).rotation
+
+
+def test_rotary_positions_that_a_host_needs_are_looked_at():
+    """llama.cpp's converter writes no factors for a Llama's longrope: it would be another model."""
+    glm = anatomy("glm")
+    route = glm.choose("mlp_out", host="llama")
+    told = {entry.engine: entry for entry in glm.survivals(route)}
+    assert (told["llama.cpp"].verdict, told["vllm"].verdict) == ("dropped", "kept")
+    assert "rope_parameters.rope_type" in told["llama.cpp"].reason
+    assert {
+        entry.engine: entry
+        for entry in anatomy("qwen2").survivals(anatomy("qwen2").choose("mlp_out"))
+    }["llama.cpp"].verdict == "kept"
+
+
+def test_biases_that_are_taken_for_something_else_are_lost():
+    found = survival("llama.cpp", "olmo", [QUERY])
+    assert (found.verdict, "takes self_attn.q_proj.bias for something else" in found.reason) == (
+        "dropped",
+        True,
+    )
+    assert survival("llama.cpp", "olmo", [OUT]).verdict == "error"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bake.anatomy.hosts import aria, bamba, granite, hy_v3, llama, smollm3
+from bake.anatomy.hosts import aria, bamba, deepseek_v2, gemma4, granite, hy_v3, llama, smollm3
 from bake.anatomy.hosts.configs import remark_on_window
+from bake.anatomy.hosts.conversion import Conversion
 from bake.anatomy.hosts.names import STEM
-from bake.anatomy.hosts.re_express import Conversion, HostRewriter
+from bake.anatomy.hosts.re_express import HostRewriter
 from bake.anatomy.wrappers import text_key
 from bake.checkpoint.quantization import without_quantization
 
@@ -26,6 +27,8 @@ CONVERSIONS: tuple[Conversion, ...] = (
     *bamba.CONVERSIONS,
     *granite.CONVERSIONS,
     *aria.CONVERSIONS,
+    *deepseek_v2.CONVERSIONS,
+    *gemma4.CONVERSIONS,
 )
 
 
@@ -48,7 +51,10 @@ def find_hosts(
             reason = "quantised weights are not re-expressed"
         if reason is None:
             remarks = filter(None, (conversion.remark(decoder), remark_on_window(decoder)))
-            found.append(HostRewriter(conversion, "; ".join(remarks), layers, nested))
+            every = range(int(decoder.num_hidden_layers))
+            kinds = tuple(dict.fromkeys(conversion.slot(decoder, layer) for layer in every))
+            remark, limit = "; ".join(remarks), conversion.limit(decoder)
+            found.append(HostRewriter(conversion, kinds, remark, limit, layers, nested))
         else:
             reasons.append(f"as {conversion.host}: {reason}")
     return found, reasons

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.hosts.configs import lost_rotation, lost_window, stated_head_size
-from bake.anatomy.hosts.re_express import Computed, Conversion, Merged, Shape
+from bake.anatomy.hosts.conversion import Computed, Conversion, Merged, Shape, everywhere
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ CONVERSIONS = (
         _refuse,
         _settings,
         _convert,
-        "mlp.shared_experts.down_proj.bias",
+        everywhere("mlp.shared_experts.down_proj.bias"),
         remark=lambda config: "torch remarks on loading that it does not initialise empty matrices",
         merge=_merge,
         on_disk={

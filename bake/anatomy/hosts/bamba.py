@@ -12,14 +12,13 @@ from bake.anatomy.hosts.configs import (
     head_size,
     lost_rotation,
     lost_window,
-    rotary_share,
     stated_head_size,
 )
+from bake.anatomy.hosts.conversion import Computed, Conversion, Shape, everywhere
 from bake.anatomy.hosts.phi3 import LONG_CONTEXT_KEY, remark_on_long_context, split_fused
-from bake.anatomy.hosts.re_express import Computed, Conversion, Shape
+from bake.anatomy.hosts.rotary import reorder, rotated_size
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
 _NAMES = {
@@ -46,19 +45,10 @@ def _convert_glm(name: str, shape: Shape, config: PreTrainedConfig) -> str | Com
 
 
 def _order_rotations(name: str, shape: Shape, config: PreTrainedConfig) -> Computed:
-    """Reorder rows: GLM rotates neighbours (0, 1), (2, 3), …, Bamba the halves (0, r/2), (1, r/2 + 1), …
-
-    Queries and keys are reordered alike, so no product of the two changes; no bit of a row does.
-    """
-    width = head_size(config)
-    rotated = int(width * rotary_share(config))
+    """Reorder rows: GLM rotates neighbours (0, 1), (2, 3), …, Bamba the halves (0, r/2), (1, r/2 + 1), …"""
+    width, rotated = head_size(config), rotated_size(config)
     order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, width)]
-
-    def function(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        heads = tensor.view(-1, width, *tensor.shape[1:])
-        return {name: heads[:, order].reshape(tensor.shape)}
-
-    return Computed({name: shape}, function)
+    return reorder(name, shape, width, order)
 
 
 def _refuse(config: PreTrainedConfig) -> str | None:
@@ -76,7 +66,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-_SLOT = "feed_forward.down_proj.bias"
+_SLOT = everywhere("feed_forward.down_proj.bias")
 
 CONVERSIONS = (
     Conversion(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.hosts.configs import HEAD_SIZE_KEY, head_size, stated_head_size
-from bake.anatomy.hosts.re_express import Computed, Conversion, Shape
+from bake.anatomy.hosts.conversion import Computed, Conversion, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

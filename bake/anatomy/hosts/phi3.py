@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bake.anatomy.hosts.configs import head_size
-from bake.anatomy.hosts.re_express import Computed, Shape, split_rows
+from bake.anatomy.hosts.conversion import Computed, Shape, split_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

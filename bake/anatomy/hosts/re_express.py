@@ -8,14 +8,15 @@ without a weight, and every config key that both classes know must have the valu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import parameter_shapes
+from bake.anatomy.hosts.conversion import Computed, Conversion, Merged, Shape
 from bake.anatomy.hosts.names import HEAD, NORM, STEM, DecoderNames, find_names
 from bake.anatomy.rewriting import Rewritten
-from bake.checkpoint.edits import REMOVED, Add, Edit, Merge, Rename, Transform
+from bake.checkpoint.edits import REMOVED, Add, Drop, Edit, Merge, Rename, Transform
 from bake.checkpoint.loading import build_on_meta, quiet_transformers
 from bake.errors import CheckpointError, UnsupportedError
 from bake.io.safetensors import TensorEntry, torch_dtype
@@ -29,79 +30,8 @@ if TYPE_CHECKING:
 
 FLOATS = ("F32", "F16", "BF16")  # safetensors codes of dtypes that can hold a push
 # What identifies a config and is not part of what it computes. A host is never remote code.
+_ROTATIONS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 _IDENTITY = {"architectures", "model_type", "transformers_version", "auto_map", "_name_or_path"}
-
-
-@dataclass(frozen=True)
-class Computed:
-    """Tensors of the host made from one of the base's: `outputs`, `splits` as in a Transform."""
-
-    outputs: Mapping[str, tuple[int, ...]]
-    function: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
-    splits: bool = False
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Tensors of the host made from several of the base's, which `sources` names; see Merge."""
-
-    sources: tuple[str, ...]
-    outputs: Mapping[str, tuple[int, ...]]
-    function: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
-
-
-Shape = tuple[int, ...]
-
-
-def keep(name: str, shape: Shape, config: PreTrainedConfig) -> str | Computed:
-    """Return the name itself: the host has the same tensor under the same name."""
-    return name
-
-
-def merge_nothing(shapes: Mapping[str, Shape], config: PreTrainedConfig) -> Iterator[Merged]:
-    """Yield nothing: the host keeps no tensors together that the base keeps apart."""
-    yield from ()
-
-
-def split_rows(parts: Mapping[str, int], shape: Shape) -> Computed:
-    """Cut the rows of a tensor of `shape` into consecutive pieces {name: rows}; no bit changes."""
-    if not shape or sum(parts.values()) != shape[0]:
-        raise CheckpointError(
-            f"a tensor with {shape[0] if shape else 0} rows should become {', '.join(parts)} with "
-            f"{sum(parts.values())}; is this checkpoint the architecture that its config names?"
-        )
-
-    def function(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        pieces = tensor.split(list(parts.values()))
-        return {name: piece.contiguous() for name, piece in zip(parts, pieces, strict=True)}
-
-    return Computed({name: (rows, *shape[1:]) for name, rows in parts.items()}, function, True)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """How a base architecture becomes a host; both are model types, names are the module's.
-
-    refuse: why a config cannot be expressed, or None. settings: the config keys that the host needs.
-    convert: (name, shape, config) → the tensor's name in the host, or how it is computed. merge: tensors
-    that the host keeps together, {name: shape} → what is made of several. on_disk: {part of a parameter's
-    name: what the host's files have there}. slot: the
-    bias inside a decoder layer that moves the residual stream by itself. read: keys that are the base's
-    own and that the host reads all the same. lossless: whether every stored value stays what it is.
-    remark: what else a user should know of a config's conversion.
-    """
-
-    base: str
-    host: str
-    refuse: Callable[[PreTrainedConfig], str | None]
-    settings: Callable[[PreTrainedConfig], Mapping[str, Any]]
-    convert: Callable[[str, Shape, PreTrainedConfig], str | Computed] = keep
-    slot: str = "mlp.down_proj.bias"
-    read: frozenset[str] = field(default=frozenset())
-    lossless: bool = True
-    remark: Callable[[PreTrainedConfig], str] = lambda config: ""
-    merge: Callable[[Mapping[str, Shape], PreTrainedConfig], Iterator[Merged]] = merge_nothing
-    on_disk: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -109,11 +39,14 @@ class HostRewriter:
     """Re-expresses a base as a conversion says; see `bake.anatomy.rewriting.Rewriter`.
 
     layers: the path of the list of decoder layers. nested: the config key of a multimodal wrapper's
-    text decoder, which alone is re-expressed; None where the base is the decoder.
+    text decoder, which alone is re-expressed; None where the base is the decoder. kinds: what the slots
+    are called inside the layers. limit: where the host is no longer the base; "" where it always is.
     """
 
     conversion: Conversion
+    kinds: tuple[str, ...]
     remark: str = ""
+    limit: str = ""
     layers: str = f"{STEM}layers"
     nested: str | None = None
 
@@ -130,25 +63,33 @@ class HostRewriter:
     def describe(self) -> str:
         """Say what becomes of the base and where the push goes."""
         values = "every weight keeps its value" if self.lossless else "some weights are rounded"
-        remark = f"; {self.remark}" if self.remark else ""
+        said = "; ".join(filter(None, (values, self.remark, self.limit)))
         what = "text decoder re-expressed" if self.nested else "re-expressed"
-        return f"{self.conversion.slot} ({what} as {self.name}: {values}{remark})"
+        return f"{', '.join(self.kinds)} ({what} as {self.name}: {said})"
 
     def model_type(self, config: PreTrainedConfig) -> str:
         """Return the model type of the output: a wrapper keeps its own."""
         return str(config.model_type) if self.nested else self.name
 
-    def slots_of(self, layer: int) -> tuple[Slot, ...]:
-        """Return the slots of a decoder layer, in the host's parameter names."""
-        return (Slot(f"{self.layers}.{layer}.{self.conversion.slot}"),)
+    def slots_of(self, layer: int, config: PreTrainedConfig) -> tuple[Slot, ...]:
+        """Return the slots of a decoder layer of a base, in the host's parameter names."""
+        slot, factor = self.conversion.slot(self._decoder(config), layer), self.conversion.factor
+        place = f"{self.layers}.{layer}."
+        return (Slot(f"{place}{slot}", weight=f"{place}{factor}" if factor else None),)
 
     def flags(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Return the config keys that the host needs, for people to see."""
         settings = self.conversion.settings(self._decoder(config))
         return self._placed({"model_type": self.name, **settings})
 
+    def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return what an engine has to compute: what the host needs, and its rotary positions."""
+        rotation = getattr(self._decoder(config), "rope_parameters", None)
+        said = {"rope_parameters": rotation} if rotation else {}
+        return {**said, **self.conversion.settings(self._decoder(config))}
+
     def new_parameters(self, config: PreTrainedConfig) -> dict[str, Shape]:
-        """Return {name: shape} of the biases that the host has and the base has not."""
+        """Return {name: shape} of what the host has and is made of nothing of the base's."""
         place = self.layers.removesuffix("layers")
         created = self._created(self._decoder(config))
         return {place + name.removeprefix(STEM): shape for name, shape in created.items()}
@@ -168,7 +109,9 @@ class HostRewriter:
         edits: list[Edit] = []
         for entry in checkpoint.tensors.values():
             parameter = names.parameter(entry.name)
-            if parameter is not None:
+            if parameter is not None and _beyond(parameter, int(decoder.num_hidden_layers)):
+                edits.append(Drop(entry.name))  # For predicting several tokens: no model reads it.
+            elif parameter is not None:
                 entries[parameter] = entry
             elif dtype and entry.dtype in FLOATS and entry.dtype != dtype:
                 edits.append(_cast(entry, entry.name, dtype))
@@ -193,13 +136,19 @@ class HostRewriter:
                 checkpoint.check_new(entry.name)
             provided |= {output: (shape, code) for output, shape in outputs.items()}
             edits += _edit(entry, converted, code, names)
+        shapes = {name: shape for name, (shape, _) in provided.items()}
+        for parameter, shape, source in self.conversion.fused(shapes, decoder):
+            provided[parameter] = shape, provided[source][1]
         tied = bool(config.tie_word_embeddings)
-        edits += self._biases(checkpoint, host, provided, names, tied=tied)
-        slots = {layer: self.slots_of(layer) for layer in layers}
+        edits += self._new(checkpoint, host, provided, names, tied=tied)
+        slots = {layer: self.slots_of(layer, config) for layer in layers}
+        place = self.layers.removesuffix("layers")
         on_disk = {
-            slot.bias: names.disk(f"{STEM}layers.{layer}.{self.conversion.slot}")
-            for layer, parts in slots.items()
+            name: names.disk(STEM + name.removeprefix(place))
+            for parts in slots.values()
             for slot in parts
+            for name in (slot.bias, slot.weight)
+            if name is not None
         }
         return Rewritten(tuple(edits), self._placed(changes), slots, on_disk)
 
@@ -225,13 +174,14 @@ class HostRewriter:
         return {prefix + key: value for key, value in changes.items()}
 
     def _created(self, decoder: PreTrainedConfig) -> dict[str, Shape]:
-        """Return the biases that the host has and the base has not, as in a model of its own."""
+        """Return the parameters that the host has and the base has not, as in a model of its own."""
         present = parameter_shapes(build_on_meta(decoder))
         _, host = self._configs(decoder.to_dict(), decoder)
-        shapes = _host_shapes(host)
-        return {n: s for n, s in shapes.items() if n.endswith(".bias") and n not in present}
+        absent = {n: s for n, s in _host_shapes(host).items() if n not in present}
+        new = self.conversion.new
+        return {n: s for n, s in absent.items() if new(n, s, decoder) is not None}
 
-    def _biases(
+    def _new(
         self,
         checkpoint: Checkpoint,
         host: PreTrainedConfig,
@@ -240,7 +190,7 @@ class HostRewriter:
         *,
         tied: bool,
     ) -> Iterator[Add]:
-        """Yield zeros for every bias that the base has not; check that it has everything else.
+        """Yield what the base has not and the conversion makes; check that it has everything else.
 
         provided: {parameter: (shape, dtype)} of what the base gives; what is new joins it. tied: whether
         the head is the embedding.
@@ -266,18 +216,19 @@ class HostRewriter:
                 yield Add(names.disk(name), torch.zeros(shape, dtype=torch_dtype(code)))
                 continue
             weight = name.removesuffix("bias") + "weight"
-            if not name.endswith(".bias") or weight not in provided:
+            made = self.conversion.new(name, shape, host)
+            if made is None or (name.endswith(".bias") and weight not in provided):
                 raise CheckpointError(
                     f"{checkpoint.model_id} has no tensor that {name} of {self.name} could be made "
                     f"of; is the checkpoint complete?"
                 )
-            code = provided[weight][1]
+            code = (provided.get(weight) or provided[NORM])[1]
             if code not in FLOATS:
                 raise UnsupportedError(
                     f"{names.disk(name)} would be stored as {code}, which cannot hold a push; use a "
                     f"float base"
                 )
-            yield Add(names.disk(name), torch.zeros(shape, dtype=torch_dtype(code)))
+            yield Add(names.disk(name), made.to(torch_dtype(code)))
 
     def _configs(
         self, values: Mapping[str, Any], config: PreTrainedConfig
@@ -293,6 +244,8 @@ class HostRewriter:
         host_class = CONFIG_MAPPING[self.name]
         known, wanted = _keys(type(config)), _keys(host_class)
         changes: dict[str, Any] = {"model_type": self.name, **self.conversion.settings(config)}
+        if "rope_parameters" in changes:  # The same said in another place would be read as well.
+            changes |= dict.fromkeys(_ROTATIONS & values.keys(), REMOVED)
         if not self.nested or "architectures" in values:
             changes["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.name]]
         foreign = (known - wanted - self.conversion.read) | {"auto_map"}
@@ -301,7 +254,7 @@ class HostRewriter:
         host = _build(host_class, values, changes)
         for key in shared:
             if _value(host, key) != _value(config, key):
-                changes |= _state(key, getattr(config, key), values)
+                changes |= _state(key, _value(config, key), values)
         host = _build(host_class, values, changes)
         for key in shared:
             if _value(host, key) != _value(config, key):
@@ -340,6 +293,12 @@ def _for_engines(
         found["rope_theta"] = rope["rope_theta"]
         found["rope_scaling"] = None if plain else scaling
     return found
+
+
+def _beyond(parameter: str, layers: int) -> bool:
+    """Tell whether a parameter is of a decoder layer behind the model's last."""
+    number = parameter.removeprefix(f"{STEM}layers.").partition(".")[0]
+    return parameter.startswith(f"{STEM}layers.") and number.isdigit() and int(number) >= layers
 
 
 def _edit(
@@ -407,7 +366,9 @@ def _host_shapes(host: PreTrainedConfig) -> dict[str, Shape]:
 
 def _value(config: PreTrainedConfig, key: str) -> Any:
     """Return a config's value, in a spelling in which equal things are equal."""
-    value = getattr(config, key)
+    value = (
+        vars(config)[key] if key in vars(config) else getattr(config, key)
+    )  # of every layer alike
     if key == "rope_parameters" and isinstance(value, dict):
         neutral = {"partial_rotary_factor": 1.0, "type": value.get("rope_type")}
         return {k: v for k, v in value.items() if k not in neutral or v != neutral[k]}

@@ -14,8 +14,8 @@ from bake.anatomy.hosts.configs import (
     lost_rotation,
     stated_head_size,
 )
+from bake.anatomy.hosts.conversion import Conversion
 from bake.anatomy.hosts.phi3 import LONG_CONTEXT_KEY, remark_on_long_context, split_fused
-from bake.anatomy.hosts.re_express import Conversion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -62,7 +62,8 @@ def find_insertion(
 
 def _make(config: PreTrainedConfig, structure: LayerStructure, filling: Filling) -> Insertion:
     """Return the insertion for a model, the real one or its twin; raise where it cannot grow."""
-    count = len(_layers(build_on_meta(config), structure))
+    before = build_on_meta(config)
+    count = len(_layers(before, structure))
     text = config.to_json_string(use_diff=False)
     growth = plan_growth(config, text, structure.layers, filling, range(count))
     largest = max(
@@ -70,8 +71,16 @@ def _make(config: PreTrainedConfig, structure: LayerStructure, filling: Filling)
         for layer, place in zip(_layers(growth.model, structure), growth.places, strict=True)
         if place.inserted
     )
+    outside = _outside(growth.model, structure) - _outside(before, structure)
+    largest += outside // (len(growth.places) - count)
     width = int(config.get_text_config(decoder=True).hidden_size)
     return Insertion(structure.layers, filling, count, width, largest)
+
+
+def _outside(model: nn.Module, structure: LayerStructure) -> int:
+    """Return how many parameters a model has beside its decoder layers."""
+    layers = int(sum(parameter.numel() for parameter in _layers(model, structure).parameters()))
+    return sum(parameter.numel() for parameter in model.parameters()) - layers
 
 
 def _layers(model: nn.Module, structure: LayerStructure) -> Any:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
+_OVERRIDES = "per_layer_config"  # {a layer's number, as text: keys that it has otherwise}
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "n_block")
 # How many layers, from the first on, are of another kind than the rest.
 _PREFIX_COUNTS = (
@@ -37,9 +38,11 @@ _PREFIX_COUNTS = (
     "moe_layer_start_index",
     "max_window_layers",
 )
+# How many layers, up to the last, are of another kind than the rest.
+_SUFFIX_COUNTS = ("num_kv_shared_layers",)
 # Lists of layers' indices; others are recognised by their form.
 _INDICES = re.compile(r"(layers|idxs?|indices|layer_ids)$")
-_NOT_OF_LAYERS = re.compile(r"token|architectures|section|sizes?$")
+_NOT_OF_LAYERS = re.compile(r"token|architectures|section|(?<!intermediate_)sizes?$")
 _NUMBER_OF_THE_LAYER = re.compile(r"idx|index|layer_id|layer_number|depth")
 
 
@@ -83,7 +86,7 @@ def plan_growth(
     )
     for donors in _choose_donors(old, filling, layers):
         places = arrange(len(old), donors)
-        changes = {**dict(filling.flags), **grow_config(flagged, places)}
+        changes = {**dict(filling.flags), **grow_config(flagged, places, values)}
         changes = {_as_spelled(key, values): value for key, value in changes.items()}
         try:
             after = _build(edit_json(config_text, changes))
@@ -114,9 +117,14 @@ def _choose_donors(old: Any, filling: Filling, layers: Sequence[int]) -> Iterato
         layer: min(fit, key=lambda index: (fit[index], abs(index - layer), index))
         for layer in layers
     }
-    yield cheapest
-    if nearest != cheapest:
-        yield nearest
+    following = {
+        layer: min(fit, key=lambda index: (abs(index - layer - 1), -index)) for layer in layers
+    }
+    tried: list[dict[int, int]] = []
+    for donors in (cheapest, nearest, following):
+        if donors not in tried:
+            tried.append(donors)
+            yield donors
 
 
 def config_from_text(config_text: str) -> PreTrainedConfig:
@@ -148,11 +156,15 @@ def arrange(count: int, donors: Mapping[int, int]) -> tuple[Place, ...]:
 
 
 def grow_config(
-    config: PreTrainedConfig, places: Sequence[Place], count: int | None = None
+    config: PreTrainedConfig,
+    places: Sequence[Place],
+    values: Mapping[str, Any],
+    count: int | None = None,
 ) -> dict[str, Any]:
     """Return the config keys that have to change, {dotted key: value}.
 
-    count: how many layers the config has, where not all of them are among the places.
+    values: what config.json says. count: how many layers the config has, where not all of them are among
+    the places.
     """
     text = config.get_text_config(decoder=True)
     prefix = _nesting(config, text)
@@ -162,7 +174,21 @@ def grow_config(
         grown = _grow(key, value, count, places)
         if grown is not None and grown != value:
             changes[prefix + key] = grown
+    said: Any = values.get(prefix.removesuffix("."), values) if prefix else values
+    if isinstance(said, Mapping) and isinstance(said.get(_OVERRIDES), Mapping):
+        changes[prefix + _OVERRIDES] = _grow_overrides(said[_OVERRIDES], places)
     return changes
+
+
+def _grow_overrides(overrides: Mapping[str, Any], places: Sequence[Place]) -> dict[str, Any]:
+    """Return what single layers have otherwise than the rest, {number as wide as the last: keys}."""
+    by_layer = {int(layer): keys for layer, keys in overrides.items()}
+    width = len(str(len(places) - 1))
+    return {
+        f"{index:0{width}}": by_layer[place.source]
+        for index, place in enumerate(places)
+        if place.source in by_layer
+    }
 
 
 def _grow(key: str, value: Any, count: int, places: Sequence[Place]) -> Any:
@@ -173,6 +199,8 @@ def _grow(key: str, value: Any, count: int, places: Sequence[Place]) -> Any:
         return len(places)
     if key in _PREFIX_COUNTS and isinstance(value, int):
         return sum(place.source < value for place in places) if value <= count else None
+    if key in _SUFFIX_COUNTS and isinstance(value, int):
+        return sum(place.source >= count - value for place in places)
     if isinstance(value, list | tuple) and value and not _NOT_OF_LAYERS.search(key):
         if _are_indices(key, value, count):
             return [index for index, place in enumerate(places) if place.source in value]
@@ -206,7 +234,9 @@ def check_growth(
 ) -> None:
     """Raise UnsupportedError where a layer of the grown model is not what its source is.
 
-    before, after: on the meta device; path: of the list of decoder layers.
+    An inserted layer may be like any other of the base that has its source's parameters: where the last
+    layer of a kind has a duty (Gemma 4's keeps keys and values for those that share them), one that is put
+    before it has none. before, after: on the meta device; path: of the list of decoder layers.
     """
     old: Any = before.get_submodule(path)
     new: Any = after.get_submodule(path)
@@ -217,6 +247,11 @@ def check_growth(
     facts = [_facts(layer, index) for index, layer in enumerate(old)]
     for index, place in enumerate(places):
         found, wanted = _facts(new[index], index), facts[place.source]
+        if place.inserted and any(
+            found == other and layer_kind(layer) == layer_kind(old[place.source])
+            for layer, other in zip(old, facts, strict=True)
+        ):
+            continue
         if found != wanted:
             differing = sorted(
                 name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from bake.anatomy.flags import Shapes, parameter_shapes
 from bake.anatomy.insertion.filling import Filling, set_constant
-from bake.anatomy.insertion.growth import Growth, plan_growth
+from bake.anatomy.insertion.growth import Growth, Place, plan_growth
 from bake.anatomy.insertion.layers_on_disk import find_layers
 from bake.anatomy.rewriting import Rewritten
 from bake.checkpoint.edits import Add, Drop, Edit, Rename, Transform
 from bake.checkpoint.loading import build_on_meta
+from bake.checkpoint.names import DiskNames
 from bake.errors import CheckpointError, UnsupportedError
 from bake.io.safetensors import TensorEntry, torch_dtype
 from bake.sites import Slot
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedConfig
 
     from bake.checkpoint.checkpoint import Checkpoint
@@ -92,8 +94,8 @@ class Insertion:
     ) -> Rewritten:
         """See `Rewriter`. Raises UnsupportedError where old layers would not stay what they are."""
         growth = plan_growth(config, checkpoint.config_text, self.path, self.filling, layers)
-        plain = parameter_shapes(build_on_meta(config))
-        work = _Rewriting(self, checkpoint, growth, plain, dtype)
+        before = build_on_meta(config)
+        work = _Rewriting(self, checkpoint, growth, before, dtype)
         edits = [*work.old_layers(), *work.new_biases(), *work.new_layers()]
         return Rewritten(tuple(edits), growth.changes, work.slots, work.names)
 
@@ -106,7 +108,7 @@ class _Rewriting:
         insertion: Insertion,
         checkpoint: Checkpoint,
         growth: Growth,
-        plain: Shapes,
+        before: nn.Module,
         dtype: str | None,
     ) -> None:
         self.insertion = insertion
@@ -115,7 +117,8 @@ class _Rewriting:
         self.places = growth.places
         self.after: Any = growth.model.get_submodule(insertion.path)
         self.after_shapes = parameter_shapes(growth.model)
-        self.plain = plain
+        self.widened = _find_widened(checkpoint, before, self.after_shapes, self.places)
+        self.plain = parameter_shapes(before)
         self.dtype = dtype
         self.disk = find_layers(checkpoint, insertion.path, insertion.layer_count)
         self.moved = {
@@ -137,7 +140,9 @@ class _Rewriting:
             else:
                 yield Drop(name)  # Beyond the model's last layer: no model reads it.
                 continue
-            if self.dtype is not None and entry.dtype in _FLOATS and entry.dtype != self.dtype:
+            if name in self.widened:
+                yield _widen(entry, self.widened[name], self.places, self.dtype or entry.dtype)
+            elif self.dtype is not None and entry.dtype in _FLOATS and entry.dtype != self.dtype:
                 yield _convert(name, new_name, entry, self.dtype)
             elif new_name != name:
                 yield Rename(name, new_name)
@@ -329,6 +334,42 @@ def _output_projections(layer: Mapping[str, TensorEntry], width: int) -> Iterato
         shape = entry.shape
         if len(shape) == 2 and shape[0] == width and shape[1] >= 2 * width and "attn" not in inside:
             yield inside, shape[1]
+
+
+def _find_widened(
+    checkpoint: Checkpoint, before: nn.Module, after: Shapes, places: Sequence[Place]
+) -> dict[str, int]:
+    """Return {name on disk: axis} of tensors outside the layers that hold a piece of each layer's."""
+    count, grown = sum(not place.inserted for place in places), len(places)
+    plain = parameter_shapes(before)
+    changed = {
+        name: axis
+        for name, shape in plain.items()
+        if name in after and len(after[name]) == len(shape)
+        for axis, (old, new) in enumerate(zip(shape, after[name], strict=True))
+        if old != new and old * grown == new * count
+    }
+    if not changed:
+        return {}
+    names = DiskNames(checkpoint, before)
+    return {names.existing(name): axis for name, axis in changed.items()}
+
+
+def _widen(entry: TensorEntry, axis: int, places: Sequence[Place], code: str) -> Transform:
+    """Return the edit that puts an empty piece in for every inserted layer."""
+    count = sum(not place.inserted for place in places)
+    shape = list(entry.shape)
+    shape[axis] = shape[axis] // count * len(places)
+
+    def function(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        pieces = tensor.to(torch_dtype(code)).chunk(count, dim=axis)
+        empty = torch.zeros_like(pieces[0])
+        laid = [empty if place.inserted else pieces[place.source] for place in places]
+        return {entry.name: torch.cat(laid, dim=axis)}
+
+    return Transform(entry.name, {entry.name: tuple(shape)}, function, dtype=code)
 
 
 def _convert(name: str, new_name: str, entry: TensorEntry, code: str) -> Transform:
