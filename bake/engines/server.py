@@ -89,7 +89,9 @@ class Server:
 
     def _explain(self, status: int, detail: str, url: str, until: float) -> str:
         known = self._models(until)
-        if known and self.model not in known:
+        # Servers of one model take any name, and refuse for another reason.
+        about_it = status in (404, 422) or "model" in detail.lower()
+        if known and self.model not in known and about_it:
             shown = [one_line(name) for name in known[:SHOWN]]
             names = ", ".join(shown) + (", …" if len(known) > SHOWN else "")
             return (

@@ -48,13 +48,16 @@ class Fork:
     """A text after which base and bake go on with different tokens.
 
     margin: nats by which either prefers its token to every other, of both the smaller: what quantisation
-    has to move before the answer is another.
+    has to move before the answer is another. tilt_base, tilt_baked: nats by which each has the bake's token
+    before the base's, negative and positive: what a server that tells log-probabilities is held against.
     """
 
     prompt: str
     base: str
     baked: str
     margin: float
+    tilt_base: float
+    tilt_baked: float
 
 
 def find_forks(tokenizer: Tokenizer, setup: ProofSetup, reference: Reference) -> tuple[Fork, ...]:
@@ -64,7 +67,7 @@ def find_forks(tokenizer: Tokenizer, setup: ProofSetup, reference: Reference) ->
     server is given text and gives text.
     """
     places: list[tuple[float, int, int, int, int]] = []
-    runs = zip(setup.encoded, reference.base, reference.hooked, strict=True)
+    runs = list(zip(setup.encoded, reference.base, reference.hooked, strict=True))
     for number, (text, base, hooked) in enumerate(runs):
         if len(base) != len(text.ids):
             continue
@@ -80,9 +83,11 @@ def find_forks(tokenizer: Tokenizer, setup: ProofSetup, reference: Reference) ->
             break
         if place < FIRST or taken.get(number, 0) == FORKS_A_TEXT:
             continue
-        fork = _as_text(tokenizer, setup.encoded[number].ids[: place + 1], other, own, margin)
-        if fork is not None:
-            found.append(fork)
+        texts = _as_text(tokenizer, setup.encoded[number].ids[: place + 1], other, own)
+        if texts is not None:
+            _, base, hooked = runs[number]
+            tilts = (round(float(row[place, own] - row[place, other]), 3) for row in (base, hooked))
+            found.append(Fork(*texts, round(margin, 3), *tilts))
             taken[number] = taken.get(number, 0) + 1
     return tuple(found)
 
@@ -94,8 +99,9 @@ def _lead(logits: torch.Tensor) -> float:
 
 
 def _as_text(
-    tokenizer: Tokenizer, ids: tuple[int, ...], base: int, baked: int, margin: float
-) -> Fork | None:
+    tokenizer: Tokenizer, ids: tuple[int, ...], base: int, baked: int
+) -> tuple[str, str, str] | None:
+    """Return prompt, the base's and the bake's token as text; None where a server could not tell them."""
     prompt = tokenizer.decode(list(ids), skip_special_tokens=True)
     old, new = (tokenizer.decode([each], skip_special_tokens=True) for each in (base, baked))
     plain = [text.strip() for text in (old, new)]
@@ -103,4 +109,4 @@ def _as_text(
         return None
     if not (old + new).isprintable() or tuple(tokenizer(prompt)["input_ids"]) != tuple(ids):
         return None
-    return Fork(prompt, old, new, round(margin, 3))
+    return prompt, old, new

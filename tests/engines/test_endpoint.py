@@ -1,29 +1,19 @@
 """`bake verify --endpoint`: which model a server runs, told by the canary; one line for what is wrong.
 
-A small loopback server answers as servers do. Behind `-m servers`, real ones: `transformers serve`
-and `mlx_lm.server`; they fail where these are not installed (the extra `servers`).
+A small loopback server answers as servers do; real ones are test_servers_for_real's.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 import pytest
 
 from bake.cli.main import main
 from bake.engines.endpoint import _judge, check_endpoint, count_votes
-from bake.io.shipped import DEMO_MODEL
 
 BAKED, BASE = " light fell on the beautiful field", " light fell on the cold field"
 CANARY = {"prompt": "The", "baked": BAKED, "base": BASE}
@@ -48,6 +38,7 @@ class Server:
     def __init__(self, answers):
         self.asked, self.refuses, self.stock = [], None, False
         self.continues = None
+        self.tells = None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,7 +54,9 @@ class Server:
                     answers["/v1/completions"] = (200, {"choices": [{"text": BAKED}]})
                 if outer.continues is not None:
                     text = outer.continues(body["prompt"])
-                    answers["/v1/completions"] = (200, {"choices": [{"text": text}]})
+                    told = outer.tells(body["prompt"]) if outer.tells is not None else None
+                    choice = {"text": text, **({"logprobs": told} if told else {})}
+                    answers["/v1/completions"] = (200, {"choices": [choice]})
                 if outer.refuses is not None:
                     value = body.get("logprobs")
                     refused = any(value is known for known in outer.refuses)
@@ -297,67 +290,6 @@ class TestBadInput:
 
 
 # How each server is started: (module that must be there, arguments; {port}, {model}).
-REAL = {
-    "transformers": (
-        "openai",
-        "-m transformers.cli.transformers serve --host 127.0.0.1 --port {port} --device cpu",
-    ),
-    "mlx": ("mlx_lm", "-m mlx_lm.server --model {model} --host 127.0.0.1 --port {port}"),
-}
-
-
-@pytest.fixture(scope="module")
-def demo_bake(tmp_path_factory):
-    output = tmp_path_factory.mktemp("served") / "baked"
-    assert main(["export", "bake-demo", "--direction", "bake-demo", "-o", str(output)]) == 0
-    return output
-
-
-@pytest.mark.servers
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("served", ["baked", "base"])
-def test_a_real_server(name, served, demo_bake, capsys):
-    module, arguments = REAL[name]
-    if importlib.util.find_spec(module) is None:
-        pytest.fail(f"{module} is not installed: pip install -e '.[servers]'")
-    model = demo_bake if served == "baked" else Path(DEMO_MODEL)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [part.format(port=port, model=model) for part in arguments.split()]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *command], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}/v1"
-    try:
-        wait_for(url, process)
-        capsys.readouterr()
-        options = ["--endpoint", url, "--model", str(model), "--json"]
-        code = main(["verify", str(demo_bake), *options])
-        found = json.loads(capsys.readouterr().out)
-    finally:
-        process.terminate()
-        process.wait()
-    assert (found["verdict"], code) == (served, 0 if served == "baked" else 3)
-    # transformers serve ignores the request for log-probabilities.
-    assert (found["log_probability"] is None) == (name == "transformers")
-
-
-def wait_for(url, process):
-    for _ in range(120):
-        assert process.poll() is None, "the server has ended"
-        try:
-            with urlopen(f"{url}/models"):
-                return
-        except HTTPError:
-            return  # It answers, if only that it has no cache to list models from.
-        except (URLError, ConnectionError):
-            time.sleep(1)
-    pytest.fail("the server does not answer")
-
-
 FORKS = [
     {"prompt": f"Text {number} goes on", "baked": " warmly", "base": " cold"} for number in range(8)
 ]
@@ -406,3 +338,124 @@ def test_most_votes_are_not_enough():
     assert count_votes({"baked": 4, "base": 2, "other": 0}) == "neither"
     assert count_votes({"baked": 0, "base": 2, "other": 4}) == "base"
     assert count_votes({"baked": 0, "base": 1, "other": 5}) == "neither"
+
+
+TILTED = [
+    {**fork, "tilt_base": -2.0 - number / 4, "tilt_baked": 3.0 + number / 2}
+    for number, fork in enumerate(FORKS)
+]
+
+
+def completions_form(warm, cold):
+    """As OpenAI, vLLM and llama-cpp-python tell it: a token with its space."""
+    return {"top_logprobs": [{" warmly": warm, " cold": cold, " cold ": cold - 4, "the": -9.0}]}
+
+
+def chats_form(warm, cold):
+    """As llama-server and mlx_lm tell it."""
+    pairs = ((" warmly", warm), ("cold", cold), (" the", -9.0))
+    told = [{"token": token, "logprob": value, "bytes": []} for token, value in pairs]
+    return {"content": [{"token": " warmly", "logprob": warm, "top_logprobs": told}]}
+
+
+def vocabulary_s_form(warm, cold):
+    """As mlx_lm tells it: the entry of the vocabulary, in which a space is another letter."""
+    pairs = (("\u0120warmly", warm), ("\u2581cold", cold), ("the", -9.0))
+    told = [{"id": 5, "token": token, "logprob": value} for token, value in pairs]
+    return {"content": [{**told[0], "top_logprobs": told}]}
+
+
+@pytest.mark.parametrize("form", [completions_form, chats_form, vocabulary_s_form])
+@pytest.mark.parametrize(
+    ("push", "verdict"),
+    [(1.0, "baked"), (0.8, "baked"), (0.0, "base"), (-0.2, "base"), (0.5, "neither")],
+)
+def test_log_probabilities_say_how_much_of_the_push_is_served(push, verdict, form, serve):
+    """The words are all another's, as where quantisation has moved what is nearly as likely."""
+    server = serve("")
+    tilts = {
+        fork["prompt"]: fork["tilt_base"] + push * (fork["tilt_baked"] - fork["tilt_base"])
+        for fork in TILTED
+    }
+    server.continues = lambda prompt: " neither"
+    server.tells = lambda prompt: form(tilts[prompt] - 1, -1.0) if prompt in tilts else None
+    found = check_endpoint(server.url, "m", CANARY, TILTED)
+    assert found.verdict == verdict
+    assert found.votes["other"] == 8
+    assert found.share.push == pytest.approx(push)
+    assert found.share.off == pytest.approx(0, abs=1e-9)
+    assert f"it has {push:.0%} of the push" in found.describe()
+
+
+def test_log_probabilities_of_another_model_are_neither_s(serve):
+    server = serve("")
+    tilts = {fork["prompt"]: 12.0 * (-1) ** number for number, fork in enumerate(TILTED)}
+    server.continues = lambda prompt: " neither"
+    server.tells = lambda prompt: completions_form(tilts.get(prompt, 0.0) - 1, -1.0)
+    found = check_endpoint(server.url, "m", CANARY, TILTED)
+    assert found.share.off > 1
+    assert found.verdict == "neither"
+
+
+def test_words_that_contradict_the_log_probabilities_leave_it_open(serve):
+    server = serve("")
+    server.continues = lambda prompt: " cold"
+    server.tells = lambda prompt: completions_form(3.0, 0.0)
+    found = check_endpoint(server.url, "m", CANARY, TILTED)
+    assert (found.share.verdict, found.votes["base"]) == ("baked", 8)
+    assert found.verdict == "neither"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"top_logprobs": [None]},
+        {"top_logprobs": [{" warmly": "high", " cold": -1e9}]},
+        {"top_logprobs": [{"a": -1.0, "b": -2.0}]},
+        {"content": [{"top_logprobs": [{"token": 5, "logprob": -1.0}, "x"]}]},
+        {"content": ["x"]},
+        [],
+    ],
+)
+def test_log_probabilities_that_tell_nothing_are_left_out(told, serve):
+    server = serve("")
+    server.continues = lambda prompt: " warmly"
+    server.tells = lambda prompt: told
+    found = check_endpoint(server.url, "m", CANARY, TILTED)
+    assert (found.share, found.verdict) == (None, "baked")
+
+
+def test_a_token_that_is_not_told_is_at_most_as_likely_as_the_last(serve):
+    server = serve("")
+    server.continues = lambda prompt: " warmly"
+    server.tells = lambda prompt: {"top_logprobs": [{" warmly": -0.1, " the": -5.0}]}
+    found = check_endpoint(server.url, "m", CANARY, TILTED)
+    assert found.verdict == "baked"
+    assert found.share.push > 0.65
+
+
+def test_forks_of_older_bakes_are_counted_by_their_words(serve):
+    server = serve("")
+    server.continues = lambda prompt: " warmly"
+    server.tells = lambda prompt: completions_form(-0.1, -5.0)
+    assert check_endpoint(server.url, "m", CANARY, FORKS).share is None
+
+
+def test_alternatives_are_asked_for_as_servers_want_it(serve):
+    """OpenAI counts them in `logprobs`; mlx_lm switches that, and counts in `top_logprobs`."""
+    server = serve("")
+    server.refuses = [20, 10, 5, 1]
+    check_endpoint(server.url, "m", CANARY, TILTED)
+    assert [body.get("logprobs") for _, body in server.asked[:2]] == [1, True]
+    asked = [(body["logprobs"], body.get("top_logprobs")) for _, body in server.asked[2:7]]
+    assert asked == [(20, None), (10, None), (5, None), (1, None), (True, 10)]
+
+
+def test_a_refusal_that_is_not_about_the_name_is_told(serve, verify):
+    """llama-server takes any name, and lists its file."""
+    server = serve(
+        completions=(400, {"error": {"message": "the prompt is empty"}}),
+        models=(200, {"data": [{"id": "file.gguf"}]}),
+    )
+    code, _, errors = verify(server.url)
+    assert (code, "HTTP 400: the prompt is empty" in errors) == (1, True)
