@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup demo test test-architectures test-real test-browser test-engines architectures docs lint bench bench-real format wheel clean
+.PHONY: setup demo test test-architectures test-real test-browser test-engines test-servers engines architectures docs lint bench bench-real format wheel clean
 
 setup: $(READY)
 
@@ -73,13 +73,24 @@ wheel: $(READY)
 clean:
 	rm -rf $(VENV) dist build
 
-# Bakes in other inference engines for real, each compiled or installed into build/engines: half an hour the first time.
+# Bakes in other inference engines for real, each compiled (with cmake) or installed into build/engines: half an hour the
+# first time. `engines` runs every family again and writes tests/data/engines.csv and docs/engine-table.md.
 LLAMA_CPP_PYTHON = 0.3.36
 LLAMA_CPP = build/engines/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
 test-engines: $(READY) $(LLAMA_CPP)/build/bin/llama-server
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[engines,gguf]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[gguf]"
 	$(BIN)/python benchmarks/real_models.py build/real-models
 	BAKE_LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m engines
+
+test-servers: $(READY) $(LLAMA_CPP)/build/bin/llama-server
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[gguf,servers]"
+	$(BIN)/python benchmarks/real_models.py build/real-models
+	BAKE_LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m servers
+
+engines: $(READY) $(LLAMA_CPP)/build/bin/llama-server
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[gguf]"
+	$(BIN)/python benchmarks/real_models.py build/real-models
+	$(BIN)/python benchmarks/engines.py mlx vllm transformers llama.cpp --llama-cpp $(LLAMA_CPP)
 
 $(LLAMA_CPP)/build/bin/llama-server:
 	mkdir -p build/engines

@@ -22,7 +22,9 @@ Run = Callable[[str], torch.Tensor]
 
 def plain(directory: str, **options: Any) -> torch.Tensor:
     """Return the logits of plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False, **options
+    ).eval()
     return model(input_ids=IDS).logits[0]
 
 
@@ -54,7 +56,7 @@ def nnsight() -> Iterator[tuple[str, Run]]:
     from nnsight import LanguageModel
 
     def run(directory: str) -> torch.Tensor:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = LanguageModel(directory, tokenizer=tokenizer, device_map="cpu", dtype=torch.float32)
         with torch.no_grad(), model.trace(IDS):
             out = model.lm_head.output.save()

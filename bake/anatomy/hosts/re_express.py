@@ -228,6 +228,10 @@ class HostRewriter:
                     f"{names.disk(name)} would be stored as {code}, which cannot hold a push; use a "
                     f"float base"
                 )
+            if not any(
+                made.stride()
+            ):  # One number for all, which takes no room until it is written.
+                made = made[(0,) * made.ndim].to(torch_dtype(code)).expand(shape)
             yield Add(names.disk(name), made.to(torch_dtype(code)))
 
     def _configs(
