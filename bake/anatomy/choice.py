@@ -68,11 +68,10 @@ class Anatomy:
         """Return the route for a site, or for `auto` the first exact site in the order of preference.
 
         kind: "norm" or "projection" where a site has both, "value" for what only this takes. found_at: the
-        site of a given direction;
-        `auto` considers only sites that suit it. target: only routes that are known to survive in that
-        engine. route: `native`, `flag`, `host` or `insert`; with `auto` the base is not given extra
-        layers. host: the name of one rewriter. Raises UnsupportedError with the reason and what works
-        instead.
+        site of a given direction; `auto` considers only sites that suit it. target: only routes that are
+        known to survive in that engine. route: `native`, `flag`, `host` or `insert`; with `auto` the base
+        is not given extra layers. host: the name of one rewriter. Raises UnsupportedError with the reason
+        and what works instead.
         """
         if target is not None:
             check_engine(target)

@@ -36,10 +36,10 @@ def find_constant_inputs(tensors: RangedTensors) -> list[PushFound]:
         if name not in tensors.checkpoint.tensors:
             continue
         weight = tensors.read(name).double()
-        factor = f"{place}layer_scalar"
-        if factor in tensors.checkpoint.tensors:
-            weight = weight * tensors.read(factor).double()
-        if bool(weight.any()):
+        factor = tensors.checkpoint.tensors.get(f"{place}layer_scalar")
+        if factor is not None and factor.shape in ((), (1,)):
+            weight = weight * tensors.read(factor.name).double()
+        if weight.ndim == 1 and bool(weight.any()) and bool(weight.isfinite().all()):
             vectors[layer] = weight
             parameters.append(name)
     if not vectors:

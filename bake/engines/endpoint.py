@@ -183,7 +183,9 @@ def measure_share(forks: Sequence[Mapping[str, Any]], answers: Sequence[Answer])
     told = [
         (fork["tilt_base"], fork["tilt_baked"] - fork["tilt_base"], answer.tilt)
         for fork, answer in zip(forks, answers, strict=True)
-        if answer.tilt is not None and "tilt_base" in fork and "tilt_baked" in fork
+        if answer.tilt is not None
+        # Of a stranger's bake.json: a number may be any.
+        and all(abs(fork.get(key, math.inf)) <= LEAST for key in ("tilt_base", "tilt_baked"))
     ]
     way = math.fsum(gap * gap for _, gap, _ in told)
     if len(told) < FEWEST_FORKS or way <= 0:

@@ -232,6 +232,13 @@ def test_inputs_that_only_add_a_constant_are_found_without_a_base(make_model, tm
     assert detect(base).verdict == "none"
     result = bake_push(base, tmp_path / "out")
     check_push(detect(tmp_path / "out"), result, "mlp_out")
+
+    def misshape(tensors):
+        tensors["model.layers.2.layer_scalar"] = torch.ones(3)
+        tensors["model.layers.3.post_per_layer_input_norm.weight"].fill_(torch.nan)
+
+    rewrite(tmp_path / "out", tmp_path / "odd", misshape)
+    assert detect(tmp_path / "odd").pushes[0].vectors.keys() == {2, 4} & {*result.push.vectors}
     used = TinyModel("gemma4_text", config=(("hidden_size_per_layer_input", 8),))
     assert detect(make_model(used)).verdict == "none"
 

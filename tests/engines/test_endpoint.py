@@ -459,3 +459,13 @@ def test_a_refusal_that_is_not_about_the_name_is_told(serve, verify):
     )
     code, _, errors = verify(server.url)
     assert (code, "HTTP 400: the prompt is empty" in errors) == (1, True)
+
+
+def test_tilts_that_no_model_has_are_left_out(serve):
+    """bake.json is a stranger's: squares of such numbers are beyond what a float holds."""
+    server = serve("")
+    server.continues = lambda prompt: " warmly"
+    server.tells = lambda prompt: completions_form(-0.1, -5.0)
+    wild = [{**fork, "tilt_base": -1e300, "tilt_baked": 1e300} for fork in TILTED]
+    found = check_endpoint(server.url, "m", CANARY, wild)
+    assert (found.share, found.verdict) == (None, "baked")

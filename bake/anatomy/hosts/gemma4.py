@@ -61,27 +61,17 @@ def _remark(config: PreTrainedConfig) -> str:
     return f"per-layer inputs that it did not use become constant, {values / 1e6:.0f} million values more"
 
 
-_SLOT = everywhere("post_per_layer_input_norm.weight")
-
-CONVERSIONS = (
+# Itself, and the text model of 12B, which has no place for per-layer inputs.
+CONVERSIONS = tuple(
     Conversion(
-        "gemma4_text",
+        base,
         "gemma4_text",
         _refuse,
         _settings,
-        slot=_SLOT,
+        slot=everywhere("post_per_layer_input_norm.weight"),
         new=_new,
         factor="layer_scalar",
         remark=_remark,
-    ),
-    Conversion(
-        "gemma4_unified_text",
-        "gemma4_text",
-        _refuse,
-        _settings,
-        slot=_SLOT,
-        new=_new,
-        factor="layer_scalar",
-        remark=_remark,
-    ),
+    )
+    for base in ("gemma4_text", "gemma4_unified_text")
 )
